@@ -28,11 +28,11 @@ class Target:
       pattern: a regular expression that matches whole "/"-paths, or a list of path suffixes
         (``["q/kernel", "v/kernel"]``).
       axes: one role per axis of the weight, in order: ``in`` (input features, scaled by ``col``),
-        ``out`` (output features, scaled by ``row``), ``stack`` (layers or experts, each with vectors
-        of its own) or ``-`` (unscaled). ``"in out"`` is a Dense kernel, ``"out in"`` an Equinox one,
-        ``"stack in out"`` a scanned one, ``"in out out"`` a query projection (D, N, H),
-        ``"- - in out"`` a convolution. Without ``in`` there is no ``col``, without ``out`` no ``row``:
-        ``"- out"`` is (IA)^3.
+        ``out`` (output features, scaled by ``row``), ``stack`` (layers or experts, each with
+        vectors of its own) or ``-`` (unscaled). ``"in out"`` is a Dense kernel, ``"out in"`` an
+        Equinox one, ``"stack in out"`` a scanned one, ``"in out out"`` a query projection
+        (D, N, H), ``"- - in out"`` a convolution. Without ``in`` there is no ``col``, without
+        ``out`` no ``row``: ``"- out"`` is (IA)^3.
       quantised: the weight holds integer codes which the model's function dequantises itself.
 
     Raises:
@@ -49,9 +49,13 @@ class Target:
         roles = self.axes.split()
         unknown = [role for role in roles if role not in ROLES]
         if unknown:
-            raise PlanError(f"unknown axis role {unknown[0]!r} in {self.axes!r}: use {', '.join(ROLES)}")
+            raise PlanError(
+                f"unknown axis role {unknown[0]!r} in {self.axes!r}: use {', '.join(ROLES)}"
+            )
         if not {"in", "out"} & set(roles):
-            raise PlanError(f"the roles {self.axes!r} name no 'in' and no 'out' axis: nothing to scale")
+            raise PlanError(
+                f"the roles {self.axes!r} name no 'in' and no 'out' axis: nothing to scale"
+            )
         try:
             paths.matcher(self.pattern)
         except ValueError as error:
@@ -142,8 +146,8 @@ def plan(
       A :class:`Plan`, for :func:`hyperadapt_jax.init`. ``print`` it before training.
 
     Raises:
-      PlanError: no target given; a target or ``exclude`` that matches nothing; a weight matched by two
-        targets; roles that do not fit the number of axes; a weight that is integer (and not
+      PlanError: no target given; a target or ``exclude`` that matches nothing; a weight matched by
+        two targets; roles that do not fit the number of axes; a weight that is integer (and not
         declared quantised), has no numbers, or is tied to another. Each names the path and, where
         nothing matched, the nearest ones.
 
@@ -157,15 +161,16 @@ def plan(
     if sides not in ("both", *SIDES):
         raise PlanError(f'sides must be "both", "row" or "col", not {sides!r}')
     targets = tuple(t if isinstance(t, Target) else Target(*t) for t in targets)
-    names, leaves, _ = paths.flatten(params)
-    arrays = {n: leaf for n, leaf in zip(names, leaves, strict=True) if paths.is_array(leaf)}
-    excluded = _matches(exclude, arrays, "exclude") if exclude else set()
+    arrays = paths.arrays(params)
+    excluded = matches(exclude, arrays, "exclude") if exclude else set()
 
     chosen: dict[str, Target] = {}
     for target in targets:
-        matched = _matches(target.pattern, arrays, "the target")
+        matched = matches(target.pattern, arrays, "the target")
         if matched <= excluded:
-            raise PlanError(f"every weight that {target.pattern!r} matches is excluded by {exclude!r}")
+            raise PlanError(
+                f"every weight that {target.pattern!r} matches is excluded by {exclude!r}"
+            )
         for path in sorted(matched - excluded):
             if path in chosen:
                 raise PlanError(
@@ -174,15 +179,17 @@ def plan(
                 )
             chosen[path] = target
             _check(path, arrays[path], target)
-    _check_tied(chosen, arrays)
+    check_tied(chosen, arrays)
 
     drop = {"both": None, "row": "in", "col": "out"}[sides]
     weights = []
-    for path in (name for name in names if name in chosen):
+    for path in (name for name in arrays if name in chosen):
         leaf = arrays[path]
         axes = " ".join("-" if role == drop else role for role in chosen[path].axes.split())
         if not {"in", "out"} & set(axes.split()):
-            raise PlanError(f"{path}: roles {chosen[path].axes!r} leave nothing for sides={sides!r}")
+            raise PlanError(
+                f"{path}: roles {chosen[path].axes!r} leave nothing for sides={sides!r}"
+            )
         sharding = getattr(leaf, "sharding", None)
         named = sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
         weights.append(Weight(path, tuple(leaf.shape), leaf.dtype, axes, named))
@@ -190,7 +197,7 @@ def plan(
     return Plan(tuple(weights), total)
 
 
-def _matches(pattern: paths.Pattern, arrays: dict[str, Any], what: str) -> set[str]:
+def matches(pattern: paths.Pattern, arrays: dict[str, Any], what: str) -> set[str]:
     """The paths a pattern matches; an error where it, or one suffix of a list, matches none."""
     for part in [pattern] if isinstance(pattern, str) else [[suffix] for suffix in pattern]:
         if not any(map(paths.matcher(part), arrays)):
@@ -218,7 +225,7 @@ def _check(path: str, leaf: Any, target: Target) -> None:
         )
 
 
-def _check_tied(chosen: dict[str, Target], arrays: dict[str, Any]) -> None:
+def check_tied(chosen: dict[str, Target], arrays: dict[str, Any]) -> None:
     """Two leaves that are one array: scaling one of them would silently untie them."""
     owner: dict[int, str] = {}
     for path, leaf in arrays.items():
