@@ -3,7 +3,6 @@
 VENV  ?= .venv
 TESTS ?=
 BENCH ?= $(wildcard tests/benchmarks/bench_*.py)
-TORCH := 2.13.0
 
 bin   := $(VENV)/bin
 pyenv := $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/*/bin/python3)
@@ -21,7 +20,7 @@ PYTHON   ?= $(firstword $(supported))
 offline := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 JAX_PLATFORMS=cpu
 PYTEST  := $(offline) $(bin)/python -m pytest
 
-.PHONY: help test parity bench lint python other-python clean
+.PHONY: help test parity lowest bench lint other-python clean
 .DELETE_ON_ERROR:
 
 help: ## print this list
@@ -33,6 +32,12 @@ test: $(VENV)/.ready ## set up .venv and run the whole suite offline, or TESTS; 
 
 parity: $(VENV)/.ready-torch ## add torch to .venv and compare with it live
 	$(PYTEST) tests/parity
+
+# The lowest version of everything: pyproject.toml's own bounds, read as "exactly".
+lowest: ## run the suite, or TESTS, on the lowest versions that pyproject.toml allows
+	grep -oE '"[a-z-]+>=[0-9.]+"' pyproject.toml | tr -d '"' | sed 's/>=/==/' | sort -u \
+	  > .venv-lowest.txt
+	PIP_CONSTRAINT=$(CURDIR)/.venv-lowest.txt $(MAKE) test VENV=.venv-lowest
 
 bench: $(VENV)/.ready-bench ## measure speed and memory against other adapters
 	set -e; for script in $(BENCH); do $(bin)/python $$script; done
@@ -46,19 +51,19 @@ other-python: $(VENV)/.ready
 	  || echo $(lastword $(call interpreters,python3.12 python3.13 $(pyenv),0x030c0000,0x04000000))
 
 clean: ## remove the environments and everything that was built
-	rm -rf .venv .venv-next build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-next .venv-lowest .venv-lowest.txt build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A change of the requirements builds the environment anew.
 $(VENV)/.ready: pyproject.toml
 	@test -n "$(PYTHON)" || { echo 'No Python 3.11 or newer with the venv module was found.' \
 	  'Install one, or name it: make PYTHON=/path/to/python3' >&2; exit 1; }
-	$(PYTHON) -m venv --clear $(VENV)
+	$(PYTHON) -m venv $(if $(wildcard $@),--clear) $(VENV)
 	$(bin)/python -m pip install --quiet --editable '.[test]'
 	touch $@
 
 $(VENV)/.ready-torch: $(VENV)/.ready
-	$(bin)/python -m pip install --quiet 'torch==$(TORCH)'
+	$(bin)/python -m pip install --quiet --editable '.[torch]'
 	touch $@
 
 $(VENV)/.ready-bench: $(VENV)/.ready
