@@ -1,1 +1,29 @@
 """HyperAdapt in JAX: fine-tune a frozen weight ``W`` as ``diag(1 + row) W diag(1 + col)``."""
+
+from hyperadapt_jax.scales import (
+    ScaleVectors,
+    average,
+    canonical,
+    compose,
+    count,
+    init,
+    interpolate,
+    invert,
+)
+from hyperadapt_jax.targets import Plan, PlanError, Target, Weight, plan
+
+__all__ = [
+    "Plan",
+    "PlanError",
+    "ScaleVectors",
+    "Target",
+    "Weight",
+    "average",
+    "canonical",
+    "compose",
+    "count",
+    "init",
+    "interpolate",
+    "invert",
+    "plan",
+]

@@ -1,0 +1,130 @@
+"""One path grammar for every tree: "/"-joined keys, whatever the containers are.
+
+A Linen dict, an ``nnx.State``, an Equinox module, lists and dataclasses all flatten to the same
+kind of path. The box around an array (``nnx.Param``, ``nn.Partitioned``) is no part of it: its key,
+a last attribute called ``value`` that has no sibling, is dropped, so ``params/dense/kernel`` names
+the same weight before and after boxing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.tree_util import GetAttrKey
+
+Pattern = str | Sequence[str]
+
+
+def path_of(keys: Sequence[Any]) -> str:
+    """The "/"-joined path of one key path of ``jax.tree_util``."""
+    if len(keys) > 1 and keys[-1] == GetAttrKey("value"):
+        keys = keys[:-1]
+    return jax.tree_util.keystr(tuple(keys), simple=True, separator="/")
+
+
+def flatten(
+    tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> tuple[list[str], list[Any], Any]:
+    """Flattens a tree to its paths, its leaves and its treedef, all in one order.
+
+    Args:
+      tree: any pytree.
+      is_leaf: what to take for a leaf, as in ``jax.tree``.
+
+    Raises:
+      ValueError: two leaves have the same path (a key that contains "/").
+
+    >>> flatten({"dense": {"kernel": 1, "bias": 2}})[:2]
+    (['dense/bias', 'dense/kernel'], [2, 1])
+    """
+    with_keys, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf)
+    keys = [(), *(key for key, _ in with_keys), ()]
+    paths = [
+        jax.tree_util.keystr(_unboxed(*around), simple=True, separator="/")
+        for around in zip(keys, keys[1:], keys[2:], strict=False)
+    ]
+    if len(set(paths)) != len(paths):
+        twice = sorted({p for p in paths if paths.count(p) > 1})
+        raise ValueError(f"two leaves of the tree share a path: {', '.join(twice)}; rename a key")
+    return paths, [leaf for _, leaf in with_keys], treedef
+
+
+def map_with_path(
+    fn: Callable[[str, Any], Any], tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> Any:
+    """The tree with each leaf replaced by ``fn(path, leaf)``.
+
+    >>> map_with_path(lambda path, leaf: f"{path}={leaf}", {"a": 1, "b": [2]})
+    {'a': 'a=1', 'b': ['b/0=2']}
+    """
+    paths, leaves, treedef = flatten(tree, is_leaf)
+    return treedef.unflatten(map(fn, paths, leaves))
+
+
+def replace(tree: Any, leaves: Mapping[str, Any]) -> Any:
+    """The tree with the leaves at the given paths replaced.
+
+    >>> replace({"a": 1, "b": [2, 3]}, {"b/1": 4})
+    {'a': 1, 'b': [2, 4]}
+    """
+    return map_with_path(lambda path, leaf: leaves.get(path, leaf), tree)
+
+
+def arrays(tree: Any) -> dict[str, Any]:
+    """The tree's arrays by path, in the tree's order; leaves that are no arrays are left out.
+
+    >>> list(arrays({"dense": {"kernel": np.ones(3), "activation": abs}}))
+    ['dense/kernel']
+    """
+    paths, leaves, _ = flatten(tree)
+    return {path: leaf for path, leaf in zip(paths, leaves, strict=True) if is_array(leaf)}
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf has a shape and a dtype: an array, a tracer or a ShapeDtypeStruct."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not np.isscalar(leaf)
+
+
+def matcher(pattern: Pattern) -> Callable[[str], bool]:
+    """A predicate on paths: a string is a full-match regex, a sequence is a list of path suffixes.
+
+    Raises:
+      ValueError: the regular expression does not compile, or an empty pattern.
+
+    >>> matcher(r".*/(q|v)/kernel")("layers/q/kernel"), matcher(["q/kernel"])("layers/qq/kernel")
+    (True, False)
+    """
+    if not pattern:
+        raise ValueError("an empty pattern selects nothing: give a regular expression or suffixes")
+    if isinstance(pattern, str):
+        try:
+            return lambda path, regex=re.compile(pattern): regex.fullmatch(path) is not None
+        except re.error as error:
+            raise ValueError(f"the pattern {pattern!r} is no regular expression: {error}") from None
+    return lambda path: any(path == s or path.endswith("/" + s) for s in pattern)
+
+
+def nearest(pattern: Pattern, paths: Iterable[str], count: int = 5) -> str:
+    """A line that names the paths which look most like a pattern, for error messages."""
+    asked = pattern if isinstance(pattern, str) else pattern[0]
+    words = set(re.findall(r"\w+", asked))
+
+    def likeness(path: str) -> float:
+        shared = len(words & set(re.findall(r"\w+", path)))
+        return shared + difflib.SequenceMatcher(None, asked, path).ratio()
+
+    best = sorted(paths, key=likeness, reverse=True)[:count]
+    return "nearest: " + ", ".join(best) if best else "the tree holds no arrays"
+
+
+def _unboxed(before: tuple, keys: tuple, after: tuple) -> tuple:
+    """A key path without its box's key; the leaves before and after it would show a sibling."""
+    parent = keys[:-1]
+    boxed = bool(parent) and keys[-1] == GetAttrKey("value")
+    siblings = any(other[: len(parent)] == parent for other in (before, after))
+    return parent if boxed and not siblings else keys

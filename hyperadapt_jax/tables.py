@@ -1,0 +1,23 @@
+"""Plain-text tables, for the reports that people read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]], right: str = "") -> str:
+    """A table with aligned columns; columns whose header is a word of ``right`` align right.
+
+    >>> print(table(["weight", "n"], [["q", 12], ["gate", 3]], right="n"))
+    weight   n
+    q       12
+    gate     3
+    """
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    to_right = [name in right.split() for name in header]
+    lines = []
+    for row in cells:
+        aligned = zip(row, widths, to_right, strict=True)
+        lines.append("  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in aligned).rstrip())
+    return "\n".join(lines)

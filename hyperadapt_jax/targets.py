@@ -1,0 +1,255 @@
+"""Which weights are adapted: targets, and the plan that they make of a parameter tree."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hyperadapt_jax import paths
+from hyperadapt_jax.scales import ROLES, SIDES, side_axes
+from hyperadapt_jax.sharding import vector_sharding
+from hyperadapt_jax.tables import table
+
+
+class PlanError(ValueError):
+    """A selection of weights that cannot be what was meant."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Weights to adapt, and what their axes mean.
+
+    Attributes:
+      pattern: a regular expression that matches whole "/"-paths, or a list of path suffixes
+        (``["q/kernel", "v/kernel"]``).
+      axes: one role per axis of the weight, in order: ``in`` (input features, scaled by ``col``),
+        ``out`` (output features, scaled by ``row``), ``stack`` (layers or experts, each with
+        vectors of its own) or ``-`` (unscaled). ``"in out"`` is a Dense kernel, ``"out in"`` an
+        Equinox one, ``"stack in out"`` a scanned one, ``"in out out"`` a query projection
+        (D, N, H), ``"- - in out"`` a convolution. Without ``in`` there is no ``col``, without
+        ``out`` no ``row``: ``"- out"`` is (IA)^3.
+      quantised: the weight holds integer codes which the model's function dequantises itself.
+
+    Raises:
+      PlanError: an unknown role, no ``in`` and no ``out``, or a pattern that is no regex.
+    """
+
+    pattern: paths.Pattern
+    axes: str
+    quantised: bool = False
+
+    def __post_init__(self):
+        if not isinstance(self.pattern, str):
+            object.__setattr__(self, "pattern", tuple(self.pattern))
+        roles = self.axes.split()
+        unknown = [role for role in roles if role not in ROLES]
+        if unknown:
+            raise PlanError(
+                f"unknown axis role {unknown[0]!r} in {self.axes!r}: use {', '.join(ROLES)}"
+            )
+        if not {"in", "out"} & set(roles):
+            raise PlanError(
+                f"the roles {self.axes!r} name no 'in' and no 'out' axis: nothing to scale"
+            )
+        try:
+            paths.matcher(self.pattern)
+        except ValueError as error:
+            raise PlanError(str(error)) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """One adapted weight in a plan: its place, its shape and what its axes mean."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: Any
+    axes: str
+    sharding: jax.sharding.NamedSharding | None = None
+
+    def _shape(self, side: str) -> tuple[int, ...] | None:
+        return tuple(self.shape[i] for i in side_axes(self.axes, side)) or None
+
+    def _sharding(self, side: str) -> jax.sharding.NamedSharding | None:
+        if self.sharding is None:
+            return None
+        return vector_sharding(self.sharding, side_axes(self.axes, side))
+
+    row_shape = property(lambda self: self._shape("row"), doc="Shape of the row vector, or None.")
+    col_shape = property(lambda self: self._shape("col"), doc="Shape of the col vector, or None.")
+    row_sharding = property(lambda self: self._sharding("row"), doc="From the weight's, or None.")
+    col_sharding = property(lambda self: self._sharding("col"), doc="From the weight's, or None.")
+
+    @property
+    def count(self) -> int:
+        """How many numbers this weight's vectors hold."""
+        return sum(int(np.prod(shape)) for shape in (self.row_shape, self.col_shape) if shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The weights that an adapter scales. Printed, it is a table.
+
+    Attributes:
+      weights: the adapted weights, in the tree's order.
+      total: how many numbers the whole parameter tree holds.
+    """
+
+    weights: tuple[Weight, ...]
+    total: int
+
+    @property
+    def count(self) -> int:
+        """How many numbers train."""
+        return sum(weight.count for weight in self.weights)
+
+    def __str__(self) -> str:
+        sharded = any(weight.sharding is not None for weight in self.weights)
+        header = ["weight", "shape", "dtype", "roles", "row", "col", "numbers"]
+        rows = [
+            [w.path, _shape(w.shape), jnp.dtype(w.dtype).name, w.axes, _shape(w.row_shape)]
+            + [_shape(w.col_shape), f"{w.count:,}"]
+            for w in self.weights
+        ]
+        if sharded:
+            header += ["row spec", "col spec"]
+            for row, weight in zip(rows, self.weights, strict=True):
+                row += [_spec(weight.row_sharding), _spec(weight.col_sharding)]
+        return (
+            f"{table(header, rows, right='numbers')}\n"
+            f"{len(self.weights)} weights, {self.count:,} numbers to train, "
+            f"{self.count / max(self.total, 1):.3%} of the model's {self.total:,}; "
+            f"{_bytes(4 * self.count)} in float32, {_bytes(12 * self.count)} with Adam's state"
+        )
+
+
+def plan(
+    params: Any,
+    *targets: Target | tuple[paths.Pattern, str],
+    exclude: paths.Pattern | None = None,
+    sides: Literal["both", "row", "col"] = "both",
+) -> Plan:
+    """Chooses the weights to adapt: a dry run that allocates nothing.
+
+    Args:
+      params: the frozen parameters, any pytree of arrays or ``jax.ShapeDtypeStruct``.
+      *targets: which weights, with their axis roles; ``(pattern, axes)`` pairs will do.
+      exclude: a regular expression, or suffixes, of paths to leave out.
+      sides: ``"row"`` or ``"col"`` trains that one side of every target alone.
+
+    Returns:
+      A :class:`Plan`, for :func:`hyperadapt_jax.init`. ``print`` it before training.
+
+    Raises:
+      PlanError: no target given; a target or ``exclude`` that matches nothing; a weight matched by
+        two targets; roles that do not fit the number of axes; a weight that is integer (and not
+        declared quantised), has no numbers, or is tied to another. Each names the path and, where
+        nothing matched, the nearest ones.
+
+    >>> import hyperadapt_jax as ha
+    >>> params = {"dense": {"kernel": jnp.ones((3, 5)), "bias": jnp.ones(5)}}
+    >>> ha.plan(params, ha.Target(".*/kernel", "in out")).count
+    8
+    """
+    if not targets:
+        raise PlanError("give at least one target: which weights, and the roles of their axes")
+    if sides not in ("both", *SIDES):
+        raise PlanError(f'sides must be "both", "row" or "col", not {sides!r}')
+    targets = tuple(t if isinstance(t, Target) else Target(*t) for t in targets)
+    arrays = paths.arrays(params)
+    excluded = matches(exclude, arrays, "exclude") if exclude else set()
+
+    chosen: dict[str, Target] = {}
+    for target in targets:
+        matched = matches(target.pattern, arrays, "the target")
+        if matched <= excluded:
+            raise PlanError(
+                f"every weight that {target.pattern!r} matches is excluded by {exclude!r}"
+            )
+        for path in sorted(matched - excluded):
+            if path in chosen:
+                raise PlanError(
+                    f"{path} is matched by two targets, {chosen[path].pattern!r} and"
+                    f" {target.pattern!r}: narrow one of them"
+                )
+            chosen[path] = target
+            _check(path, arrays[path], target)
+    check_tied(chosen, arrays)
+
+    drop = {"both": None, "row": "in", "col": "out"}[sides]
+    weights = []
+    for path in (name for name in arrays if name in chosen):
+        leaf = arrays[path]
+        axes = " ".join("-" if role == drop else role for role in chosen[path].axes.split())
+        if not {"in", "out"} & set(axes.split()):
+            raise PlanError(
+                f"{path}: roles {chosen[path].axes!r} leave nothing for sides={sides!r}"
+            )
+        sharding = getattr(leaf, "sharding", None)
+        named = sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
+        weights.append(Weight(path, tuple(leaf.shape), leaf.dtype, axes, named))
+    total = sum(int(np.prod(leaf.shape)) for leaf in arrays.values())
+    return Plan(tuple(weights), total)
+
+
+def matches(pattern: paths.Pattern, arrays: dict[str, Any], what: str) -> set[str]:
+    """The paths a pattern matches; an error where it, or one suffix of a list, matches none."""
+    for part in [pattern] if isinstance(pattern, str) else [[suffix] for suffix in pattern]:
+        if not any(map(paths.matcher(part), arrays)):
+            shown = part if isinstance(part, str) else part[0]
+            raise PlanError(
+                f"{what} {shown!r} matches none of the {len(arrays)} arrays;"
+                f" {paths.nearest(part, arrays)}"
+            )
+    return set(filter(paths.matcher(pattern), arrays))
+
+
+def _check(path: str, leaf: Any, target: Target) -> None:
+    roles = target.axes.split()
+    if len(leaf.shape) != len(roles):
+        raise PlanError(
+            f"{path} has {len(leaf.shape)} axes, shape {_shape(leaf.shape)}, and the target"
+            f" {target.pattern!r} gives roles for {len(roles)}: {target.axes!r}"
+        )
+    if 0 in leaf.shape:
+        raise PlanError(f"{path} has shape {_shape(leaf.shape)}: no numbers to scale")
+    if not jnp.issubdtype(leaf.dtype, jnp.inexact) and not target.quantised:
+        raise PlanError(
+            f"{path} has dtype {leaf.dtype}, which cannot be scaled; if these are codes that the"
+            " function dequantises itself, say Target(..., quantised=True)"
+        )
+
+
+def check_tied(chosen: dict[str, Target], arrays: dict[str, Any]) -> None:
+    """Two leaves that are one array: scaling one of them would silently untie them."""
+    owner: dict[int, str] = {}
+    for path, leaf in arrays.items():
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            continue
+        other = owner.setdefault(id(leaf), path)
+        if other != path and (path in chosen or other in chosen):
+            raise PlanError(
+                f"{path} is tied to {other}: one array in two places. Keep it in one place of the"
+                " tree, or copy it to adapt the two apart"
+            )
+
+
+def _shape(shape: Sequence[int] | None) -> str:
+    return "-" if shape is None else "x".join(map(str, shape)) or "scalar"
+
+
+def _spec(sharding: jax.sharding.NamedSharding | None) -> str:
+    return "-" if sharding is None else str(sharding.spec)
+
+
+def _bytes(n: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000 or unit == "GB":
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    raise AssertionError
