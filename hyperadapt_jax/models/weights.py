@@ -450,18 +450,19 @@ def _without_mesh() -> contextlib.AbstractContextManager[Any]:
 
 
 def _blocks(
-    view: Any, index: tuple[slice, ...], itemsize: int
+    view: Any, index: tuple[tuple[int, int], ...], itemsize: int
 ) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
     """The part of a stored tensor at `index`, in blocks of rows: (start within the part, block)."""
     if not index:
         yield (), view[...]
         return
-    rows, rest = index[0], index[1:]
-    row_bytes = itemsize * math.prod(s.stop - s.start for s in rest)
-    step = max(1, _BLOCK // max(1, row_bytes))
-    for start in range(rows.start, rows.stop, step):
-        block = view[(slice(start, min(start + step, rows.stop)), *rest)]
-        yield (start - rows.start, *(0 for _ in rest)), block
+    (first, last), *rest = index
+    columns = tuple(slice(*each) for each in rest)
+    row = itemsize * math.prod(stop - start for start, stop in rest)
+    step = max(1, _BLOCK // max(1, row))
+    for start in range(first, last, step):
+        block = view[(slice(start, min(start + step, last)), *columns)]
+        yield (start - first, *(0 for _ in rest)), block
 
 
 def _assemble(
@@ -473,16 +474,14 @@ def _assemble(
     advance: Callable[[int], Any],
 ) -> Array:
     """One parameter out of its stored tensors, block by block, each device taking its own slices."""
-    whole = tuple(slice(0, size) for size in shape)
-    places: dict[Any, tuple[slice, ...]] = {None: whole}
-    if sharding is not None:
-        places = {
-            device: tuple(slice(*s.indices(size)[:2]) for s, size in zip(index, shape, strict=True))
-            for device, index in sharding.addressable_devices_indices_map(shape).items()
-        }
-    shards: dict[tuple, list[Any]] = {}  # devices by what they hold: replicas share one read
-    for device, index in places.items():
-        shards.setdefault(tuple((s.start, s.stop) for s in index), []).append(device)
+    # Devices by the part that they hold, as (start, stop) of each axis: replicas share one read.
+    shards: dict[tuple[tuple[int, int], ...], list[Any]] = {}
+    if sharding is None:
+        shards[tuple((0, size) for size in shape)] = [None]
+    else:
+        for device, index in sharding.addressable_devices_indices_map(shape).items():
+            key = tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
+            shards.setdefault(key, []).append(device)
 
     local = shape if sharding is None else sharding.shard_shape(shape)
     small = math.prod(local) * jnp.dtype(dtype).itemsize <= _SMALL
@@ -499,13 +498,11 @@ def _assemble(
         with _opened(part.file) as reader:
             view = reader.get_slice(part.name)
             for key, devices in shards.items():
-                index, prefix = places[devices[0]], ()
-                if tensor.stacked:
-                    (stack, *index) = index
-                    if not stack.start <= layer < stack.stop:
-                        continue
-                    prefix = (layer - stack.start,)
-                for start, block in _blocks(view, tuple(index)[::turn], part.itemsize):
+                stack, index = key[: tensor.stacked], key[tensor.stacked :]
+                if not all(start <= layer < stop for start, stop in stack):
+                    continue
+                prefix = tuple(layer - start for start, _ in stack)
+                for start, block in _blocks(view, index[::turn], part.itemsize):
                     start = (*prefix, *start[::turn])
                     if small:
                         _write_host(buffers[key][0], block, start, transpose=tensor.transpose)
