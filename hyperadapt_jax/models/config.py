@@ -188,7 +188,7 @@ class EncoderConfig:
 
     @property
     def pooler(self) -> bool:
-        """Whether the model has a pooler: all but the RoBERTa classifiers, as in their reference."""
+        """Whether there is a pooler: the reference leaves it out of RoBERTa classifiers alone."""
         return self.family == "bert" or self.labels is None
 
 
@@ -453,6 +453,8 @@ def _rope(fields: _Fields, family: str, head_dim: int, max_length: int) -> Rope:
     rope = Rope(theta=theta, kind=kind, fraction=fraction)
     if kind in ("linear", "dynamic", "llama3"):
         rope = dataclasses.replace(rope, factor=inner.positive("factor", float))
+    if kind == "dynamic" and rotated < 4:
+        raise inner.error("rope_type", kind, f"needs four rotated dimensions, found {rotated}")
     if kind == "dynamic":
         # The reference stretches from max_position_embeddings, whatever else the file says.
         inner.rest.pop("original_max_position_embeddings", None)

@@ -203,7 +203,10 @@ class Encoder(nnx.Module):
                 f"tokens: expected integers [B, T], found {tokens.dtype} {tokens.shape}"
             )
         given = {
-            "mask": mask, "token_types": token_types, "positions": positions, "segment_ids": segment_ids
+            "mask": mask,
+            "token_types": token_types,
+            "positions": positions,
+            "segment_ids": segment_ids,
         }
         for name, array in given.items():
             if array is not None and array.shape != tokens.shape:
