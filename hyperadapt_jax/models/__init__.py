@@ -12,6 +12,7 @@ from hyperadapt_jax.models.config import (
 )
 from hyperadapt_jax.models.decoder import Cache, Decoder, open_cache
 from hyperadapt_jax.models.encoder import Encoder, EncoderOutput
+from hyperadapt_jax.models.generate import Sampling, decode, generate
 
 __all__ = [
     "Cache",
@@ -22,11 +23,14 @@ __all__ = [
     "EncoderConfig",
     "EncoderOutput",
     "Rope",
+    "Sampling",
     "abstract",
     "config_from_dict",
     "config_to_dict",
     "create",
+    "decode",
     "functional",
+    "generate",
     "open_cache",
     "read_config",
     "targets",

@@ -5,6 +5,7 @@ Each case is a ``config.json`` and how its batch is padded: ``none``, ``left`` o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -192,20 +193,16 @@ def loss(outputs: dict[str, Any], probes: dict[str, Any]) -> Any:
     return sum((outputs[name] * probes[name]).sum() for name in probes)
 
 
-def loss_and_grads(
-    config: Config,
+def scaled_function(
+    fn: Callable[..., Any],
     params: dict[str, Any],
-    scales: dict[str, dict[str, Any]],
     inputs: dict[str, Any],
     probes: dict[str, Any],
-    **options: Any,
-) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Outputs of the scaled model, and gradients of `loss` for the scales."""
-    fn, _ = models.functional(models.abstract(config, **options))
+) -> Callable[..., Any]:
+    """A compiled function of the scales: ``((loss, outputs), gradients)``."""
 
-    def run(scales):
+    def run(scales: dict[str, dict[str, Any]]) -> tuple[Any, dict[str, Any]]:
         outputs = output_of(fn(scaled(params, scales), inputs["tokens"], mask=inputs["mask"]))
         return loss(outputs, probes), outputs
 
-    (_, outputs), grads = jax.jit(jax.value_and_grad(run, has_aux=True))(scales)
-    return outputs, grads
+    return jax.jit(jax.value_and_grad(run, has_aux=True))

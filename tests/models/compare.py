@@ -28,10 +28,10 @@ def check(config: models.Config, recorded: dict[str, dict[str, np.ndarray]]) -> 
     inputs, probes = recorded["inputs"], recorded["probes"]
     fn, wanted = models.functional(models.abstract(config))
     assert jax.tree.map(np.shape, params) == jax.tree.map(lambda leaf: leaf.shape, wanted)
-    plain = cases.output_of(jax.jit(fn)(params, inputs["tokens"], mask=inputs["mask"]))
-    changed, grads = cases.loss_and_grads(
-        config, params, nested(recorded["scales"]), inputs, probes
-    )
+    scales = nested(recorded["scales"])
+    run = cases.scaled_function(fn, params, inputs, probes)
+    _, plain = run(jax.tree.map(np.zeros_like, scales))[0]
+    (_, changed), grads = run(scales)
     assert plain.keys() >= recorded["outputs"].keys()
     for name, value in recorded["outputs"].items():
         seen = inputs["mask"] if value.ndim == 3 else np.ones(len(value), bool)
