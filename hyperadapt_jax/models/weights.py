@@ -1,13 +1,14 @@
-"""Hugging Face folders in and out: one engine for every architecture, driven by a table of tensors.
+"""Hugging Face folders in and out: one engine for all models, driven by a table of tensors.
 
-A model's table says, for each parameter, what the checkpoint calls it. Everything else follows from the
-table and the parameters' shapes: `load` checks a whole folder before it allocates anything, then moves
-each tensor to its devices in blocks, so that host memory does not grow with the model; `export` writes
-the same names and layouts back, one tensor at a time.
+A model's table says, for each parameter, what the checkpoint calls it. All else follows from the
+table and the parameters' shapes: `load` checks a whole folder before it allocates anything, then
+moves each tensor to its devices in blocks, so that host memory does not grow with the model;
+`export` writes the same names and layouts back, one tensor at a time.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import fnmatch
@@ -30,18 +31,21 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from hyperadapt_jax.paths import flatten
+
 Array = jax.Array
 Rules = Sequence[tuple[str, PartitionSpec]]
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_BLOCK = 64 * 2**20  # bytes of a tensor that the host holds at a time
+_BLOCK = 16 * 2**20  # bytes of a tensor that the host holds at a time
 _SMALL = (
     8 * 2**20
 )  # bytes up to which a copy on the host costs less than a compiled one on a device
 # The dtypes of weights, as the format writes them; others are those of a quantised checkpoint.
 _CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_DELAY = 2.0  # seconds of work before a progress bar shows
 _LFS = b"version https://git-lfs"  # how a file starts whose contents were not fetched
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 # What a tokenizer may consist of, and how a model is to generate: text and sentencepiece, no code.
@@ -58,7 +62,7 @@ _COMPANIONS = (
 
 
 class CheckpointError(ValueError):
-    """A folder does not hold the weights that a model needs; the message names the file and tensor."""
+    """A folder does not hold the weights that a model needs; the message says which and where."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,14 +71,14 @@ class Tensor:
 
     Attributes:
       name: the checkpoint's name, with "{layer}" where the tensor stands once per layer.
-      path: the "/"-joined path of the parameter; where the name has "{layer}", the parameter holds all
-        layers, stacked on axis 0.
+      path: the "/"-joined path of the parameter; where the name has "{layer}", the parameter holds
+        all layers, stacked on axis 0.
       transpose: the checkpoint stores (out, in) and the parameter (in, out).
       optional: the checkpoint may lack it: the parameter is then newly initialised, and reported.
       aliases: other names of the same tensor, as with and without the prefix "bert.".
 
-    >>> Tensor("model.layers.{layer}.mlp.up_proj.weight", "layers/up/kernel", transpose=True).stacked
-    True
+    >>> Tensor("layers.{layer}.up_proj.weight", "layers/up/kernel", transpose=True).names(3)
+    ('layers.3.up_proj.weight',)
     """
 
     name: str
@@ -95,7 +99,13 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a load did: paths read from the checkpoint, paths newly initialised, names passed over."""
+    """What a load did.
+
+    Attributes:
+      loaded: paths of the parameters that the checkpoint filled.
+      initialised: paths of those that it lacked, which have new values.
+      ignored: names in the checkpoint that are rightly no parameter.
+    """
 
     loaded: tuple[str, ...]
     initialised: tuple[str, ...]
@@ -124,12 +134,11 @@ def resolve(
     Raises:
       FileNotFoundError: neither a folder nor a repository that can be read, offline included.
     """
-    folder = Path(path_or_name).expanduser()
-    if folder.is_dir():
+    name, folder = str(path_or_name), Path(path_or_name).expanduser()
+    if name and folder.is_dir():
         return folder
-    if folder.exists():
+    if folder.is_file():
         raise FileNotFoundError(f"{folder} is a file: give the folder that holds config.json")
-    name = str(path_or_name)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise FileNotFoundError(f"no folder {name!r}, and it cannot be a repository of the hub")
     try:
@@ -146,39 +155,41 @@ def resolve(
             allow_patterns=["config.json", "model*.safetensors", _INDEX, *_COMPANIONS],
             ignore_patterns=["*/*"],
         )
-    except (OSError, ValueError, hub.errors.RevisionResolutionError) as error:
+    except Exception as error:  # the client's own, the network's, the file system's: one answer
         at = f" at revision {revision!r}" if revision else ""
         reason = str(error).strip().splitlines()
         raise FileNotFoundError(
-            f"no folder {name!r}, and the hub gave no repository of that name{at}: "
-            f"{type(error).__name__}{': ' + reason[0] if reason else ''}. Check the name, the network "
-            "(HF_HUB_OFFLINE) and, for a gated or private repository, the login (HF_TOKEN)"
+            f"no folder {name!r}, and no repository of that name{at} to be had from the hub: "
+            f"{type(error).__name__}{': ' + reason[0] if reason else ''}. Check the name, the "
+            "network (HF_HUB_OFFLINE) and, for a gated or private repository, the login (HF_TOKEN)"
         ) from error
     return Path(found)
 
 
 def _inside(folder: Path, name: str, referrer: str = "") -> Path:
     """The file of a folder, or an error where its name or a link leads out of the folder."""
-    by = f"{referrer} names" if referrer else "there is"
-    if not name or Path(name).is_absolute() or ".." in Path(name).parts or "\\" in name:
-        raise CheckpointError(f"{folder}: {by} {name!r}, which is no file inside the folder")
-    file, root = folder / name, folder.resolve()
+    where = f"{folder / referrer} names {name!r}" if referrer else f"{folder} holds {name!r}"
+    if Path(name).is_absolute() or {"..", ""} & {*name.replace("\\", "/").split("/")}:
+        raise CheckpointError(f"{where}, which is no file inside the folder")
+    root = folder.resolve()
     allowed = [root]
     if root.parent.name == "snapshots":  # the hub's cache links each snapshot to a store of its own
         repository = root.parent.parent
         allowed += [repository / "blobs", repository.parent / "blobs"]
-    if not any(file.resolve().is_relative_to(each) for each in allowed):
-        raise CheckpointError(f"{folder}: {by} {name!r}, a link that leads outside the folder")
-    return file
+    try:
+        target = (folder / name).resolve()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{where}, which is no name of a file: {error}") from error
+    if not any(target.is_relative_to(each) for each in allowed):
+        raise CheckpointError(f"{where}, a link that leads outside the folder")
+    return folder / name
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose keys occur once: plain `json` keeps the last of several without a word."""
+    """A JSON object whose keys occur once, of which plain `json` would keep the last."""
     result = dict(pairs)
     if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = sorted({key for key in keys if keys.count(key) > 1})
-        raise ValueError(f"{_some(twice)} stands there twice")
+        raise ValueError(f"{_some(_twice(key for key, _ in pairs))} stands there twice")
     return result
 
 
@@ -186,7 +197,7 @@ def read_json(folder: str | os.PathLike[str], name: str) -> dict[str, Any]:
     """Reads a JSON object from a file of a folder.
 
     Raises:
-      CheckpointError: the file is missing, outside the folder, no JSON, no object, or has a key twice.
+      CheckpointError: the file is missing, outside the folder, no JSON object, or has a key twice.
     """
     file = _inside(Path(folder), name)
     try:
@@ -198,6 +209,10 @@ def read_json(folder: str | os.PathLike[str], name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} holds {type(value).__name__}, not a JSON object")
     return value
+
+
+def _twice(names: Iterable[str]) -> list[str]:
+    return [name for name, count in collections.Counter(names).items() if count > 1]
 
 
 def _some(names: Iterable[str], limit: int = 5) -> str:
@@ -254,22 +269,25 @@ def _stored(folder: Path) -> dict[str, _Stored]:
     else:
         pickles = [f.name for f in folder.iterdir() if any(f.match(p) for p in _PICKLES)]
         advice = (
-            f"; {_some(sorted(pickles))} would run code when opened and is not read: convert it once, "
-            "with save_pretrained of transformers, to safetensors"
+            f"; {_some(sorted(pickles))} could run code when opened and is not read: convert it "
+            "once to safetensors, with save_pretrained of transformers"
             if pickles
             else ""
         )
         raise CheckpointError(f"{folder} holds neither {_SINGLE} nor {_INDEX}{advice}")
 
-    found: dict[str, _Stored] = {}
     for name in files:
-        if not name.endswith(".safetensors"):
-            raise CheckpointError(f"{folder / _INDEX} names {name!r}: only safetensors are read")
         file = _inside(folder, name, _INDEX if weight_map is not None else "")
+        if file.suffix != ".safetensors":
+            raise CheckpointError(f"{folder / _INDEX} names {name!r}: only safetensors are read")
         if not file.is_file():
             raise CheckpointError(f"{file}, which {_INDEX} names, is missing: fetch it again")
+
+    found: dict[str, _Stored] = {}
+    for name in files:
+        file = folder / name
         with _opened(file) as reader:
-            for key in reader.keys():  # noqa: SIM118 (the reader is no mapping)
+            for key in reader.keys():
                 if key in found:
                     raise CheckpointError(f"{key} stands in both {found[key].file} and {file}")
                 if weight_map is not None and weight_map.get(key) != name:
@@ -289,25 +307,13 @@ def _stored(folder: Path) -> dict[str, _Stored]:
 # -------------------------------------------------------------------------------------- the table
 
 
-def _flatten(tree: Any) -> tuple[dict[str, Any], Any]:
-    """Leaves by "/"-joined path; the box around an array (nnx.Param) is no part of the path."""
-    with_keys, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    leaves = {}
-    for keys, leaf in with_keys:
-        if len(keys) > 1 and keys[-1] == jax.tree_util.GetAttrKey("value"):
-            keys = keys[:-1]
-        leaves[jax.tree_util.keystr(keys, simple=True, separator="/")] = leaf
-    if len(leaves) != len(with_keys):
-        raise ValueError("two leaves of the parameter tree share a path: a key contains '/'")
-    return leaves, treedef
-
-
 def _check_table(tensors: Sequence[Tensor], leaves: Mapping[str, Any]) -> None:
     """Every parameter has one row of the table, and every row a parameter that it can fill."""
     paths = [tensor.path for tensor in tensors]
-    twice = sorted({path for path in paths if paths.count(path) > 1})
-    if twice:
+    if twice := _twice(paths):
         raise ValueError(f"the table of tensors fills {_some(twice)} more than once")
+    if twice := _twice(tensor.name for tensor in tensors):
+        raise ValueError(f"the table of tensors has {_some(twice)} in two rows")
     if unfilled := sorted(set(leaves) - set(paths)):
         raise ValueError(f"the table of tensors lacks the parameters {_some(unfilled)}")
     if unknown := sorted(set(paths) - set(leaves)):
@@ -387,13 +393,13 @@ def _check(
         for part in chosen.get(tensor.path, ()):
             if part.shape != expected:
                 raise CheckpointError(
-                    f"{part.file}: {part.name} has shape {part.shape}, but the model's configuration "
-                    f"asks for {expected}"
+                    f"{part.file}: {part.name} has shape {part.shape}, but the model's "
+                    f"configuration asks for {expected}"
                 )
             if part.dtype not in _ITEMSIZE:
                 raise CheckpointError(
-                    f"{part.file}: {part.name} has dtype {part.dtype}; only {', '.join(_ITEMSIZE)} are "
-                    "read: give an unquantised checkpoint"
+                    f"{part.file}: {part.name} has dtype {part.dtype}; only "
+                    f"{', '.join(_ITEMSIZE)} are read: give an unquantised checkpoint"
                 )
     return skipped
 
@@ -412,6 +418,8 @@ def _sharding(
         if re.fullmatch(pattern, path):
             try:
                 sharding = NamedSharding(mesh, spec)
+                if len(spec) > len(shape):
+                    raise ValueError(f"{len(spec)} axes for {len(shape)}")
                 sharding.shard_shape(shape)
             except ValueError as error:
                 raise ValueError(
@@ -473,7 +481,7 @@ def _assemble(
     sharding: NamedSharding | None,
     advance: Callable[[int], Any],
 ) -> Array:
-    """One parameter out of its stored tensors, block by block, each device taking its own slices."""
+    """One parameter out of its stored tensors, block by block, each device its own slices."""
     # Devices by the part that they hold, as (start, stop) of each axis: replicas share one read.
     shards: dict[tuple[tuple[int, int], ...], list[Any]] = {}
     if sharding is None:
@@ -529,9 +537,9 @@ def _assemble(
 
 
 def _bar(title: str, total: int, progress: bool) -> tqdm:
-    """A bar of bytes on standard error, after two seconds of work and where there is a terminal."""
+    """A bar of bytes on standard error, where that is a terminal and the work takes long."""
     disable = None if progress else True
-    return tqdm(desc=title, total=total, unit="B", unit_scale=True, delay=2, disable=disable)
+    return tqdm(desc=title, total=total, unit="B", unit_scale=True, delay=_DELAY, disable=disable)
 
 
 def load(
@@ -547,9 +555,9 @@ def load(
 ) -> tuple[Any, Report]:
     """Reads a folder's safetensors into a tree of parameters.
 
-    The whole folder is checked from its files' headers before anything is allocated. Then each tensor
-    goes to its devices in blocks of at most 64 MiB, cast there to the parameter's dtype: every device
-    gets its own slices, and the host never holds more than a block and the pages of one tensor.
+    The whole folder is checked from its files' headers before anything is allocated. Then each
+    tensor goes to its devices in blocks of at most 16 MiB, cast to the parameter's dtype: every
+    device gets its own slices, and the host holds no more than a block and one tensor's pages.
 
     Args:
       folder: holds `model.safetensors`, or shards and `model.safetensors.index.json`.
@@ -559,7 +567,8 @@ def load(
       initial: called with the path of each optional parameter that the checkpoint lacks; gives its
         new value.
       mesh: where the parameters live; without it, whole on the default device.
-      rules: (full-match regular expression on the path, PartitionSpec); the first that matches holds.
+      rules: pairs of a full-match regular expression on the path and a PartitionSpec; the first
+        that matches holds, and one must.
       progress: shows a bar on standard error when it takes longer than two seconds.
 
     Returns:
@@ -570,7 +579,8 @@ def load(
       ValueError: the table and the tree disagree, or a rule does not fit.
     """
     folder = Path(folder)
-    leaves, treedef = _flatten(params)
+    paths, values, treedef = flatten(params)
+    leaves = dict(zip(paths, values, strict=True))
     _check_table(tensors, leaves)
     shardings = {path: _sharding(path, tuple(x.shape), mesh, rules) for path, x in leaves.items()}
     stored = _stored(folder)
@@ -602,7 +612,7 @@ def load(
         initialised=tuple(path for path in leaves if path not in chosen),
         ignored=tuple(skipped),
     )
-    return treedef.unflatten([filled[path] for path in leaves]), report
+    return treedef.unflatten([filled[path] for path in paths]), report
 
 
 # ------------------------------------------------------------------------------------------ export
@@ -619,7 +629,7 @@ def _piece(array: Array, layer: int | None, *, transpose: bool, dtype: Any) -> A
 def _fetch(
     array: Array, layer: int | None, shape: tuple[int, ...], *, transpose: bool, dtype: Any
 ) -> np.ndarray:
-    """The stored form of a parameter, or of one of its layers, gathered from its shards on the host."""
+    """The stored form of a parameter, or of one of its layers, gathered on the host."""
     if len(array.addressable_shards) == 1:
         with _without_mesh():
             return np.asarray(_piece(array, layer, transpose=transpose, dtype=dtype))
@@ -664,7 +674,7 @@ def _files(entries: Mapping[str, tuple[tuple[int, ...], np.dtype]], limit: int) 
     groups: list[list[str]] = []
     free = 0
     for name, (shape, dtype) in entries.items():
-        # The header's line holds the name, the dtype, the sizes and two offsets; 256 are for the rest.
+        # A header's line holds name, dtype, sizes and two offsets; 256 bytes are for the rest.
         line = len(json.dumps(name)) + 21 * (len(shape) + 2) + 64
         need = math.prod(shape) * dtype.itemsize + line
         if need > limit - 256:
@@ -751,9 +761,10 @@ def export(
       tensors: the model's table, one row for each parameter.
       params: the tree of parameters; of `jax.ShapeDtypeStruct` where `leaf` gives the values.
       config: the contents of config.json; its dtype is set to that of the weights.
-      source: the folder the model was read from: its tokenizer files are copied, and its tensor names
-        kept where it names all tensors.
-      leaf: called once with each path, gives the parameter there: merges an adapter weight by weight.
+      source: the folder the model was read from: its tokenizer files are copied, and its tensor
+        names kept where it names all tensors.
+      leaf: called once with each path, gives the parameter there; so an adapter is merged weight
+        by weight, and no second model held.
       dtype: the dtype to store all tensors in; each parameter's own by default.
       max_shard_size: bytes per file, as a number or as "5GB"; more than one file gets an index.
       overwrite: replaces a folder that is not empty.
@@ -764,12 +775,13 @@ def export(
 
     Raises:
       FileExistsError: the folder is there, not empty, and `overwrite` is not set.
-      ValueError: the table and the tree disagree, a tensor is larger than `max_shard_size`, a dtype is
-        not that of a weight, a parameter has another shape than planned or is not wholly in this process.
+      ValueError: the table and the tree disagree, a tensor is larger than `max_shard_size`, a
+        dtype is none of a weight, a parameter is misshapen or spread over several processes.
       CheckpointError: the source's files cannot be read.
     """
     folder = Path(folder)
-    leaves, _ = _flatten(params)
+    paths, values, _ = flatten(params)
+    leaves = dict(zip(paths, values, strict=True))
     _check_table(tensors, leaves)
     limit = _size(max_shard_size)
     dtypes = {path: jnp.dtype(dtype or x.dtype) for path, x in leaves.items()}
