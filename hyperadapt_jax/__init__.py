@@ -1,5 +1,6 @@
 """HyperAdapt in JAX: fine-tune a frozen weight ``W`` as ``diag(1 + row) W diag(1 + col)``."""
 
+from hyperadapt_jax.merge import MergeReport, merge, unmerge
 from hyperadapt_jax.scales import (
     ScaleVectors,
     average,
@@ -13,6 +14,7 @@ from hyperadapt_jax.scales import (
 from hyperadapt_jax.targets import Plan, PlanError, Target, Weight, plan
 
 __all__ = [
+    "MergeReport",
     "Plan",
     "PlanError",
     "ScaleVectors",
@@ -25,5 +27,7 @@ __all__ = [
     "init",
     "interpolate",
     "invert",
+    "merge",
     "plan",
+    "unmerge",
 ]
