@@ -1,5 +1,6 @@
 """HyperAdapt in JAX: fine-tune a frozen weight ``W`` as ``diag(1 + row) W diag(1 + col)``."""
 
+from hyperadapt_jax import optim, sharding
 from hyperadapt_jax.merge import MergeReport, merge, unmerge
 from hyperadapt_jax.scales import (
     ScaleVectors,
@@ -28,6 +29,8 @@ __all__ = [
     "interpolate",
     "invert",
     "merge",
+    "optim",
     "plan",
+    "sharding",
     "unmerge",
 ]
