@@ -1,6 +1,15 @@
 """HyperAdapt in JAX: fine-tune a frozen weight ``W`` as ``diag(1 + row) W diag(1 + col)``."""
 
 from hyperadapt_jax import optim, sharding
+from hyperadapt_jax.adapt import (
+    Adapted,
+    Explanation,
+    MaterialisedError,
+    MaterialisedWarning,
+    Use,
+    adapt,
+    explain,
+)
 from hyperadapt_jax.merge import MergeReport, merge, unmerge
 from hyperadapt_jax.scales import (
     ScaleVectors,
@@ -15,16 +24,23 @@ from hyperadapt_jax.scales import (
 from hyperadapt_jax.targets import Plan, PlanError, Target, Weight, plan
 
 __all__ = [
+    "Adapted",
+    "Explanation",
+    "MaterialisedError",
+    "MaterialisedWarning",
     "MergeReport",
     "Plan",
     "PlanError",
     "ScaleVectors",
     "Target",
+    "Use",
     "Weight",
+    "adapt",
     "average",
     "canonical",
     "compose",
     "count",
+    "explain",
     "init",
     "interpolate",
     "invert",
