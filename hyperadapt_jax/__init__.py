@@ -1,6 +1,6 @@
 """HyperAdapt in JAX: fine-tune a frozen weight ``W`` as ``diag(1 + row) W diag(1 + col)``."""
 
-from hyperadapt_jax import optim, sharding
+from hyperadapt_jax import adapter_io, optim, sharding
 from hyperadapt_jax.adapt import (
     Adapted,
     Explanation,
@@ -10,6 +10,7 @@ from hyperadapt_jax.adapt import (
     adapt,
     explain,
 )
+from hyperadapt_jax.adapter_io import AdapterError, load, save
 from hyperadapt_jax.merge import MergeReport, merge, unmerge
 from hyperadapt_jax.scales import (
     ScaleVectors,
@@ -25,6 +26,7 @@ from hyperadapt_jax.targets import Plan, PlanError, Target, Weight, plan
 
 __all__ = [
     "Adapted",
+    "AdapterError",
     "Explanation",
     "MaterialisedError",
     "MaterialisedWarning",
@@ -36,6 +38,7 @@ __all__ = [
     "Use",
     "Weight",
     "adapt",
+    "adapter_io",
     "average",
     "canonical",
     "compose",
@@ -44,9 +47,11 @@ __all__ = [
     "init",
     "interpolate",
     "invert",
+    "load",
     "merge",
     "optim",
     "plan",
+    "save",
     "sharding",
     "unmerge",
 ]
