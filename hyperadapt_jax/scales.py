@@ -1,9 +1,10 @@
 """The scale vectors: their container, their start at the identity, and their algebra.
 
 A weight ``W`` becomes ``diag(1 + row) W diag(1 + col)`` in the paper's (outputs x inputs) layout
-(HyperAdapt, arXiv 2509.18629: ``row`` is its ``a - 1`` and ``col`` its ``b - 1``). Vectors are stored
-as the difference from one, in float32: a bfloat16 vector at one steps by 2**-7 and never moves under
-a usual learning rate, and weight decay on a difference pulls toward the identity, not toward zero.
+(HyperAdapt, arXiv 2509.18629: ``row`` is its ``a - 1`` and ``col`` its ``b - 1``). Vectors are
+stored as the difference from one, in float32: a bfloat16 vector at one steps by 2**-7 and never
+moves under a usual learning rate, and weight decay on a difference pulls toward the identity, not
+toward zero.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.scipy.special import xlog1py, xlogy
+
+from hyperadapt_jax import paths
 
 ROLES = ("in", "out", "stack", "-")
 SIDES = {"row": ("stack", "out"), "col": ("stack", "in")}
@@ -25,8 +29,10 @@ def side_axes(axes: str, side: str) -> tuple[int, ...]:
 
     Empty where the roles name no ``out`` (for row) or no ``in`` (for col): a one-sided weight.
 
-    >>> side_axes("stack in out", "row"), side_axes("stack in out", "col"), side_axes("- out", "col")
-    ((0, 2), (0, 1), ())
+    >>> side_axes("stack in out", "row"), side_axes("stack in out", "col")
+    ((0, 2), (0, 1))
+    >>> side_axes("- out", "col")
+    ()
     """
     roles = axes.split()
     if SIDES[side][1] not in roles:
@@ -59,13 +65,47 @@ Scales = dict[str, ScaleVectors]
 
 
 def widen(dtype: Any) -> Any:
-    """The dtype in which a scale multiplies: float32 for anything narrower, else the dtype itself."""
+    """The dtype in which a scale multiplies: float32 for anything narrower, else its own."""
     return jnp.promote_types(dtype, jnp.float32) if jnp.dtype(dtype).itemsize >= 4 else jnp.float32
 
 
 def along(delta: jax.Array, axes: Sequence[int], ndim: int) -> jax.Array:
     """``1 + delta`` with size-one axes added, to broadcast against an array of ``ndim`` axes."""
     return jnp.expand_dims(1 + delta, [i for i in range(ndim) if i not in axes])
+
+
+def check(scales: Scales, weights: Mapping[str, Any]) -> None:
+    """Refuses an adapter that does not fit the weights it would scale.
+
+    Args:
+      scales: the adapter.
+      weights: the parameter tree's arrays by path, as ``paths.arrays`` returns.
+
+    Raises:
+      ValueError: a path that is not there, roles that do not fit the number of axes, or a vector
+        that is missing, not called for, or of another shape than the weight's axes.
+    """
+    for path, vectors in scales.items():
+        if path not in weights:
+            raise ValueError(
+                f"the adapter scales {path}, which is none of the {len(weights)} arrays;"
+                f" {paths.nearest(path, weights)}"
+            )
+        shape, axes = np.shape(weights[path]), vectors.axes
+        if len(shape) != len(axes.split()):
+            raise ValueError(
+                f"{path} has {len(shape)} axes, shape {shape}, and the adapter gives roles for"
+                f" {len(axes.split())}: {axes!r}"
+            )
+        for side in SIDES:
+            delta = getattr(vectors, side)
+            has = None if delta is None else np.shape(delta)
+            needs = tuple(shape[i] for i in side_axes(axes, side)) or None
+            if has != needs:
+                raise ValueError(
+                    f"{path}: {side} has shape {has}, and a weight of shape {shape} with roles"
+                    f" {axes!r} needs {needs}: the adapter was made for another model"
+                )
 
 
 def init(plan: Any) -> Scales:
@@ -146,8 +186,8 @@ def check_invertible(scales: Scales, tol: float) -> None:
         if small.size and small.min() <= tol:
             where = np.unravel_index(small.argmin(), small.shape)
             raise ValueError(
-                f"{path}: {side}{list(map(int, where))} scales by {small.min():.2g}, too near zero to"
-                f" invert (tol={tol:g}): the weight's {side} cannot be recovered; keep the base model"
+                f"{path}: {side}{list(map(int, where))} scales by {small.min():.2g}, too near zero"
+                f" to invert (tol={tol:g}): what it scaled cannot be recovered; keep the base model"
             )
 
 
@@ -158,8 +198,8 @@ def average(
 ) -> Scales:
     """The weighted mean of adapters in log space: ``prod |1 + delta_i| ** w_i``, sign kept.
 
-    Scales multiply, so their natural mean is geometric. It needs equal signs: learned scales do turn
-    negative, and where adapters disagree on a sign ``signs`` says what happens.
+    Scales multiply, so their natural mean is geometric. It needs equal signs: learned scales do
+    turn negative, and where adapters disagree on a sign ``signs`` says what happens.
 
     Args:
       adapters: adapters of the same weights, sides and shapes.
@@ -175,32 +215,12 @@ def average(
     >>> average([a, b])["w"].row
     Array([1.], dtype=float32)
     """
-    if signs not in ("error", "linear"):
-        raise ValueError(f'signs must be "error" or "linear", not {signs!r}')
     if not adapters:
         raise ValueError("average needs at least one adapter")
     weights = [1 / len(adapters)] * len(adapters) if weights is None else list(weights)
     if len(weights) != len(adapters) or abs(sum(weights) - 1) > 1e-6:
         raise ValueError(f"give {len(adapters)} weights that sum to one, not {weights}")
-    for other in adapters[1:]:
-        _zip(adapters[0], other, lambda x, y: None, keep_lonely=False)
-    if signs == "error":
-        _check_signs(adapters)
-
-    def mean(*deltas):
-        scales = jnp.stack([1 + delta for delta in deltas])
-        # log1p and expm1 keep full precision where a scale is close to one.
-        log = sum(
-            w * jnp.where(jnp.abs(d) < 0.5, jnp.log1p(jnp.clip(d, -0.5)), jnp.log(jnp.abs(1 + d)))
-            for w, d in zip(weights, deltas, strict=True)
-        )
-        positive, negative = jnp.expm1(log), -jnp.exp(log) - 1
-        linear = sum(w * d for w, d in zip(weights, deltas, strict=True))
-        all_positive = jnp.all(scales >= 0, axis=0)
-        all_negative = jnp.all(scales <= 0, axis=0)
-        return jnp.where(all_positive, positive, jnp.where(all_negative, negative, linear))
-
-    return jax.tree.map(mean, *adapters)
+    return _mean(adapters, weights, signs)
 
 
 def interpolate(
@@ -208,22 +228,23 @@ def interpolate(
 ) -> Scales:
     """The point at ``t`` on the log-space path from one adapter (t=0) to another (t=1).
 
-    The weighted :func:`average` with weights ``1 - t`` and ``t``; t outside [0, 1] extrapolates.
+    The weighted :func:`average` with weights ``1 - t`` and ``t``. Outside [0, 1], t extrapolates;
+    it may be traced.
 
     >>> a, b = ({"w": ScaleVectors(jnp.array([d]), None, "- out")} for d in (0.0, 3.0))
     >>> interpolate(a, b, 0.5)["w"].row
     Array([1.], dtype=float32)
     """
-    return average([first, second], [1 - t, t], signs)
+    return _mean([first, second], [1 - t, t], signs)
 
 
 def canonical(scales: Scales) -> Scales:
-    """The same adapter in its canonical gauge, so that two adapters can be compared number by number.
+    """The same adapter in its canonical gauge, so that two can be compared number by number.
 
-    ``(c (1 + row), (1 + col) / c)`` gives the same weight for every ``c``: one number per matrix (per
-    stack slice) is free. Here ``c`` makes the root mean squares of the two sides equal, and makes
-    the entry of ``col`` with the largest magnitude positive. One-sided weights have no such freedom, and
-    a slice with a side that is zero throughout is left as it is.
+    ``(c (1 + row), (1 + col) / c)`` gives the same weight for every ``c``: one number per matrix
+    (per stack slice) is free. Here ``c`` makes the root mean squares of the two sides equal, and
+    makes the entry of ``col`` with the largest magnitude positive. One-sided weights have no such
+    freedom, and a slice with a side that is zero throughout is left as it is.
 
     >>> s = {"w": ScaleVectors(jnp.array([7.0, 7.0]), jnp.array([1.0, 1.0]), "in out")}
     >>> canonical(s)["w"].row, canonical(s)["w"].col
@@ -267,6 +288,32 @@ def _own_axes(axes: str, side: str) -> tuple[int, ...]:
     return tuple(i for i, axis in enumerate(side_axes(axes, side)) if roles[axis] != "stack")
 
 
+def _mean(adapters: Sequence[Scales], weights: Sequence[Any], signs: str) -> Scales:
+    if signs not in ("error", "linear"):
+        raise ValueError(f'signs must be "error" or "linear", not {signs!r}')
+    for other in adapters[1:]:
+        _zip(adapters[0], other, lambda x, y: None, keep_lonely=False)
+    if signs == "error":
+        _check_signs(adapters)
+
+    def mean(*deltas):
+        pairs = list(zip(weights, deltas, strict=True))
+        # log1p and expm1 keep full precision where a scale is close to one; at weight zero, the
+        # product counts a scale of zero as zero, not as undefined.
+        log = sum(
+            jnp.where(jnp.abs(d) < 0.5, xlog1py(w, jnp.clip(d, -0.5)), xlogy(w, jnp.abs(1 + d)))
+            for w, d in pairs
+        )
+        deltas = jnp.stack(deltas)
+        all_positive = jnp.all(deltas >= -1, axis=0)
+        all_negative = jnp.all(deltas <= -1, axis=0)
+        linear = sum(w * d for w, d in pairs)
+        mirrored = jnp.where(all_negative, -jnp.exp(log) - 1, linear)
+        return jnp.where(all_positive, jnp.expm1(log), mirrored)
+
+    return jax.tree.map(mean, *adapters)
+
+
 def _check_signs(adapters: Sequence[Scales]) -> None:
     known = [{(path, side): delta for path, side, delta in concrete(a)} for a in adapters]
     for key in known[0]:
@@ -274,9 +321,9 @@ def _check_signs(adapters: Sequence[Scales]) -> None:
         clash = np.any([s > 0 for s in scales], axis=0) & np.any([s < 0 for s in scales], axis=0)
         if clash.any():
             raise ValueError(
-                f"{key[0]}: {clash.sum()} of {clash.size} {key[1]} scales differ in sign between the"
-                ' adapters, and a mean in log space needs equal signs; signs="linear" takes the'
-                " arithmetic mean of those entries"
+                f"{key[0]}: {clash.sum()} of {clash.size} {key[1]} scales differ in sign between"
+                ' the adapters, and a mean in log space needs equal signs; signs="linear" takes'
+                " the arithmetic mean of those entries"
             )
 
 
@@ -310,6 +357,10 @@ def _common_roles(path: str, first: str, second: str, allow_one_sided: bool) -> 
     fits = len(first.split()) == len(second.split()) and all(
         a == b or (allow_one_sided and "-" in (a, b) and "stack" not in (a, b)) for a, b in pairs
     )
+    # Of a square weight, the one's in axis may be the other's unscaled one: never the same vector.
+    for side in SIDES:
+        here, there = side_axes(first, side), side_axes(second, side)
+        fits &= here == there or () in (here, there)
     if not fits:
         raise ValueError(f"{path}: axis roles differ: {first!r} and {second!r}")
     return " ".join(b if a == "-" else a for a, b in pairs)

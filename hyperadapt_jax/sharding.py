@@ -1,23 +1,127 @@
-"""The vectors' shardings, out of the weights'."""
+"""The vectors' shardings, out of the weights'.
+
+A vector is sharded as the axes of its weight that it spans. Under tensor parallelism that is best:
+each device holds the part of the vector that it multiplies by. Mesh axes that shard both the batch
+and the weights (FSDP) are different: there a weight is gathered before its use, and a vector that
+is sharded like it is gathered beside it, in every pass. ``replicate`` names those mesh axes: the
+vectors, small as they are, are kept whole along them.
+
+Inside ``jax.shard_map``, where a function sees its weight's shard alone, an adapted function needs
+the vectors' shards: there ``in_specs`` are :func:`vector_shardings` without ``replicate``.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from hyperadapt_jax import paths
+from hyperadapt_jax.scales import SIDES, Scales, side_axes
 
 
-def vector_spec(spec: PartitionSpec, axes: Sequence[int]) -> PartitionSpec:
+def vector_spec(
+    spec: PartitionSpec, axes: Sequence[int], replicate: Sequence[str] = ()
+) -> PartitionSpec:
     """A weight's partition spec, restricted to the axes that a vector spans.
 
-    >>> vector_spec(PartitionSpec(None, "data", ("model", "expert")), (0, 2)) == PartitionSpec(
-    ...     None, ("model", "expert")
-    ... )
+    Args:
+      spec: the weight's.
+      axes: the weight's axes that the vector spans, in the vector's order.
+      replicate: mesh axes along which the vector is kept whole.
+
+    >>> from jax.sharding import PartitionSpec as P
+    >>> vector_spec(P(None, "data", ("data", "model")), (0, 2)) == P(None, ("data", "model"))
+    True
+    >>> vector_spec(P(None, ("data", "model")), (0, 1), replicate=["data"]) == P(None, "model")
     True
     """
-    return PartitionSpec(*(spec[i] if i < len(spec) else None for i in axes))
+
+    def kept(entry):
+        if entry is None or isinstance(entry, str):
+            return None if entry in replicate else entry
+        names = tuple(name for name in entry if name not in replicate)
+        return names if len(names) > 1 else names[0] if names else None
+
+    return PartitionSpec(*(kept(spec[i]) if i < len(spec) else None for i in axes))
 
 
-def vector_sharding(sharding: NamedSharding, axes: Sequence[int]) -> NamedSharding | None:
-    """A weight's sharding, restricted to the axes that a vector spans; None where it spans none."""
-    return NamedSharding(sharding.mesh, vector_spec(sharding.spec, axes)) if axes else None
+def vector_sharding(
+    sharding: NamedSharding, axes: Sequence[int], replicate: Sequence[str] = ()
+) -> NamedSharding | None:
+    """A weight's sharding, restricted to the axes that a vector spans; None where it spans none.
+
+    Args:
+      sharding: the weight's.
+      axes: the weight's axes that the vector spans, in the vector's order.
+      replicate: mesh axes along which the vector is kept whole.
+
+    Raises:
+      ValueError: ``replicate`` names an axis that the mesh does not have.
+    """
+    check_axes(sharding.mesh, replicate)
+    spec = vector_spec(sharding.spec, axes, replicate)
+    return NamedSharding(sharding.mesh, spec) if axes else None
+
+
+def check_axes(mesh: Mesh | AbstractMesh, replicate: Sequence[str]) -> None:
+    """Raises ValueError where ``replicate`` is no list of axes of the mesh."""
+    if isinstance(replicate, str) or not set(replicate) <= set(mesh.axis_names):
+        raise ValueError(f"replicate lists axes of the mesh {mesh.axis_names}, not {replicate!r}")
+
+
+def vector_shardings(
+    scales: Scales, weights: Any, replicate: Sequence[str] = ()
+) -> Scales:
+    """The shardings of an adapter's vectors: for ``jax.device_put``, ``jax.jit``, a restore.
+
+    Args:
+      scales: the adapter, of arrays or ``jax.ShapeDtypeStruct``.
+      weights: the parameters, of arrays or ``jax.ShapeDtypeStruct`` that carry a sharding; or a
+        tree with the parameters' paths, of ``NamedSharding`` or of ``PartitionSpec``.
+      replicate: mesh axes along which the vectors are kept whole: those that shard the batch.
+
+    Returns:
+      A tree of the structure of ``scales``, of ``NamedSharding``, or of ``PartitionSpec`` where
+      ``weights`` holds these. On a single device, the vectors' device is their weight's.
+
+    Raises:
+      ValueError: no sharding is known for an adapted weight, or ``replicate`` names an axis that
+        the mesh does not have.
+
+    >>> import jax, jax.numpy as jnp
+    >>> import hyperadapt_jax as ha
+    >>> params = {"w": jnp.ones((4, 6))}
+    >>> scales = ha.init(ha.plan(params, ("w", "in out")))
+    >>> specs = vector_shardings(scales, {"w": PartitionSpec("data", "model")}, replicate=["data"])
+    >>> specs["w"].row == PartitionSpec("model"), specs["w"].col == PartitionSpec(None)
+    (True, True)
+    >>> scales = jax.device_put(scales, vector_shardings(scales, params))
+    """
+    names, leaves, _ = paths.flatten(weights)
+    known = dict(zip(names, leaves, strict=True))
+
+    def of(path, axes):
+        leaf = known.get(path)
+        sharding = getattr(leaf, "sharding", leaf)
+        if isinstance(sharding, PartitionSpec):
+            return vector_spec(sharding, axes, replicate)
+        if isinstance(sharding, NamedSharding):
+            return vector_sharding(sharding, axes, replicate)
+        if isinstance(sharding, SingleDeviceSharding):
+            return sharding
+        what = f"is of type {type(sharding).__name__}" if path in known else "is not there"
+        raise ValueError(
+            f"no sharding is known for {path}, which {what}: give arrays that carry a"
+            f" NamedSharding, or a tree of NamedSharding or PartitionSpec;"
+            f" {paths.nearest(path, known)}"
+        )
+
+    def both(path, vectors):
+        sides = [side for side in SIDES if getattr(vectors, side) is not None]
+        specs = {side: of(path, side_axes(vectors.axes, side)) for side in sides}
+        return dataclasses.replace(vectors, **specs)
+
+    return {path: both(path, vectors) for path, vectors in scales.items()}

@@ -12,7 +12,7 @@ import numpy as np
 
 from hyperadapt_jax import paths
 from hyperadapt_jax.scales import ROLES, SIDES, side_axes
-from hyperadapt_jax.sharding import vector_sharding
+from hyperadapt_jax.sharding import check_axes, vector_sharding
 from hyperadapt_jax.tables import table
 
 
@@ -71,6 +71,7 @@ class Weight:
     dtype: Any
     axes: str
     sharding: jax.sharding.NamedSharding | None = None
+    replicate: tuple[str, ...] = ()
 
     def _shape(self, side: str) -> tuple[int, ...] | None:
         return tuple(self.shape[i] for i in side_axes(self.axes, side)) or None
@@ -78,7 +79,7 @@ class Weight:
     def _sharding(self, side: str) -> jax.sharding.NamedSharding | None:
         if self.sharding is None:
             return None
-        return vector_sharding(self.sharding, side_axes(self.axes, side))
+        return vector_sharding(self.sharding, side_axes(self.axes, side), self.replicate)
 
     row_shape = property(lambda self: self._shape("row"), doc="Shape of the row vector, or None.")
     col_shape = property(lambda self: self._shape("col"), doc="Shape of the col vector, or None.")
@@ -133,6 +134,7 @@ def plan(
     *targets: Target | tuple[paths.Pattern, str],
     exclude: paths.Pattern | None = None,
     sides: Literal["both", "row", "col"] = "both",
+    replicate: Sequence[str] = (),
 ) -> Plan:
     """Chooses the weights to adapt: a dry run that allocates nothing.
 
@@ -141,6 +143,8 @@ def plan(
       *targets: which weights, with their axis roles; ``(pattern, axes)`` pairs will do.
       exclude: a regular expression, or suffixes, of paths to leave out.
       sides: ``"row"`` or ``"col"`` trains that one side of every target alone.
+      replicate: mesh axes along which the vectors of sharded weights are kept whole: those that
+        shard the batch, under FSDP (:mod:`hyperadapt_jax.sharding` says why).
 
     Returns:
       A :class:`Plan`, for :func:`hyperadapt_jax.init`. ``print`` it before training.
@@ -150,6 +154,7 @@ def plan(
         two targets; roles that do not fit the number of axes; a weight that is integer (and not
         declared quantised), has no numbers, or is tied to another. Each names the path and, where
         nothing matched, the nearest ones.
+      ValueError: ``replicate`` names an axis that a sharded weight's mesh does not have.
 
     >>> import hyperadapt_jax as ha
     >>> params = {"dense": {"kernel": jnp.ones((3, 5)), "bias": jnp.ones(5)}}
@@ -192,7 +197,10 @@ def plan(
             )
         sharding = getattr(leaf, "sharding", None)
         named = sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
-        weights.append(Weight(path, tuple(leaf.shape), leaf.dtype, axes, named))
+        if named is not None:
+            check_axes(named.mesh, replicate)
+        shape, whole = tuple(leaf.shape), tuple(replicate)
+        weights.append(Weight(path, shape, leaf.dtype, axes, named, whole))
     total = sum(int(np.prod(leaf.shape)) for leaf in arrays.values())
     return Plan(tuple(weights), total)
 

@@ -1,0 +1,55 @@
+"""The only place that knows one JAX version from another, and how a jaxpr is read.
+
+JAX 0.10 keeps a scan's counts in ``num_consts`` and ``num_carry``; from 0.11 they are the sizes of
+the first groups of ``ft_in``. JAX 0.12 merged ``ClosedJaxpr`` into ``Jaxpr``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from jax.extend import source_info_util
+from jax.sharding import Sharding
+
+
+def open_jaxpr(jaxpr: Any) -> tuple[Any, tuple[Any, ...]]:
+    """The jaxpr and the constants of a closed or an open jaxpr."""
+    return (jaxpr.jaxpr, tuple(jaxpr.consts)) if hasattr(jaxpr, "consts") else (jaxpr, ())
+
+
+def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
+    """How many of a scan equation's operands are constants, and how many are carried."""
+    if "ft_in" in params:
+        consts, carry, _ = params["ft_in"].unpack()
+        return len(consts.vals), len(carry.vals)
+    return params["num_consts"], params["num_carry"]
+
+
+def jit_shardings(params: dict[str, Any]) -> tuple[list[Sharding | None], list[Sharding | None]]:
+    """What shardings a jit equation states for its operands and results; None where none."""
+    return tuple(
+        [s if isinstance(s, Sharding) else None for s in params.get(key, ())]
+        for key in ("in_shardings", "out_shardings")
+    )
+
+
+def bind(eqn: Any, *operands: Any, **changed: Any) -> list[Any]:
+    """Runs an equation on new operands, some parameters changed, and returns all its results."""
+    params = eqn.primitive.get_bind_params({**eqn.params, **changed})
+    results = eqn.primitive.bind(*operands, **params)
+    return list(results) if eqn.primitive.multiple_results else [results]
+
+
+@contextlib.contextmanager
+def context_of(eqn: Any):
+    """Runs what is inside under an equation's name scope, traceback and context."""
+    source = eqn.source_info
+    stack = source_info_util.current_name_stack() + source.name_stack
+    with source_info_util.user_context(source.traceback, name_stack=stack), eqn.ctx.manager:
+        yield
+
+
+def where(eqn: Any) -> str:
+    """The user's line that an equation comes from: ``file:line:column (function)``."""
+    return source_info_util.summarize(eqn.source_info)

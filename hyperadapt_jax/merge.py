@@ -1,0 +1,182 @@
+"""The adapter multiplied into the weights, and divided out again.
+
+Merged, a model runs with no adapter at all. A narrow dtype pays for it: a bfloat16 weight keeps 8
+significant bits, and rounding the product can cost a good part of a small update. So the product is
+made in float32 and rounded once, the loss can be reported, and the base is worth keeping.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from hyperadapt_jax import paths
+from hyperadapt_jax.scales import Scales, ScaleVectors, along, check, check_invertible, widen
+from hyperadapt_jax.tables import table
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounding:
+    """What rounding cost one merged weight, as Frobenius norms, computed in float64.
+
+    Attributes:
+      path: the weight's path.
+      dtype: the weight's dtype, to which the product was rounded.
+      update: norm of the exact update, ``W * ((1 + row) * (1 + col) - 1)``.
+      error: norm of the merged weight minus the exact product.
+    """
+
+    path: str
+    dtype: str
+    update: float
+    error: float
+
+    @property
+    def relative(self) -> float:
+        """The error's share of the update; zero where the weight is exact."""
+        return self.error / self.update if self.error else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeReport:
+    """The rounding error of every merged weight. Printed, it is a table."""
+
+    weights: tuple[Rounding, ...]
+
+    def __str__(self) -> str:
+        rows = [
+            [w.path, w.dtype, f"{w.update:.3g}", f"{w.error:.3g}", f"{w.relative:.3%}"]
+            for w in self.weights
+        ]
+        header = ["weight", "dtype", "update", "error", "error/update"]
+        return table(header, rows, right="update error error/update")
+
+
+def merge(params: Any, scales: Scales, *, report: bool = False) -> Any:
+    """The parameters with the adapter multiplied in: ``W * (1 + row) * (1 + col)``.
+
+    The product is made in float32, or in the weight's dtype where that is wider, and rounded once
+    to the weight's dtype. All other leaves, biases among them, are passed on as they are. Each
+    weight keeps its sharding. Traceable, where no report is asked for.
+
+    Args:
+      params: the frozen parameters, any pytree of arrays.
+      scales: the adapter, ``{path: ScaleVectors}``.
+      report: whether to measure the rounding error, in float64 on the host.
+
+    Returns:
+      A tree like ``params``; with ``report``, that and a :class:`MergeReport`.
+
+    Raises:
+      ValueError: the adapter does not fit the parameters (the error names the path), a weight is
+        integer, or a report is asked for where this process does not hold the values.
+
+    >>> params = {"w": jnp.ones((2, 3)), "bias": jnp.ones(3)}
+    >>> scales = {"w": ScaleVectors(jnp.array([0.0, 1.0, 2.0]), jnp.array([0.0, -0.5]), "in out")}
+    >>> merge(params, scales)["w"]
+    Array([[1. , 2. , 3. ],
+           [0.5, 1. , 1.5]], dtype=float32)
+    """
+    old = _weights(params, scales)
+    if report and not all(map(_known, jax.tree.leaves([old, scales]))):
+        raise ValueError(
+            "a merge report needs the weights' values: ask for it outside of jit, in a process"
+            " that holds all shards"
+        )
+    new = {path: _apply(jnp.multiply, old[path], scales[path]) for path in scales}
+    merged = paths.replace(params, new)
+    if not report:
+        return merged
+    return merged, MergeReport(
+        tuple(_rounding(path, old[path], new[path], scales[path]) for path in old)
+    )
+
+
+def unmerge(merged: Any, scales: Scales, tol: float = 1e-6) -> Any:
+    """The base parameters back from merged ones: ``W / (1 + row) / (1 + col)``.
+
+    Divided in float32 and rounded once, like :func:`merge`. What merging rounded away stays lost:
+    in bfloat16 about one entry in a hundred differs from the base in its last bit.
+
+    Args:
+      merged: what :func:`merge` returned.
+      scales: the adapter that was merged.
+      tol: a scale whose magnitude is at most this cannot be divided out.
+
+    Raises:
+      ValueError: as :func:`merge`, or a scale within ``tol`` of zero (not checked where traced).
+
+    >>> params = {"w": jnp.ones((2, 3))}
+    >>> scales = {"w": ScaleVectors(jnp.array([0.0, 1.0, 2.0]), None, "- out")}
+    >>> bool((unmerge(merge(params, scales), scales)["w"] == params["w"]).all())
+    True
+    """
+    old = _weights(merged, scales)
+    check_invertible(scales, tol)
+    return paths.replace(
+        merged, {path: _apply(jnp.divide, old[path], scales[path]) for path in scales}
+    )
+
+
+def _weights(params: Any, scales: Scales) -> dict[str, Any]:
+    """The adapted weights by path, in the tree's order, once the adapter is known to fit them."""
+    arrays = paths.arrays(params)
+    check(scales, arrays)
+    weights = {path: leaf for path, leaf in arrays.items() if path in scales}
+    for path, leaf in weights.items():
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            raise ValueError(
+                f"{path} has dtype {leaf.dtype}: integer codes cannot hold a scaled weight. Keep"
+                " the adapter beside the quantised base, or merge into the weights before they are"
+                " quantised"
+            )
+    return weights
+
+
+def _apply(op: Callable[..., jax.Array], weight: Any, vectors: ScaleVectors) -> jax.Array:
+    result = _rounded_once(op, weight, vectors)
+    traced = isinstance(weight, jax.core.Tracer)
+    sharding = None if traced else getattr(weight, "sharding", None)
+    return jax.device_put(result, sharding) if isinstance(sharding, NamedSharding) else result
+
+
+@functools.partial(jax.jit, static_argnums=0)  # one fused pass, without float32 temporaries
+def _rounded_once(op: Callable[..., jax.Array], weight: Any, vectors: ScaleVectors) -> jax.Array:
+    wide = widen(weight.dtype)
+    product = weight.astype(wide)
+    for axes, delta in vectors.factors():
+        product = op(product, along(delta.astype(wide), axes, weight.ndim))
+    return product.astype(weight.dtype)
+
+
+def _known(array: Any) -> bool:
+    """Whether this process knows all of an array's values."""
+    return not isinstance(array, jax.core.Tracer) and getattr(array, "is_fully_addressable", True)
+
+
+def _rounding(path: str, weight: Any, merged: Any, vectors: ScaleVectors) -> Rounding:
+    wide = jnp.promote_types(weight.dtype, np.float64)
+    sizes = list(zip(weight.shape, vectors.axes.split(), strict=True))
+    factors = [
+        np.expand_dims(1 + np.asarray(delta, np.float64), sorted({*range(len(sizes))} - {*axes}))
+        for axes, delta in vectors.factors()
+    ]
+    weight, merged = np.asarray(weight), np.asarray(merged)
+    update = error = 0.0
+    # One stack slice at a time: float64 copies of a whole stack of layers would be large.
+    stacked = [range(n) if role == "stack" else [slice(None)] for n, role in sizes]
+    for spot in itertools.product(*stacked):
+        base = weight[spot].astype(wide)
+        change = base * (math.prod(factor[spot] for factor in factors) - 1)
+        update = math.hypot(update, np.linalg.norm(change))
+        error = math.hypot(error, np.linalg.norm(merged[spot].astype(wide) - (base + change)))
+    return Rounding(path, weight.dtype.name, update, error)

@@ -1,0 +1,187 @@
+"""What trains and what stays frozen: the trainable tree, and labels and masks of it for optax.
+
+Split the parameters, differentiate with respect to the trainable tree alone, and give the
+optimizer that tree alone::
+
+    trainable, frozen = split(params, scales, full="head/.*")
+
+    def loss(trainable, frozen, batch):
+        params, scales = combine(trainable, frozen)
+        return loss_of(forward(params, scales, batch))
+
+    grads = jax.grad(loss)(trainable, frozen, batch)
+
+Then no frozen weight has a gradient, an update or optimizer state: it is not there. The ways that
+keep one tree of everything need more care:
+
+* ``optax.masked(optimizer, mask)`` passes the raw gradients of the leaves that the mask leaves out
+  on as their updates, and ``optax.apply_updates`` adds those to the frozen weights.
+* ``optax.chain(optimizer, optax.masked(optax.set_to_zero(), frozen))`` leaves the weights as they
+  are, and allocates the optimizer's state for every one of them.
+* ``jax.lax.stop_gradient`` makes a weight's gradient zero, not absent: ``jax.grad`` with respect to
+  a tree that holds the weight still returns an array of the weight's size.
+
+:func:`freeze` avoids the first two; the third, only a gradient with respect to ``trainable`` alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hyperadapt_jax import paths
+from hyperadapt_jax.scales import Scales, widen
+from hyperadapt_jax.targets import PlanError, check_tied, matches
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Hole:
+    """The place in a frozen tree of a parameter that trains: a node without leaves."""
+
+    path: str
+    dtype: Any
+
+
+def split(
+    params: Any, scales: Scales, full: paths.Pattern | None = None
+) -> tuple[dict[str, Any], Any]:
+    """Separates what trains from what is frozen.
+
+    Args:
+      params: the model's parameters, any pytree.
+      scales: the scale vectors; all of them train.
+      full: which parameters train fully, such as a new classifier head: a regular expression that
+        matches whole "/"-paths, or a list of path suffixes.
+
+    Returns:
+      ``trainable``, which is ``{"scales": scales, "full": {path: array}}``, and ``frozen``, which
+      is ``params`` with a :class:`Hole` in the place of each array of ``full``. These arrays are
+      float32 as the scales are, whatever the model's dtype, so that no small update is lost.
+
+    Raises:
+      PlanError: ``full`` matches nothing, or matches an array that is scaled, tied to another or
+        not floating point.
+
+    >>> import hyperadapt_jax as ha
+    >>> params = {"body": jnp.ones((3, 5)), "head": jnp.ones(2, jnp.bfloat16)}
+    >>> scales = ha.init(ha.plan(params, ha.Target("body", "in out")))
+    >>> trainable, frozen = split(params, scales, full="head")
+    >>> list(trainable["scales"]), trainable["full"]
+    (['body'], {'head': Array([1., 1.], dtype=float32)})
+    >>> frozen["head"]
+    Hole(path='head', dtype=dtype(bfloat16))
+    """
+    chosen = _full(params, scales, full)
+    wide = {path: leaf.astype(widen(leaf.dtype)) for path, leaf in chosen.items()}
+    holes = {path: Hole(path, leaf.dtype) for path, leaf in chosen.items()}
+    return {"scales": scales, "full": wide}, paths.replace(params, holes)
+
+
+def combine(trainable: Mapping[str, Any], frozen: Any) -> tuple[Any, Scales]:
+    """Undoes :func:`split`: ``(params, scales)``, each parameter in the dtype that the model has.
+
+    Raises:
+      ValueError: the two do not belong together: a hole that nothing fills, or an array too many.
+
+    >>> combine({"scales": {}, "full": {"head": jnp.ones(2)}}, {"head": Hole("head", jnp.bfloat16)})
+    ({'head': Array([1, 1], dtype=bfloat16)}, {})
+    """
+    full = dict(trainable["full"])
+
+    def fill(leaf):
+        if not isinstance(leaf, Hole):
+            return leaf
+        if leaf.path not in full:
+            raise ValueError(f"{leaf.path} is in neither tree: it was split off the frozen one")
+        return full.pop(leaf.path).astype(leaf.dtype)
+
+    params = jax.tree.map(fill, frozen, is_leaf=lambda leaf: isinstance(leaf, Hole))
+    if full:
+        raise ValueError(f"{min(full)} is trainable, and the frozen tree has no hole for it")
+    return params, trainable["scales"]
+
+
+def labels(tree: Mapping[str, Any], full: paths.Pattern | None = None) -> dict[str, Any]:
+    """Labels each leaf ``"row"``, ``"col"``, ``"full"`` or ``"frozen"``, for ``optax.partition``.
+
+    Args:
+      tree: what :func:`split` returned as ``trainable``, or ``{"params": ..., "scales": ...}``.
+      full: which of ``tree["params"]`` train fully, as in :func:`split`; the others are frozen.
+
+    Returns:
+      A tree of the same structure, of strings.
+
+    Raises:
+      PlanError: as :func:`split`.
+
+    >>> from hyperadapt_jax import ScaleVectors
+    >>> tree = {"scales": {"w": ScaleVectors(jnp.zeros(5), jnp.zeros(3), "in out")}, "full": {}}
+    >>> marks = labels(tree)
+    >>> marks["scales"]["w"]
+    ScaleVectors(row='row', col='col', axes='in out')
+    >>> optimizer = optax.partition({"row": optax.adam(3e-3), "col": optax.adam(1e-3)}, marks)
+    """
+    if unknown := sorted(set(tree) - {"params", "scales", "full"}):
+        raise ValueError(f"give params and scales, or a trainable tree; this has {unknown[0]!r}")
+    marks = {
+        "scales": jax.tree_util.tree_map_with_path(lambda keys, _: keys[-1].name, tree["scales"])
+    }
+    if "full" in tree:
+        marks["full"] = dict.fromkeys(tree["full"], "full")
+    if "params" in tree:
+        chosen = _full(tree["params"], tree["scales"], full)
+        names, _, treedef = paths.flatten(tree["params"])
+        marks["params"] = treedef.unflatten(["full" if n in chosen else "frozen" for n in names])
+    return marks
+
+
+def mask(tree: Mapping[str, Any], full: paths.Pattern | None = None) -> dict[str, Any]:
+    """Which leaves of ``{"params": ..., "scales": ...}`` train: a tree of booleans.
+
+    Args:
+      tree: the parameters and the scale vectors.
+      full: which of ``tree["params"]`` train fully, as in :func:`split`.
+
+    >>> mask({"params": {"body": jnp.ones(3), "head": jnp.ones(2)}, "scales": {}}, full="head")
+    {'params': {'body': False, 'head': True}, 'scales': {}}
+    """
+    return jax.tree.map(lambda label: label != "frozen", labels(tree, full))
+
+
+def freeze(optimizer: optax.GradientTransformation, mask: Any) -> optax.GradientTransformation:
+    """The optimizer where ``mask`` is true; elsewhere updates of exactly zero, and no state.
+
+    Args:
+      optimizer: any optax transformation. For several, give ``optax.partition`` the :func:`labels`
+        and ``"frozen": optax.set_to_zero()``.
+      mask: booleans, as :func:`mask` returns.
+
+    >>> tree = {"params": jnp.ones(3), "scales": {}}
+    >>> optimizer = freeze(optax.adam(1e-3), mask(tree))
+    >>> updates, state = optimizer.update(tree, optimizer.init(tree), tree)
+    >>> updates["params"]
+    Array([0., 0., 0.], dtype=float32)
+    """
+    frozen = jax.tree.map(lambda trains: not trains, mask)
+    return optax.selective_transform(optimizer, freeze_mask=frozen)
+
+
+def _full(params: Any, scales: Scales, full: paths.Pattern | None) -> dict[str, Any]:
+    """The parameters that train fully, by path."""
+    if full is None:
+        return {}
+    arrays = paths.arrays(params)
+    chosen = {path: arrays[path] for path in sorted(matches(full, arrays, "full"))}
+    for path, leaf in chosen.items():
+        if path in scales:
+            raise PlanError(f"{path} is scaled, and cannot also train fully: select it once")
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            raise PlanError(f"{path} has dtype {leaf.dtype}, which no gradient trains")
+    check_tied(chosen, arrays)
+    return chosen
