@@ -206,7 +206,7 @@ def _draw(logits: Array, sampling: Sampling, rng: Array) -> Array:
 
 
 def _bucket(length: int) -> int:
-    """The next of a few lengths: 16, then four to each doubling, so that at most a fifth is padding."""
+    """The next of a few lengths, 16 and four to each doubling: at most a fifth is padding."""
     if length <= 16:
         return 16
     step = 1 << ((length - 1).bit_length() - 3)

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+import hyperadapt_jax as ha
 from hyperadapt_jax import models
-from hyperadapt_jax.models import decoder, encoder
-from hyperadapt_jax.models.config import Config, DecoderConfig
+from hyperadapt_jax.models import Config
 
 BATCH, LENGTH = 2, 11
 
@@ -63,6 +63,8 @@ def _encoder(family: str, name: str, **fields: Any) -> dict[str, Any]:
 _LABELS = {"id2label": {"0": "no", "1": "yes", "2": "maybe"}}
 _LABELS["label2id"] = {name: int(number) for number, name in _LABELS["id2label"].items()}
 _LONGROPE = {"type": "longrope", "short_factor": [1.0, 1.5, 2.0], "long_factor": [1.5, 4.0, 9.0]}
+
+DECODERS = ("llama3", "llama-dynamic", "mistral", "qwen2", "qwen2-sliding", "qwen3", "phi3")
 
 CASES: dict[str, Case] = {
     "llama2": Case(_decoder("llama", "Llama", num_key_value_heads=4)),
@@ -151,15 +153,10 @@ def batch(config: Config, padding: str, seed: int = 0) -> dict[str, np.ndarray]:
     return {"tokens": np.where(mask, tokens, config.pad_token), "mask": mask}
 
 
-def table(config: Config) -> tuple:
-    """The table of a configuration's tensors."""
-    return (decoder if isinstance(config, DecoderConfig) else encoder).tensors(config)
-
-
 def params_of(config: Config, state: dict[str, np.ndarray]) -> dict[str, Any]:
     """The tree of parameters out of a checkpoint's tensors, by the model's table."""
     tree: dict[str, Any] = {}
-    for tensor in table(config):
+    for tensor in models.tensors(config):
         layers = range(config.layers) if "{layer}" in tensor.name else [None]
         slices = [state[tensor.name.format(layer=layer)] for layer in layers]
         slices = [s.T if tensor.transpose else s for s in slices]
@@ -171,14 +168,35 @@ def params_of(config: Config, state: dict[str, np.ndarray]) -> dict[str, Any]:
     return tree
 
 
-def scaled(params: dict[str, Any], scales: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Every layer's kernel as ``diag(1 + col) W diag(1 + row)``, for the scales there are."""
-    layers = dict(params["layers"])
-    for name, vectors in scales.items():
-        kernel = layers[name]["kernel"]
-        row, col = 1 + vectors["row"][:, None, :], 1 + vectors["col"][:, :, None]
-        layers[name] = layers[name] | {"kernel": col * kernel * row}
-    return params | {"layers": layers}
+def scales_of(flat: dict[str, Any]) -> dict[str, ha.ScaleVectors]:
+    """An adapter out of recorded ``kernel/side`` vectors."""
+    return {
+        f"layers/{name}/kernel": ha.ScaleVectors(
+            flat[f"{name}/row"], flat[f"{name}/col"], axes="stack in out"
+        )
+        for name in dict.fromkeys(key.split("/")[0] for key in flat)
+    }
+
+
+def random_scales(model: models.Config, params: Any, seed: int = 0) -> dict[str, ha.ScaleVectors]:
+    """An adapter of every linear, far from the identity."""
+    rng = np.random.default_rng(seed)
+    scales = ha.init(ha.plan(params, *models.targets(model, "all-linear")))
+    return jax.tree.map(
+        lambda leaf: 0.2 * rng.standard_normal(leaf.shape).astype(np.float32), scales
+    )
+
+
+def random_params(config: Config, seed: int = 0) -> Any:
+    """Parameters large enough that every part of the model matters."""
+    rng = np.random.default_rng(seed)
+    _, shapes = models.functional(models.abstract(config))
+    return jax.tree.map_with_path(
+        lambda path, leaf: (
+            0.3 * rng.standard_normal(leaf.shape) + (path[-1].key == "scale")
+        ).astype(np.float32),
+        shapes,
+    )
 
 
 def output_of(output: Any) -> dict[str, Any]:
@@ -193,16 +211,6 @@ def loss(outputs: dict[str, Any], probes: dict[str, Any]) -> Any:
     return sum((outputs[name] * probes[name]).sum() for name in probes)
 
 
-def scaled_function(
-    fn: Callable[..., Any],
-    params: dict[str, Any],
-    inputs: dict[str, Any],
-    probes: dict[str, Any],
-) -> Callable[..., Any]:
-    """A compiled function of the scales: ``((loss, outputs), gradients)``."""
-
-    def run(scales: dict[str, dict[str, Any]]) -> tuple[Any, dict[str, Any]]:
-        outputs = output_of(fn(scaled(params, scales), inputs["tokens"], mask=inputs["mask"]))
-        return loss(outputs, probes), outputs
-
-    return jax.jit(jax.value_and_grad(run, has_aux=True))
+def jit(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """``jax.jit`` for a program that runs once: compiled fast rather than well."""
+    return jax.jit(fn, compiler_options={"xla_backend_optimization_level": 0}, **options)

@@ -1,35 +1,32 @@
-"""Compare a model with what the torch reference gave."""
+"""Compare a model, plain and adapted, with what the torch reference gave."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import jax
 import numpy as np
 
+import hyperadapt_jax as ha
 from hyperadapt_jax import models
 from tests.models import cases
 
 TOLERANCE = 2e-4
 
 
-def nested(flat: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Scales by kernel and then side, out of ``kernel/side`` keys."""
-    tree: dict[str, dict[str, Any]] = {}
-    for name, value in flat.items():
-        kernel, side = name.split("/")
-        tree.setdefault(kernel, {})[side] = value
-    return tree
-
-
 def check(config: models.Config, recorded: dict[str, dict[str, np.ndarray]]) -> None:
-    """Outputs, scaled outputs and gradients equal the recorded ones."""
+    """Outputs, adapted outputs and gradients for the scales equal the recorded ones."""
     params = cases.params_of(config, recorded["weights"])
     inputs, probes = recorded["inputs"], recorded["probes"]
     fn, wanted = models.functional(models.abstract(config))
     assert jax.tree.map(np.shape, params) == jax.tree.map(lambda leaf: leaf.shape, wanted)
-    scales = nested(recorded["scales"])
-    run = cases.scaled_function(fn, params, inputs, probes)
+    forward = ha.adapt(fn, materialise="error")
+
+    def run(scales):
+        output = forward(params, scales, inputs["tokens"], mask=inputs["mask"])
+        outputs = cases.output_of(output)
+        return cases.loss(outputs, probes), outputs
+
+    run = cases.jit(jax.value_and_grad(run, has_aux=True))
+    scales = cases.scales_of(recorded["scales"])
     _, plain = run(jax.tree.map(np.zeros_like, scales))[0]
     (_, changed), grads = run(scales)
     assert plain.keys() >= recorded["outputs"].keys()
@@ -38,10 +35,12 @@ def check(config: models.Config, recorded: dict[str, dict[str, np.ndarray]]) -> 
         for mine, theirs in ((plain, value), (changed, recorded["scaled_outputs"][name])):
             difference = np.abs(np.asarray(mine[name])[seen] - theirs[seen]).max()
             assert difference < TOLERANCE, (name, difference)
-    assert grads.keys() == nested(recorded["grads"]).keys()
-    for kernel, sides in nested(recorded["grads"]).items():
-        for side, theirs in sides.items():
+        assert np.abs(value - recorded["scaled_outputs"][name]).max() > 100 * TOLERANCE
+    expected = cases.scales_of(recorded["grads"])
+    for path, vectors in expected.items():
+        for side in ("row", "col"):
+            mine, theirs = np.asarray(getattr(grads[path], side)), getattr(vectors, side)
             # Gradients are sums over all tokens: compare to the size of the largest.
-            difference = np.abs(np.asarray(grads[kernel][side]) - theirs).max()
-            assert difference < TOLERANCE * max(1.0, np.abs(theirs).max()), (kernel, side)
-            assert np.abs(theirs).max() > 1e-3, f"{kernel}/{side} has no gradient to compare"
+            size = np.abs(theirs).max()
+            assert size > 1e-3, f"{path}: {side} has no gradient to compare"
+            assert np.abs(mine - theirs).max() < TOLERANCE * max(1.0, size), (path, side)

@@ -34,7 +34,7 @@ def names_of_kernels(config: models.Config) -> dict[str, str]:
     """For each kernel in the layers, its checkpoint name with ``{layer}``."""
     return {
         tensor.path.split("/")[1]: tensor.name
-        for tensor in cases.table(config)
+        for tensor in models.tensors(config)
         if tensor.path.startswith("layers/") and tensor.path.endswith("/kernel")
     }
 
