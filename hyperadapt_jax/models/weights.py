@@ -462,7 +462,7 @@ def _blocks(
 ) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
     """The part of a stored tensor at `index`, in blocks of rows: (start within the part, block)."""
     if not index:
-        yield (), view[...]
+        yield (), view[()]
         return
     (first, last), *rest = index
     columns = tuple(slice(*each) for each in rest)
@@ -578,7 +578,7 @@ def load(
       CheckpointError: the files cannot be read, or are not those of this model.
       ValueError: the table and the tree disagree, or a rule does not fit.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     paths, values, treedef = flatten(params)
     leaves = dict(zip(paths, values, strict=True))
     _check_table(tensors, leaves)
@@ -716,8 +716,13 @@ def _new_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
     """A folder beside the wanted one, which takes its name when all is written, or goes."""
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise FileExistsError(f"{folder} is not empty: choose another, or pass overwrite=True")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not overwrite:
+            raise FileExistsError(f"{folder} is not empty: choose another, or pass overwrite=True")
+        if not (folder / "config.json").is_file() or not all(f.is_file() for f in folder.iterdir()):
+            raise FileExistsError(
+                f"{folder} is more than a model, or none: to overwrite it, remove it yourself"
+            )
     folder.parent.mkdir(parents=True, exist_ok=True)
     mark = f".{folder.name}.{secrets.token_hex(4)}"
     partial, old = folder.parent / f"{mark}.partial", folder.parent / f"{mark}.old"
@@ -767,19 +772,20 @@ def export(
         by weight, and no second model held.
       dtype: the dtype to store all tensors in; each parameter's own by default.
       max_shard_size: bytes per file, as a number or as "5GB"; more than one file gets an index.
-      overwrite: replaces a folder that is not empty.
+      overwrite: replaces the model in a folder that holds one: config.json and other files, no
+        folders.
       progress: shows a bar on standard error when it takes longer than two seconds.
 
     Returns:
       The folder.
 
     Raises:
-      FileExistsError: the folder is there, not empty, and `overwrite` is not set.
+      FileExistsError: the folder is not empty and not to be overwritten.
       ValueError: the table and the tree disagree, a tensor is larger than `max_shard_size`, a
         dtype is none of a weight, a parameter is misshapen or spread over several processes.
       CheckpointError: the source's files cannot be read.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser().absolute()
     paths, values, _ = flatten(params)
     leaves = dict(zip(paths, values, strict=True))
     _check_table(tensors, leaves)

@@ -895,6 +895,10 @@ def test_only_an_empty_folder_is_filled_unless_told_so(tmp_path):
     assert weights.read_json(tmp_path / "out", "config.json")["run"] == 3
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
     assert not (tmp_path / "out" / "stale").exists()
+    for mine in (tmp_path, tmp_path / "out"):
+        (tmp_path / "out" / "folder").mkdir(exist_ok=True)
+        with pytest.raises(FileExistsError, match="remove it yourself"):
+            weights.export(mine, TABLE, tree, config={}, overwrite=True)
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError, match="is a file"):
         weights.export(tmp_path / "file", TABLE, tree, config={}, overwrite=True)
