@@ -31,7 +31,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from hyperadapt_jax.paths import flatten
+from hyperadapt_jax.paths import flatten, matcher
 
 Array = jax.Array
 Rules = Sequence[tuple[str, PartitionSpec]]
@@ -48,15 +48,18 @@ _ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _DELAY = 2.0  # seconds of work before a progress bar shows
 _LFS = b"version https://git-lfs"  # how a file starts whose contents were not fetched
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-# What a tokenizer may consist of, and how a model is to generate: text and sentencepiece, no code.
+# What a tokenizer may consist of, and how a model is to generate: data alone, no code.
 _COMPANIONS = (
-    "tokenizer*",
+    "tokenizer*.json",
+    "tokenizer.model*",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.*",
+    "vocab.json",
+    "vocab.txt",
     "merges.txt",
     "*.model",
-    "chat_template*",
+    "chat_template.jinja",
+    "chat_template.json",
     "generation_config.json",
 )
 
@@ -319,14 +322,15 @@ def _check_table(tensors: Sequence[Tensor], leaves: Mapping[str, Any]) -> None:
     if unknown := sorted(set(paths) - set(leaves)):
         raise ValueError(f"the table of tensors fills {_some(unknown)}, which the model lacks")
     for tensor in tensors:
+        leaf = leaves[tensor.path]
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(f"{tensor.path} has dtype {leaf.dtype}: weights are floating-point")
         if any(("{layer}" in alias) != tensor.stacked for alias in tensor.aliases):
             raise ValueError(f"an alias of {tensor.name!r} disagrees with it about '{{layer}}'")
-        rank = len(leaves[tensor.path].shape) - tensor.stacked
+        rank = len(leaf.shape) - tensor.stacked
         if rank < 0 or (tensor.transpose and rank != 2):
-            raise ValueError(
-                f"{tensor.path} {tuple(leaves[tensor.path].shape)} cannot be "
-                f"{'stacked' if tensor.stacked else ''} {'transposed' if tensor.transpose else ''}"
-            )
+            how = " and ".join(["stacked"] * tensor.stacked + ["transposed"] * tensor.transpose)
+            raise ValueError(f"{tensor.path} {tuple(leaf.shape)} cannot be {how}")
 
 
 def _shape_in_file(tensor: Tensor, shape: Sequence[int]) -> tuple[int, ...]:
@@ -344,20 +348,19 @@ def _choose(
 ) -> tuple[dict[str, list[_Stored]], list[str]]:
     """The stored tensors that fill each parameter, layer by layer, and the names found nowhere."""
     chosen: dict[str, list[_Stored]] = {}
-    missing = []
+    missing: list[str] = []
     for tensor in tensors:
-        parts = []
+        parts, absent = [], []
         for layer in _layers(tensor, leaves[tensor.path].shape):
             there = [name for name in tensor.names(layer) if name in stored]
             if len(there) > 1:
                 places = ", ".join(f"{name} in {stored[name].file}" for name in there)
                 raise CheckpointError(f"{tensor.path} is there under several names: {places}")
             parts += [stored[name] for name in there]
-            missing += [] if there else [tensor.names(layer)[0]]
+            absent += [] if there else [tensor.names(layer)[0]]
         if parts or not tensor.optional:
             chosen[tensor.path] = parts
-        else:
-            del missing[len(missing) - len(_layers(tensor, leaves[tensor.path].shape)) :]
+            missing += absent
     return chosen, missing
 
 
@@ -373,7 +376,8 @@ def _check(
     """Raises where the checkpoint is not the model's; gives the names to pass over."""
     taken = {part.name for parts in chosen.values() for part in parts}
     rest = [name for name in stored if name not in taken]
-    skipped = [name for name in rest if any(re.fullmatch(pattern, name) for pattern in ignored)]
+    matchers = [matcher(pattern) for pattern in ignored]
+    skipped = [name for name in rest if any(matches(name) for matches in matchers)]
     extra = [name for name in rest if name not in skipped]
     problems = []
     if missing:
@@ -415,7 +419,7 @@ def _sharding(
             raise ValueError("sharding rules need the mesh that they speak of: pass mesh=")
         return None
     for pattern, spec in rules:
-        if re.fullmatch(pattern, path):
+        if matcher(pattern)(path):
             try:
                 sharding = NamedSharding(mesh, spec)
                 if len(spec) > len(shape):
@@ -698,9 +702,8 @@ def _file(name: str, entries: Mapping[str, tuple[tuple[int, ...], np.dtype]]) ->
     """Lays out one file: eight bytes of length, a JSON header, the tensors without gaps."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for key in sorted(
-        entries, key=lambda key: -entries[key][1].itemsize
-    ):  # so that all are aligned
+    # The widest dtypes first, so that each tensor is aligned to its own.
+    for key in sorted(entries, key=lambda key: -entries[key][1].itemsize):
         shape, dtype = entries[key]
         start, end = end, end + math.prod(shape) * dtype.itemsize
         header[key] = {"dtype": _CODES[dtype.name], "shape": shape, "data_offsets": (start, end)}
@@ -729,11 +732,14 @@ def _new_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
+        for file in partial.iterdir():  # on the disk before it has its name
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
         if folder.exists():
             folder.rename(old)
         try:
             partial.rename(folder)
-        except OSError:
+        except BaseException:
             if old.exists():
                 old.rename(folder)
             raise
@@ -783,9 +789,10 @@ def export(
       FileExistsError: the folder is not empty and not to be overwritten.
       ValueError: the table and the tree disagree, a tensor is larger than `max_shard_size`, a
         dtype is none of a weight, a parameter is misshapen or spread over several processes.
-      CheckpointError: the source's files cannot be read.
+      FileNotFoundError, CheckpointError: the source, or one of its files, cannot be read.
     """
-    folder = Path(folder).expanduser().absolute()
+    folder = Path(folder).expanduser().resolve()
+    source = None if source is None else resolve(source)
     paths, values, _ = flatten(params)
     leaves = dict(zip(paths, values, strict=True))
     _check_table(tensors, leaves)
@@ -796,7 +803,7 @@ def export(
             raise ValueError(
                 f"{path} would be stored as {each.name}: choose one of {', '.join(_CODES)}"
             )
-    names = _names(tensors, leaves, None if source is None else Path(source))
+    names = _names(tensors, leaves, source)
 
     entries: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
     for tensor, layer in _order(tensors, leaves):
@@ -809,7 +816,7 @@ def export(
     with _new_folder(folder, overwrite) as partial:
         _write_json(partial / "config.json", _with_dtype(config, entries, size))
         if source is not None:
-            _copy_companions(Path(source), partial)
+            _copy_companions(source, partial)
         if len(files) > 1:
             weight_map = {name: file_of[name].name for name in entries}
             index = {"metadata": {"total_size": sum(size.values())}, "weight_map": weight_map}
@@ -834,11 +841,12 @@ def export(
                         layer if tensor.stacked else None,
                         entries[name][0],
                         transpose=tensor.transpose,
-                        dtype=entries[name][1],
+                        dtype=jax.dtypes.canonicalize_dtype(entries[name][1]),
                     )
+                    data = np.ascontiguousarray(data, entries[name][1])
                     with open(partial / file_of[name].name, "r+b") as out:
                         out.seek(file_of[name].offsets[name])
-                        out.write(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
+                        out.write(data.reshape(-1).view(np.uint8).data)
                     bar.update(size[name])
                 del array
     return folder

@@ -264,6 +264,7 @@ def test_initial_values_are_sharded_too(tmp_path, mesh):
 @pytest.mark.parametrize(
     "rules, message",
     [
+        ([("(", P())], "'\\(' is no regular expression"),
         ([("embed", P())], "no sharding rule matches .*end the rules with"),
         ([("embed", P("model", None)), (".*", P())], r"does not fit embed \(9, 8\)"),
         ([(".*", P("tensor"))], "does not fit .*tensor"),
@@ -625,7 +626,7 @@ def test_the_hub_is_asked_for_weights_and_texts_alone(tmp_path, monkeypatch):
         "1_Pooling/config.json",
         "tf_model.h5",
         "model.pt",
-        "tokenization_x.py",
+        "tokenizer_x.py",
     ]
     wanted = hub.utils.filter_repo_objects(
         names, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
@@ -762,6 +763,29 @@ def test_all_may_be_stored_in_one_dtype(tmp_path):
         weights.export(tmp_path / "no", TABLE, tree, config={}, dtype="int8")
 
 
+def test_a_wider_dtype_than_the_devices_have_is_stored(tmp_path):
+    tensors = stored()
+    tree, _ = weights.load(write(tmp_path / "in", tensors), TABLE, tree_of())
+    weights.export(tmp_path / "out", TABLE, tree, config={}, dtype="float64")
+    for name, value in read_all(tmp_path / "out").items():
+        np.testing.assert_array_equal(value, tensors[name].astype("float64"), strict=True)
+
+
+def test_weights_are_floating_point(tmp_path):
+    write(tmp_path, stored())
+    with pytest.raises(ValueError, match="has dtype int8: weights are floating-point"):
+        weights.load(tmp_path, TABLE, tree_of("int8"))
+
+
+def test_a_folder_may_be_a_link(tmp_path):
+    tree = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree_of())
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    weights.export(tmp_path / "link", TABLE, tree, config={})
+    assert {file.name for file in tmp_path.iterdir()} == {"real", "link"}
+    assert (tmp_path / "real" / "model.safetensors").exists()
+
+
 def test_layers_stay_together_and_in_order(tmp_path):
     tree = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree_of())
     weights.export(tmp_path / "out", TABLE, tree, config={}, max_shard_size=1100)
@@ -829,7 +853,13 @@ def test_the_sources_tokenizer_and_names_are_kept(tmp_path):
         "generation_config.json": "{}",
         "chat_template.jinja": "{{ x }}",
     }
-    for name, text in {**kept, "modeling_x.py": "", "README.md": "", "a.bin": ""}.items():
+    for name, text in {
+        **kept,
+        "modeling_x.py": "",
+        "tokenizer_x.py": "",
+        "README.md": "",
+        "a.bin": "",
+    }.items():
         (source / name).write_text(text)
     (source / "tokenizer").mkdir()
     tree, _ = weights.load(source, TABLE, tree_of())
