@@ -581,6 +581,15 @@ def load(
     Raises:
       CheckpointError: the files cannot be read, or are not those of this model.
       ValueError: the table and the tree disagree, or a rule does not fit.
+
+    >>> import tempfile
+    >>> table = [Tensor("{layer}.up.weight", "up/kernel", transpose=True)]
+    >>> stacked = {"up": {"kernel": jnp.ones((2, 4, 3))}}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = export(folder, table, stacked, config={})
+    ...     tree, report = load(folder, table, stacked)
+    >>> tree["up"]["kernel"].shape, report.loaded
+    ((2, 4, 3), ('up/kernel',))
     """
     folder = Path(folder).expanduser()
     paths, values, treedef = flatten(params)
@@ -790,6 +799,14 @@ def export(
       ValueError: the table and the tree disagree, a tensor is larger than `max_shard_size`, a
         dtype is none of a weight, a parameter is misshapen or spread over several processes.
       FileNotFoundError, CheckpointError: the source, or one of its files, cannot be read.
+
+    >>> import tempfile
+    >>> table = [Tensor("{layer}.up.weight", "up/kernel", transpose=True)]
+    >>> shapes = {"up": {"kernel": jax.ShapeDtypeStruct((2, 4, 3), "bfloat16")}}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = export(folder, table, shapes, config={}, leaf=lambda path: jnp.ones((2, 4, 3)))
+    ...     print(sorted(os.listdir(folder)), read_json(folder, "config.json"))
+    ['config.json', 'model.safetensors'] {'torch_dtype': 'bfloat16'}
     """
     folder = Path(folder).expanduser().resolve()
     source = None if source is None else resolve(source)
