@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import jax
 import numpy as np
 
@@ -44,3 +46,23 @@ def check(config: models.Config, recorded: dict[str, dict[str, np.ndarray]]) -> 
             size = np.abs(theirs).max()
             assert size > 1e-3, f"{path}: {side} has no gradient to compare"
             assert np.abs(mine - theirs).max() < TOLERANCE * max(1.0, size), (path, side)
+
+
+def check_minilm(weights: pathlib.Path, recorded: dict[str, np.ndarray]) -> None:
+    """Sentence embeddings, means over the tokens, point where the recorded ones do."""
+    model = models.load(weights / "all-MiniLM-L6-v2")
+    tokens, mask = recorded["minilm/tokens"], recorded["minilm/mask"]
+    sequence = cases.jit(lambda: model(tokens, mask=mask).sequence)()
+    mine = (sequence * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)
+    theirs = recorded["minilm/embeddings"]
+    norms = np.linalg.norm(mine, axis=1) * np.linalg.norm(theirs, axis=1)
+    assert (1 - (mine * theirs).sum(1) / norms < 1e-4).all()
+    assert np.abs(mine - theirs).max() < TOLERANCE
+
+
+def check_stories(model: models.Decoder, recorded: dict[str, np.ndarray]) -> None:
+    """The greedy continuation is the recorded one, token for token."""
+    fn, params = models.functional(model)
+    prompt = recorded["stories/prompt"].tolist()
+    (mine,) = models.generate(fn, params, prompts=[prompt], max_new_tokens=200)
+    assert mine == recorded["stories/continuation"].tolist()

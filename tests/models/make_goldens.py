@@ -19,7 +19,7 @@ FOLDER = pathlib.Path(__file__).parent / "goldens"
 
 
 def main() -> None:
-    """Write one file per case."""
+    """Write one file per case, and one of pre-trained models where `shared/weights` is there."""
     FOLDER.mkdir(exist_ok=True)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     for name, case in cases.CASES.items():
@@ -31,8 +31,12 @@ def main() -> None:
         }
         metadata = versions | {"config": json.dumps(case.config, sort_keys=True)}
         save_file(arrays, FOLDER / f"{name}.safetensors", metadata=metadata)
+    weights = FOLDER.parents[3] / "shared" / "weights"
+    if weights.is_dir():
+        arrays = {n: np.ascontiguousarray(a) for n, a in reference.pretrained(weights).items()}
+        save_file(arrays, FOLDER / "pretrained.safetensors", metadata=versions)
     size = sum(file.stat().st_size for file in FOLDER.iterdir())
-    print(f"{len(cases.CASES)} files, {size / 1024:.0f} KiB in {FOLDER}")
+    print(f"{len(cases.CASES)} cases, {size / 1024:.0f} KiB in {FOLDER}")
 
 
 if __name__ == "__main__":

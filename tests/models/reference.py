@@ -53,6 +53,49 @@ def outputs_of(model: torch.nn.Module, inputs: dict[str, np.ndarray], weights: d
     return {name: value for name, value in found.items() if value is not None}
 
 
+SENTENCES = (
+    "A cat sits on the mat.",
+    "On the mat there is a cat!",
+    "Scale the rows and the columns of a frozen matrix, and leave its bias alone.",
+    "Paris",
+)
+
+
+def pretrained(weights: pathlib.Path) -> dict[str, np.ndarray]:
+    """What torch makes of real weights: sentence embeddings and a greedy story.
+
+    Args:
+      weights: the folder that holds ``all-MiniLM-L6-v2`` and ``stories260K``.
+
+    Returns:
+      ``minilm/tokens``, ``minilm/mask`` and ``minilm/embeddings`` (means over tokens, ``[B, D]``);
+      ``stories/prompt`` and ``stories/continuation`` (200 tokens).
+    """
+    folder = weights / "all-MiniLM-L6-v2"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModel.from_pretrained(folder).eval()
+    batch = tokenizer(list(SENTENCES), padding=True, return_tensors="pt")
+    with torch.no_grad():
+        sequence = model(**batch).last_hidden_state
+    mask = batch["attention_mask"][..., None]
+    embeddings = (sequence * mask).sum(1) / mask.sum(1)
+    folder = weights / "stories260K"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    prompt = tokenizer("Once upon a time", return_tensors="pt").input_ids
+    story = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=200,
+        eos_token_id=None, pad_token_id=0,
+    )[0, prompt.shape[1] :]
+    return {
+        "minilm/tokens": batch["input_ids"].numpy(),
+        "minilm/mask": batch["attention_mask"].numpy().astype(bool),
+        "minilm/embeddings": embeddings.numpy(),
+        "stories/prompt": prompt[0].numpy(),
+        "stories/continuation": story.numpy(),
+    }
+
+
 def run(case: cases.Case, seed: int = 0) -> dict[str, dict[str, np.ndarray]]:
     """Everything a comparison needs, as nested dicts of arrays.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import pytest
 
 pytest.importorskip("torch")
@@ -24,3 +26,9 @@ def test_a_written_configuration_gives_the_same_torch_model(name: str) -> None:
     written = models.config_to_dict(config)
     assert models.config_from_dict(written) == config
     compare.check(config, reference.run(case._replace(config=written), seed=3))
+
+
+def test_pretrained_models_equal_torch(shared: pathlib.Path) -> None:
+    recorded = reference.pretrained(shared / "weights")
+    compare.check_minilm(shared / "weights", recorded)
+    compare.check_stories(models.load(shared / "weights" / "stories260K"), recorded)
