@@ -13,6 +13,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
+from hyperadapt_jax import paths
 from hyperadapt_jax.models import decoder, encoder, weights
 from hyperadapt_jax.models.config import (
     Config,
@@ -24,7 +25,6 @@ from hyperadapt_jax.models.config import (
 )
 from hyperadapt_jax.models.decoder import Decoder
 from hyperadapt_jax.models.encoder import Encoder
-from hyperadapt_jax.paths import flatten
 
 Model = Decoder | Encoder
 Params = Mapping[str, Any]
@@ -124,8 +124,7 @@ def with_params(config: Config, params: Params, **options: Any) -> Model:
       ValueError: a parameter is missing, extra or misshapen.
     """
     fn, abstract_params = functional(abstract(config, **options))
-    trees = (abstract_params, params)
-    wanted, given = (dict(zip(*flatten(tree)[:2], strict=True)) for tree in trees)
+    wanted, given = paths.arrays(abstract_params), paths.arrays(params)
     for path in sorted(wanted.keys() ^ given.keys()):
         raise ValueError(f"{path}: {'missing' if path in wanted else 'not a parameter'}")
     for path, leaf in given.items():
@@ -186,8 +185,7 @@ def load(
     def initial(path: str) -> jax.Array:
         def make() -> jax.Array:
             _, fresh = functional(create(config, seed=seed, **options))
-            paths, leaves, _ = flatten(fresh)
-            return leaves[paths.index(path)]
+            return paths.arrays(fresh)[path]
 
         # Compiled, so that nothing but this one parameter is ever allocated.
         return jax.jit(make)()

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from hyperadapt_jax.models.layers import ACTIVATIONS
@@ -20,7 +20,8 @@ from hyperadapt_jax.models.layers import ACTIVATIONS
 IGNORED_FIELDS: dict[str, str] = {
     **dict.fromkeys(
         ("transformers_version", "_name_or_path", "name_or_path", "auto_map", "tokenizer_class",
-         "prefix", "finetuning_task", "task_specific_params", "unsloth_fixed", "unsloth_version"),
+         "prefix", "finetuning_task", "task_specific_params", "unsloth_fixed", "unsloth_version",
+         "transformers.js_config"),
         "says where the checkpoint came from; remote code is never run",
     ),
     **dict.fromkeys(
@@ -32,6 +33,11 @@ IGNORED_FIELDS: dict[str, str] = {
     **dict.fromkeys(
         ("return_dict", "output_attentions", "output_hidden_states", "output_past"),
         "says what torch returns",
+    ),
+    **dict.fromkeys(
+        ("directionality", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers",
+         "pooler_size_per_head", "pooler_type"),
+        "was written into the first multilingual BERT files and is read by no implementation",
     ),
     **dict.fromkeys(
         ("label2id", "problem_type", "sep_token_id", "decoder_start_token_id",
@@ -352,6 +358,9 @@ def _decoder(fields: _Fields, family: str) -> DecoderConfig:
     # another model.
     for name in ("attention_dropout", "resid_pdrop", "embd_pdrop"):
         fields.expect(name, 0, 0.0)
+    if family == "llama":
+        fields.expect("is_llama_config", True)
+        fields.expect("rope_interleaved", False)
     if family == "phi3":
         fields.expect("full_attn_mod", 1)
         fields.expect("interpolate_factor", 1)
@@ -550,9 +559,9 @@ def config_to_dict(config: Config) -> dict[str, Any]:
     Returns:
       Fields in the spelling that readers of every age know (``rope_theta``, ``rope_scaling``).
     """
-    write: Callable[[Any], dict[str, Any]]
-    write = _decoder_to_dict if isinstance(config, DecoderConfig) else _encoder_to_dict
-    return write(config)
+    if isinstance(config, DecoderConfig):
+        return _decoder_to_dict(config)
+    return _encoder_to_dict(config)
 
 
 def _decoder_to_dict(config: DecoderConfig) -> dict[str, Any]:

@@ -155,7 +155,9 @@ class Layer(nnx.Module):
             if window is not None:
                 distance = context.query_index[:, None] - context.key_index
                 mask = mask & (distance < window)
-            y = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=self.attention)
+            # Flash kernels have nothing to save where one query meets a cache.
+            implementation = self.attention if kept is None else None
+            y = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
         x = x + self.o(y.reshape(*y.shape[:2], -1))
         y = self.mlp_norm(x)
         if config.fused:
@@ -181,13 +183,17 @@ class Layer(nnx.Module):
 class Decoder(nnx.Module):
     """A causal language model: ``model(tokens)`` gives the next token's logits at every place.
 
+    Call it under ``jax.jit`` (or take `functional` of it): op by op, its scan is traced anew each
+    time.
+
     Args:
       config: the architecture.
       dtype: dtype of the computation; logits are float32 always.
       param_dtype: dtype of the parameters; ``dtype`` if not given.
       remat: what the backward pass finds stored, by name: ``none``, ``dots`` or ``full``.
-      attention: implementation of `jax.nn.dot_product_attention`: None for its own choice,
-        ``xla``, or ``cudnn`` for the flash kernels of an NVIDIA GPU (bfloat16 or float16).
+      attention: implementation of `jax.nn.dot_product_attention`, in calls without a cache: None
+        for its own choice, ``xla``, or ``cudnn`` for the flash kernels of an NVIDIA GPU (bfloat16
+        or float16).
       rngs: source of the initial parameters, stream ``params``.
 
     Raises:

@@ -131,6 +131,9 @@ class Classifier(nnx.Module):
 class Encoder(nnx.Module):
     """A bidirectional encoder, with a classification or regression head if its config has labels.
 
+    Call it under ``jax.jit`` (or take `functional` of it): op by op, its scan is traced anew each
+    time.
+
     Args:
       config: the architecture.
       dtype: dtype of the computation; logits are float32 always.
