@@ -20,7 +20,7 @@ def make(name: str, **options):
     return config, fn, cases.random_params(config)
 
 
-@pytest.mark.parametrize("name", cases.DECODERS)
+@pytest.mark.parametrize("name", [*cases.DECODERS, "phi4-mini-long"])
 def test_a_cache_changes_no_logits(name: str) -> None:
     config, fn, params = make(name)
     inputs = cases.batch(config, "left")

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import hyperadapt_jax as ha
 from hyperadapt_jax import models
 from hyperadapt_jax.models import layers
 from tests.models import cases
@@ -45,6 +46,17 @@ def test_dropout_follows_its_key(name: str) -> None:
     still = fn(params, tokens).logits
     np.testing.assert_array_equal(still, fn(params, tokens).logits)
     assert np.abs(one - still).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_every_target_is_scaled_on_activations_in_training(name: str) -> None:
+    config, _, params = make(name)
+    scales = cases.random_scales(config, params)
+    fn, _ = models.functional(models.abstract(config, remat="full"))
+    tokens = cases.batch(config, "none")["tokens"]
+    explanation = ha.explain(ha.adapt(fn), params, scales, tokens, rng=jax.random.key(0))
+    assert set(explanation.on_activations) == set(scales)
+    assert explanation.materialised == explanation.unused == ()
 
 
 def test_dropout_keeps_the_mean_and_the_share() -> None:

@@ -56,7 +56,7 @@ def test_an_adapted_function_continues_as_merged_weights_do(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", cases.DECODERS)
-def test_every_target_is_scaled_on_activations_inside_the_loop(name: str) -> None:
+def test_every_target_is_scaled_on_activations_in_training_and_in_the_loop(name: str) -> None:
     config, fn, params = make(name)
     scales = cases.random_scales(config, params)
     tokens, mask = _pad_left(PROMPTS)
@@ -64,7 +64,9 @@ def test_every_target_is_scaled_on_activations_inside_the_loop(name: str) -> Non
         lambda params, tokens, mask: models.decode(fn, (params,), tokens, mask, slots=4)
     )
     forward = ha.adapt(fn)
+    trained = ha.adapt(models.functional(models.abstract(config, remat="dots"))[0])
     for explanation in (
+        ha.explain(trained, params, scales, tokens),
         ha.explain(whole, params, scales, tokens, mask),
         ha.explain(forward, params, scales, tokens, mask=mask),
         ha.explain(forward, params, scales, tokens, cache=models.open_cache(*tokens.shape)),
