@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
 
 from hyperadapt_jax import paths
 from tests.core.trees import TREES, Attention, layer, linen
@@ -51,15 +50,6 @@ def test_a_field_called_value_is_no_box():
 def test_keys_that_make_equal_paths_are_an_error():
     with pytest.raises(ValueError, match="share a path: a/b; rename a key"):
         paths.flatten({"a/b": 1, "a": {"b": 2}})
-
-
-def test_map_with_path():
-    tree = {"a": 1, "b": [2, {"c": 3}]}
-    named = paths.map_with_path(lambda path, leaf: (path, leaf), tree)
-    assert named == {"a": ("a", 1), "b": [("b/0", 2), {"c": ("b/1/c", 3)}]}
-    specs = {"a": PartitionSpec("x"), "b": None}
-    seen = paths.map_with_path(lambda path, _: path, specs, is_leaf=lambda x: x is None)
-    assert seen == {"a": "a", "b": "b"}
 
 
 def test_what_counts_as_an_array():
