@@ -244,8 +244,8 @@ def test_a_printed_report():
     np.testing.assert_array_equal(merged["a"]["w"], [[2, 1]] * 2)
     assert str(report) == (
         "weight  dtype     update    error  error/update\n"
-        "a/w     bfloat16    1.41  0.00276        0.195%\n"
-        "b       float32        0        0        0.000%"
+        "a/w     bfloat16    1.41  0.00276       0.00195\n"
+        "b       float32        0        0             0"
     )
 
 
@@ -253,7 +253,7 @@ def test_a_report_shows_overflow():
     params = {"w": jnp.full((1, 2), 60000, jnp.float16)}
     scales = {"w": ScaleVectors(jnp.array([1.0, 0.0]), None, "- out")}
     report = ha.merge(params, scales, report=True)[1]
-    assert report.weights[0].relative == np.inf and "inf%" in str(report)
+    assert report.weights[0].relative == np.inf and str(report).endswith(" inf")
 
 
 def test_a_report_needs_values():
