@@ -103,8 +103,9 @@ def test_numpy_weights_and_wide_ones():
     narrow = ha.merge({"w": np.ones((2, 2), jnp.bfloat16)}, scales)["w"]
     assert isinstance(narrow, jax.Array) and narrow.dtype == jnp.bfloat16
     np.testing.assert_array_equal(narrow, [[1.5, 0.5]] * 2)
-    product = ha.merge({"w": jnp.full((2, 2), 1j, jnp.complex64)}, scales)["w"]
-    np.testing.assert_array_equal(product, [[1.5j, 0.5j]] * 2)
+    product, report = ha.merge({"w": jnp.full((2, 2), 1j, jnp.complex64)}, scales, report=True)
+    np.testing.assert_array_equal(product["w"], [[1.5j, 0.5j]] * 2)
+    assert (report.weights[0].update, report.weights[0].error) == (1.0, 0.0)
 
 
 def test_the_bias_and_the_inputs_are_left_alone():
@@ -138,6 +139,16 @@ def test_shardings_are_kept(kind, placed):
             assert same, merged[name].sharding
     restored = ha.unmerge(ha.merge(params, scales), scales)
     assert all(restored[name].sharding == params[name].sharding for name in specs)
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_a_weight_is_not_sharded_by_its_vectors(kind):
+    mesh = jax.make_mesh((8,), ("model",), axis_types=(getattr(AxisType, kind),))
+    params = {"w": jax.device_put(jnp.ones((8, 8)), NamedSharding(mesh, P()))}
+    row = jax.device_put(jnp.ones(8), NamedSharding(mesh, P("model")))
+    merged = ha.merge(params, {"w": ScaleVectors(row, None, "- out")})
+    assert merged["w"].sharding.is_fully_replicated
+    np.testing.assert_array_equal(merged["w"], np.full((8, 8), 2.0))
 
 
 # unmerge
