@@ -62,8 +62,6 @@ class Scaled:
 
 def scale(x: jax.Array, factors: Factors) -> jax.Array:
     """``x * prod(1 + delta)``, multiplied in float32 or wider and rounded once to x's dtype."""
-    if not factors:
-        return x
     wide = widen(x.dtype)
 
     def product(x, *deltas):
@@ -72,11 +70,10 @@ def scale(x: jax.Array, factors: Factors) -> jax.Array:
             y = y * along(delta.astype(wide), axes, x.ndim)
         return y.astype(x.dtype)
 
-    # Narrow operands are kept for the backward pass as they are, not as float32 copies.
-    narrow = x.dtype != wide
-    return (jax.checkpoint(product, prevent_cse=False) if narrow else product)(
-        x, *(delta for _, delta in factors)
-    )
+    # A narrow operand is kept for the backward pass as it is, not as a copy in float32.
+    if x.dtype != wide:
+        product = jax.checkpoint(product, prevent_cse=False)
+    return product(x, *(delta for _, delta in factors))
 
 
 def value_of(x: Any) -> Any:
@@ -424,7 +421,10 @@ def remat(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
         policy=eqn.params["policy"],
         prevent_cse=eqn.params["prevent_cse"],
     )
-    return body(*operands)
+    jaxpr, _ = compat.open_jaxpr(eqn.params["jaxpr"])
+    handed_on = dict(zip(jaxpr.invars, operands, strict=True))
+    results = zip(jaxpr.outvars, body(*operands), strict=True)
+    return [handed_on.get(atom, y) if atom in jaxpr.invars else y for atom, y in results]
 
 
 def cond(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
@@ -440,18 +440,25 @@ def cond(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
 def scan(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     """Weights come in as constants, as carried constants or as scanned operands.
 
-    A scanned weight's vectors are scanned along where they span the scanned axis.
+    A scanned weight's vectors are scanned along where they span the scanned axis. A weight that the
+    body hands out slice by slice, as NNX does, is the scanned weight itself.
     """
     params = eqn.params
     n_consts, n_carry = compat.scan_counts(params)
     consts, carry, xs = _split(operands, n_consts, n_carry)
     loop = _Loop(ctx, eqn, params["jaxpr"], n_consts, carry)
     scanned, rebuild = zip(*map(_scan_operand, xs), strict=True) if xs else ((), ())
+    handed_out = {}
 
     def body(carry, slices):
         slices = [make(part) for make, part in zip(rebuild, slices, strict=True)]
         results = ctx.run(params["jaxpr"], [*consts, *loop.full(carry), *slices])
-        return loop.thin(results[:n_carry]), ctx.plain(eqn, results[n_carry:])
+        ys = results[n_carry:]
+        for i, y in enumerate(ys):
+            for x, piece in zip(xs, slices, strict=True):
+                if isinstance(y, Scaled) and y is piece:
+                    handed_out[i], ys[i] = x, None
+        return loop.thin(results[:n_carry]), ctx.plain(eqn, ys)
 
     last, ys = lax.scan(
         body,
@@ -461,7 +468,7 @@ def scan(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
         reverse=params["reverse"],
         unroll=params["unroll"],
     )
-    return [*loop.full(last), *ys]
+    return [*loop.full(last), *(handed_out.get(i, y) for i, y in enumerate(ys))]
 
 
 def while_loop(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
