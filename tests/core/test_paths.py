@@ -96,4 +96,7 @@ def test_nearest_names_the_likeliest_first():
     assert line.startswith("nearest: encoder/layer_2/q/kernel, ")
     assert line.count(",") == 4
     assert paths.nearest(["mlp/biases"], known, count=1).endswith("/mlp/bias")
+    # A key in common says more than letters in common.
+    deep = "transformer/encoder/blocks/mlp/up/kernel"
+    assert paths.nearest("up/weights", ["weight", deep], count=1) == f"nearest: {deep}"
     assert paths.nearest("q", []) == "the tree holds no arrays"
