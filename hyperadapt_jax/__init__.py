@@ -1,6 +1,6 @@
 """HyperAdapt in JAX: fine-tune a frozen weight ``W`` as ``diag(1 + row) W diag(1 + col)``."""
 
-from hyperadapt_jax import adapter_io, optim, sharding
+from hyperadapt_jax import adapter_io, optim, rank, sharding
 from hyperadapt_jax.adapt import (
     Adapted,
     Explanation,
@@ -51,6 +51,7 @@ __all__ = [
     "merge",
     "optim",
     "plan",
+    "rank",
     "save",
     "sharding",
     "unmerge",

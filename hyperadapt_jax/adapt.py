@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from hyperadapt_jax import compat, paths
 from hyperadapt_jax.rules import RULES, Scaled, scale
-from hyperadapt_jax.scales import Scales, check
+from hyperadapt_jax.scales import Scales, ScaleVectors, check
 from hyperadapt_jax.tables import table
 
 ON_ACTIVATIONS = "on activations"
@@ -94,6 +94,15 @@ class _Context:
             results = compat.bind(eqn, *self.plain(eqn, operands))
         return results
 
+    def enter(self, path: str, weight: Any, vectors: ScaleVectors) -> Any:
+        """A weight with its vectors; multiplied at once where it is no larger than a vector."""
+        factors = vectors.factors()
+        inexact = jnp.issubdtype(weight.dtype, jnp.inexact)
+        if inexact and any(delta.size == weight.size for _, delta in factors):
+            self.uses[Use(path, ON_ACTIVATIONS, reason="it is no larger than its vector")] = None
+            return scale(weight, factors)
+        return Scaled.of(weight, factors, (path,))
+
     def applied(self, eqn: Any, weight: Any, onto: Any = None) -> None:
         """Notes that a weight's vectors multiply activations, or (onto) another adapted weight."""
         if isinstance(weight, Scaled):
@@ -111,8 +120,8 @@ class _Context:
                 f"{' * '.join(x.origin)}: integer codes cannot be scaled at `{_name(eqn)}`"
                 f" ({_where(eqn)}); dequantise them first, or adapt the out side alone"
             )
-        if any(delta.size == x.value.size for delta in x.deltas):
-            self._note(x, ON_ACTIVATIONS, eqn, "it is no larger than its vector")
+        if x.product:
+            self._note(x, ON_ACTIVATIONS, eqn)
         else:
             self._note(x, MATERIALISED, eqn, _reason(eqn))
         return scale(x.value, x.factors)
@@ -185,11 +194,10 @@ class Adapted:
 
         jaxpr = jax.make_jaxpr(flat)([every[i] for i in traced])
         operands = [every[i] for i in traced]
+        context = _Context({})
         for at, i in enumerate(traced):
             if i < len(leaves) and names[i] in scales:
-                factors = scales[names[i]].factors()
-                operands[at] = Scaled.of(operands[at], factors, (names[i],))
-        context = _Context({})
+                operands[at] = context.enter(names[i], every[i], scales[names[i]])
         results = context.plain(None, context.run(jaxpr, operands))
         used = {use.path for use in context.uses}
         unused = [Use(path, UNUSED) for path in scales if path not in used]

@@ -54,7 +54,7 @@ class MergeReport:
 
     def __str__(self) -> str:
         rows = [
-            [w.path, w.dtype, f"{w.update:.3g}", f"{w.error:.3g}", f"{w.relative:.3%}"]
+            [w.path, w.dtype, f"{w.update:.3g}", f"{w.error:.3g}", f"{w.relative:.3g}"]
             for w in self.weights
         ]
         header = ["weight", "dtype", "update", "error", "error/update"]

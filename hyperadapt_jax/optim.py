@@ -117,9 +117,6 @@ def labels(tree: Mapping[str, Any], full: paths.Pattern | None = None) -> dict[s
     Returns:
       A tree of the same structure, of strings.
 
-    Raises:
-      PlanError: as :func:`split`.
-
     >>> from hyperadapt_jax import ScaleVectors
     >>> tree = {"scales": {"w": ScaleVectors(jnp.zeros(5), jnp.zeros(3), "in out")}, "full": {}}
     >>> marks = labels(tree)
@@ -142,11 +139,7 @@ def labels(tree: Mapping[str, Any], full: paths.Pattern | None = None) -> dict[s
 
 
 def mask(tree: Mapping[str, Any], full: paths.Pattern | None = None) -> dict[str, Any]:
-    """Which leaves of ``{"params": ..., "scales": ...}`` train: a tree of booleans.
-
-    Args:
-      tree: the parameters and the scale vectors.
-      full: which of ``tree["params"]`` train fully, as in :func:`split`.
+    """Which leaves of ``{"params": ..., "scales": ...}`` train, for :func:`freeze`: booleans.
 
     >>> mask({"params": {"body": jnp.ones(3), "head": jnp.ones(2)}, "scales": {}}, full="head")
     {'params': {'body': False, 'head': True}, 'scales': {}}
@@ -157,10 +150,8 @@ def mask(tree: Mapping[str, Any], full: paths.Pattern | None = None) -> dict[str
 def freeze(optimizer: optax.GradientTransformation, mask: Any) -> optax.GradientTransformation:
     """The optimizer where ``mask`` is true; elsewhere updates of exactly zero, and no state.
 
-    Args:
-      optimizer: any optax transformation. For several, give ``optax.partition`` the :func:`labels`
-        and ``"frozen": optax.set_to_zero()``.
-      mask: booleans, as :func:`mask` returns.
+    For several optimizers, give ``optax.partition`` the :func:`labels` of the tree, and
+    ``optax.set_to_zero()`` for ``"frozen"``.
 
     >>> tree = {"params": jnp.ones(3), "scales": {}}
     >>> optimizer = freeze(optax.adam(1e-3), mask(tree))

@@ -20,21 +20,8 @@ from jax.tree_util import GetAttrKey
 Pattern = str | Sequence[str]
 
 
-def path_of(keys: Sequence[Any]) -> str:
-    """The "/"-joined path of one key path of ``jax.tree_util``."""
-    if len(keys) > 1 and keys[-1] == GetAttrKey("value"):
-        keys = keys[:-1]
-    return jax.tree_util.keystr(tuple(keys), simple=True, separator="/")
-
-
-def flatten(
-    tree: Any, is_leaf: Callable[[Any], bool] | None = None
-) -> tuple[list[str], list[Any], Any]:
+def flatten(tree: Any) -> tuple[list[str], list[Any], Any]:
     """Flattens a tree to its paths, its leaves and its treedef, all in one order.
-
-    Args:
-      tree: any pytree.
-      is_leaf: what to take for a leaf, as in ``jax.tree``.
 
     Raises:
       ValueError: two leaves have the same path (a key that contains "/").
@@ -42,7 +29,7 @@ def flatten(
     >>> flatten({"dense": {"kernel": 1, "bias": 2}})[:2]
     (['dense/bias', 'dense/kernel'], [2, 1])
     """
-    with_keys, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf)
+    with_keys, treedef = jax.tree_util.tree_flatten_with_path(tree)
     keys = [(), *(key for key, _ in with_keys), ()]
     paths = [
         jax.tree_util.keystr(_unboxed(*around), simple=True, separator="/")
@@ -54,25 +41,14 @@ def flatten(
     return paths, [leaf for _, leaf in with_keys], treedef
 
 
-def map_with_path(
-    fn: Callable[[str, Any], Any], tree: Any, is_leaf: Callable[[Any], bool] | None = None
-) -> Any:
-    """The tree with each leaf replaced by ``fn(path, leaf)``.
-
-    >>> map_with_path(lambda path, leaf: f"{path}={leaf}", {"a": 1, "b": [2]})
-    {'a': 'a=1', 'b': ['b/0=2']}
-    """
-    paths, leaves, treedef = flatten(tree, is_leaf)
-    return treedef.unflatten(map(fn, paths, leaves))
-
-
 def replace(tree: Any, leaves: Mapping[str, Any]) -> Any:
     """The tree with the leaves at the given paths replaced.
 
     >>> replace({"a": 1, "b": [2, 3]}, {"b/1": 4})
     {'a': 1, 'b': [2, 4]}
     """
-    return map_with_path(lambda path, leaf: leaves.get(path, leaf), tree)
+    paths, old, treedef = flatten(tree)
+    return treedef.unflatten(map(leaves.get, paths, old))
 
 
 def arrays(tree: Any) -> dict[str, Any]:

@@ -33,15 +33,19 @@ class Scaled:
       deltas: for each factor, an array with the shape of the axes that it spans.
       axes: for each factor, the axes of ``value`` that it spans, ascending (static).
       origin: the paths of the weights it comes from (static).
+      product: it is no weight any more but a product with one, waiting to be scaled (static).
     """
 
     value: Any
     deltas: tuple[Any, ...]
     axes: tuple[tuple[int, ...], ...] = dataclasses.field(metadata={"static": True})
     origin: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    product: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @classmethod
-    def of(cls, value: Any, factors: Factors, origin: tuple[str, ...]) -> Scaled:
+    def of(
+        cls, value: Any, factors: Factors, origin: tuple[str, ...], product: bool = False
+    ) -> Scaled:
         """Builds one from (axes, delta) pairs, whose axes may come in any order."""
         axes, deltas = [], []
         for spans, delta in factors:
@@ -49,7 +53,7 @@ class Scaled:
             axes.append(tuple(spans[i] for i in order))
             in_order = order == list(range(len(order)))
             deltas.append(delta if in_order else lax.transpose(delta, order))
-        return cls(value, tuple(deltas), tuple(axes), origin)
+        return cls(value, tuple(deltas), tuple(axes), origin, product)
 
     @property
     def factors(self) -> Factors:
@@ -58,8 +62,6 @@ class Scaled:
 
 def scale(x: jax.Array, factors: Factors) -> jax.Array:
     """``x * prod(1 + delta)``, multiplied in float32 or wider and rounded once to x's dtype."""
-    if not factors:
-        return x
     wide = widen(x.dtype)
 
     def product(x, *deltas):
@@ -68,11 +70,10 @@ def scale(x: jax.Array, factors: Factors) -> jax.Array:
             y = y * along(delta.astype(wide), axes, x.ndim)
         return y.astype(x.dtype)
 
-    # Narrow operands are kept for the backward pass as they are, not as float32 copies.
-    narrow = x.dtype != wide
-    return (jax.checkpoint(product, prevent_cse=False) if narrow else product)(
-        x, *(delta for _, delta in factors)
-    )
+    # A narrow operand is kept for the backward pass as it is, not as a copy in float32.
+    if x.dtype != wide:
+        product = jax.checkpoint(product, prevent_cse=False)
+    return product(x, *(delta for _, delta in factors))
 
 
 def value_of(x: Any) -> Any:
@@ -198,21 +199,16 @@ def gather(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
             delta = delta.get(mode=eqn.params["mode"], fill_value=0, wrap_negative_indices=False)
             spans = rows + spans
         factors.append((tuple(spans), delta))
-    scaled = Scaled.of(y, factors, table.origin)
-    if len(kept) > 1 or not jnp.issubdtype(y.dtype, jnp.inexact):
-        return [scaled]
-    return [_scale_result(ctx, eqn, operands, y, scaled.factors)]
+    return [Scaled.of(y, factors, table.origin, product=len(kept) < 2)]
 
 
 def _scale_result(ctx: Any, eqn: Any, operands: Sequence[Any], y: Any, factors: Factors) -> Any:
     if not factors:
         return y
-    ordered = Scaled.of(y, factors, origin_of(*operands))
+    scaled = Scaled.of(y, factors, origin_of(*operands), product=True)
     if not jnp.issubdtype(y.dtype, jnp.inexact):
-        return ordered  # codes multiplied as integers: the scale waits for the dequantisation
-    for operand in operands:
-        ctx.applied(eqn, operand)
-    return scale(y, ordered.factors)
+        return scaled  # codes multiplied as integers: the scale waits for the dequantisation
+    return ctx.plain(eqn, [scaled])[0]
 
 
 # Layout: the value passes, and the vectors move with their axes.
@@ -229,7 +225,7 @@ def _layout(move: Callable[[Any, Any, Scaled], Factors | None]) -> Callable:
         if factors is None:
             return None
         [y] = compat.bind(eqn, scaled.value, *others)
-        return [Scaled.of(y, factors, scaled.origin)]
+        return [Scaled.of(y, factors, scaled.origin, scaled.product)]
 
     return rule
 
@@ -376,14 +372,17 @@ def split(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     ]
     values = compat.bind(eqn, x.value)
     deltas = zip(*pieces, strict=True)
-    return [Scaled(v, tuple(d), x.axes, x.origin) for v, d in zip(values, deltas, strict=True)]
+    return [
+        dataclasses.replace(x, value=v, deltas=tuple(d))
+        for v, d in zip(values, deltas, strict=True)
+    ]
 
 
 def each(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     """Primitives that hand every operand through, as a barrier does."""
     values = compat.bind(eqn, *map(value_of, operands))
     return [
-        Scaled(v, x.deltas, x.axes, x.origin) if isinstance(x, Scaled) else v
+        dataclasses.replace(x, value=v) if isinstance(x, Scaled) else v
         for v, x in zip(values, operands, strict=True)
     ]
 
@@ -392,7 +391,8 @@ def mul(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     """Products of scaled and plain arrays, as in dequantisation: the vectors wait."""
     [y] = compat.bind(eqn, *map(value_of, operands))
     factors = [pair for x in operands for pair in factors_of(x)]
-    return [Scaled.of(y, factors, origin_of(*operands))]
+    product = any(isinstance(x, Scaled) and x.product for x in operands)
+    return [Scaled.of(y, factors, origin_of(*operands), product)]
 
 
 # Primitives with inner jaxprs: they are entered, through JAX's own transformations.
@@ -411,7 +411,7 @@ def _constrain(x: Any, sharding: Any) -> Any:
     if not isinstance(x, Scaled) or not isinstance(sharding, jax.sharding.NamedSharding):
         return jax.tree.map(lambda leaf: lax.with_sharding_constraint(leaf, sharding), x)
     shardings = tuple(vector_sharding(sharding, axes) for axes in x.axes)
-    return lax.with_sharding_constraint(x, Scaled(sharding, shardings, x.axes, x.origin))
+    return lax.with_sharding_constraint(x, dataclasses.replace(x, value=sharding, deltas=shardings))
 
 
 def remat(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
@@ -421,7 +421,10 @@ def remat(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
         policy=eqn.params["policy"],
         prevent_cse=eqn.params["prevent_cse"],
     )
-    return body(*operands)
+    jaxpr, _ = compat.open_jaxpr(eqn.params["jaxpr"])
+    handed_on = dict(zip(jaxpr.invars, operands, strict=True))
+    results = zip(jaxpr.outvars, body(*operands), strict=True)
+    return [handed_on.get(atom, y) if atom in jaxpr.invars else y for atom, y in results]
 
 
 def cond(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
@@ -437,18 +440,25 @@ def cond(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
 def scan(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     """Weights come in as constants, as carried constants or as scanned operands.
 
-    A scanned weight's vectors are scanned along where they span the scanned axis.
+    A scanned weight's vectors are scanned along where they span the scanned axis. A weight that the
+    body hands out slice by slice, as NNX does, is the scanned weight itself.
     """
     params = eqn.params
     n_consts, n_carry = compat.scan_counts(params)
     consts, carry, xs = _split(operands, n_consts, n_carry)
     loop = _Loop(ctx, eqn, params["jaxpr"], n_consts, carry)
     scanned, rebuild = zip(*map(_scan_operand, xs), strict=True) if xs else ((), ())
+    handed_out = {}
 
     def body(carry, slices):
         slices = [make(part) for make, part in zip(rebuild, slices, strict=True)]
         results = ctx.run(params["jaxpr"], [*consts, *loop.full(carry), *slices])
-        return loop.thin(results[:n_carry]), ctx.plain(eqn, results[n_carry:])
+        ys = results[n_carry:]
+        for i, y in enumerate(ys):
+            for x, piece in zip(xs, slices, strict=True):
+                if isinstance(y, Scaled) and y is piece:
+                    handed_out[i], ys[i] = x, None
+        return loop.thin(results[:n_carry]), ctx.plain(eqn, ys)
 
     last, ys = lax.scan(
         body,
@@ -458,7 +468,7 @@ def scan(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
         reverse=params["reverse"],
         unroll=params["unroll"],
     )
-    return [*loop.full(last), *ys]
+    return [*loop.full(last), *(handed_out.get(i, y) for i, y in enumerate(ys))]
 
 
 def while_loop(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
@@ -481,7 +491,7 @@ def shard_map(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     """Each vector is split over the mesh as the axes of its weight are."""
     params = eqn.params
     specs = tuple(
-        Scaled(spec, tuple(vector_spec(spec, axes) for axes in x.axes), x.axes, x.origin)
+        dataclasses.replace(x, value=spec, deltas=tuple(vector_spec(spec, a) for a in x.axes))
         if isinstance(x, Scaled)
         else spec
         for x, spec in zip(operands, params["in_specs"], strict=True)
@@ -512,7 +522,7 @@ def _scan_operand(x: Any) -> tuple[Any, Callable[[Any], Any]]:
     def make(part):
         value, rows = part[0], iter(part[1:])
         deltas = (next(rows) if s else d for s, d in zip(sliced, x.deltas, strict=True))
-        return Scaled(value, tuple(deltas), axes, x.origin)
+        return Scaled(value, tuple(deltas), axes, x.origin, x.product)
 
     return [x.value, *(d for s, d in zip(sliced, x.deltas, strict=True) if s)], make
 

@@ -243,8 +243,8 @@ def canonical(scales: Scales) -> Scales:
 
     ``(c (1 + row), (1 + col) / c)`` gives the same weight for every ``c``: one number per matrix
     (per stack slice) is free. Here ``c`` makes the root mean squares of the two sides equal, and
-    makes the entry of ``col`` with the largest magnitude positive. One-sided weights have no such
-    freedom, and a slice with a side that is zero throughout is left as it is.
+    makes the mean of ``col`` positive. One-sided weights have no such freedom, and a slice with a
+    side that is zero throughout is left as it is.
 
     >>> s = {"w": ScaleVectors(jnp.array([7.0, 7.0]), jnp.array([1.0, 1.0]), "in out")}
     >>> canonical(s)["w"].row, canonical(s)["w"].col
@@ -260,9 +260,7 @@ def canonical(scales: Scales) -> Scales:
         rms_col = jnp.sqrt(jnp.mean(col**2, over_col))
         usable = (rms_row > 0) & (rms_col > 0)
         c = jnp.sqrt(jnp.where(usable, rms_col, 1) / jnp.where(usable, rms_row, 1))
-        flat = jnp.moveaxis(col, over_col, range(-len(over_col), 0)).reshape(*c.shape, -1)
-        peak = jnp.take_along_axis(flat, jnp.abs(flat).argmax(-1, keepdims=True), -1)[..., 0]
-        c = jnp.where(peak < 0, -c, c)
+        c = jnp.where(jnp.mean(col, over_col) < 0, -c, c)
         return dataclasses.replace(
             vectors,
             row=row * jnp.expand_dims(c, over_row) - 1,

@@ -3,8 +3,8 @@
 A vector is sharded as the axes of its weight that it spans. Under tensor parallelism that is best:
 each device holds the part of the vector that it multiplies by. Mesh axes that shard both the batch
 and the weights (FSDP) are different: there a weight is gathered before its use, and a vector that
-is sharded like it is gathered beside it, in every pass. ``replicate`` names those mesh axes: the
-vectors, small as they are, are kept whole along them.
+is sharded like it is gathered beside it, in every pass, while its gradient comes out whole.
+``replicate`` names those mesh axes: the vectors, small as they are, are kept whole along them.
 
 Inside ``jax.shard_map``, where a function sees its weight's shard alone, an adapted function needs
 the vectors' shards: there ``in_specs`` are :func:`vector_shardings` without ``replicate``.

@@ -1,0 +1,102 @@
+"""The oracle of every `adapt` test: the same function on the merged weights, in float32."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import hyperadapt_jax as ha
+
+TOLERANCE = 1e-5  # relative, as a norm over each array
+
+
+def draw(seed, *shape, dtype=jnp.float32):
+    """Normal numbers, scaled as an initialiser would where there are two axes or more."""
+    fan = shape[-2] if len(shape) > 1 else 1
+    return (jax.random.normal(jax.random.key(seed), shape) / np.sqrt(fan)).astype(dtype)
+
+
+def random_scales(scales, seed=7, size=0.3):
+    """The same tree with random deltas: small enough to keep programs tame, of either sign."""
+    leaves, treedef = jax.tree.flatten(scales)
+    keys = jax.random.split(jax.random.key(seed), max(len(leaves), 1))
+    drawn = [size * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=False)]
+    return treedef.unflatten(drawn)
+
+
+def error(got, want):
+    """The largest relative error over two trees' arrays, each as a norm, in float64."""
+    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
+    errors = [0.0]
+    for x, y in pairs:
+        assert x.shape == y.shape and x.dtype == y.dtype
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        errors.append(np.linalg.norm(x - y) / max(np.linalg.norm(y), 1e-3))
+    return max(errors)
+
+
+def loss(out):
+    """A scalar that every number of the output moves, each differently."""
+    leaves = [x for x in jax.tree.leaves(out) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return sum(
+        (
+            jnp.sum(jnp.sin(x.astype(jnp.float32) + jnp.arange(x.size).reshape(x.shape)))
+            for x in leaves
+        ),
+        start=jnp.float32(0),
+    )
+
+
+def bits(tree):
+    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
+
+
+def check_adapt(fn, params, targets, *args, differentiable=True, exact=True, tolerance=TOLERANCE):
+    """Compares adapt(fn) with fn on merged weights; returns the explanation.
+
+    Outputs, gradients with respect to the vectors and to the floating arguments, and, at zero
+    deltas, the bits of the output in float32 and in bfloat16.
+    """
+    plan = ha.plan(params, *targets)
+    zeros = ha.init(plan)
+    scales = random_scales(zeros)
+    leaves, treedef = jax.tree.flatten(params)  # an Equinox module has leaves that are no arrays
+    arrays = [x for x in leaves if hasattr(x, "dtype")]
+
+    def build(arrays):
+        source = iter(arrays)
+        return treedef.unflatten([next(source) if hasattr(x, "dtype") else x for x in leaves])
+
+    forward = ha.adapt(fn, materialise="allow")
+
+    def merged(scales, *args):
+        return fn(ha.merge(params, scales), *args)
+
+    if differentiable:
+        moving = [i for i, x in enumerate(args) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
+        over = (0, *(i + 1 for i in moving))
+
+        def measured(fn):
+            def loss_and_out(scales, *args):
+                out = fn(scales, *args)
+                return loss(out), out
+
+            return jax.jit(jax.grad(loss_and_out, over, has_aux=True))
+    else:
+        measured = jax.jit
+    ours = measured(lambda scales, *args: forward(params, scales, *args))
+    assert error(ours(scales, *args), measured(merged)(scales, *args)) <= tolerance
+    if exact:
+        ours = jax.jit(lambda arrays, *args: forward(build(arrays), zeros, *args))
+        base = jax.jit(lambda arrays, *args: fn(build(arrays), *args))
+        for inputs in ((arrays, *args), jax.tree.map(to_bf16, (arrays, *args))):
+            assert bits(ours(*inputs)) == bits(base(*inputs))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return ha.explain(forward, params, scales, *args)
+
+
+def to_bf16(x):
+    inexact = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
+    return x.astype(jnp.bfloat16) if inexact else x

@@ -1,0 +1,549 @@
+"""`adapt` against merged weights, over JAX's constructs. Programs are plain jax.numpy."""
+
+import dataclasses
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import hyperadapt_jax as ha
+from tests.core.oracle import bits, check_adapt, draw, error, loss, random_scales
+
+X = draw(1, 5, 8)
+BTD = draw(2, 2, 5, 8)
+SQUARE = {"w": draw(3, 8, 8)}
+STACK = {"w": draw(4, 4, 8, 8)}
+IN_OUT = [("w", "in out")]
+STACKED = [("w", "stack in out")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A program, and the weights that may be materialised in it (none, unless it says so)."""
+
+    fn: Any
+    params: Any
+    targets: Any
+    args: tuple
+    materialised: tuple = ()
+    exact: bool = True
+    differentiable: bool = True
+
+
+def layer(x, w):
+    return jnp.tanh(x @ w), None
+
+
+def carried(i, state):
+    x, params = state
+    return jnp.tanh(x @ params["w"][i]), params
+
+
+def not_hoisted(state):
+    """A while loop whose carried weights pass through a barrier untouched."""
+    i, x, w = state
+    return i + 1, jnp.tanh(x @ w), w
+
+
+@jax.custom_jvp
+def doubled_slope(x, w):
+    return x @ w
+
+
+@doubled_slope.defjvp
+def _(primals, tangents):
+    (x, w), (dx, dw) = primals, tangents
+    return x @ w, 2 * (dx @ w + x @ dw)
+
+
+@jax.custom_vjp
+def straight_through(x, w):
+    return jnp.round(4 * x) @ w / 4
+
+
+straight_through.defvjp(
+    lambda x, w: (straight_through(x, w), (x, w)),
+    lambda saved, g: (g @ saved[1].T, 3 * saved[0].T @ g),
+)
+
+
+def score(params, x):
+    """The gradient of an energy: the weight is used forward and, inside grad, transposed."""
+    return jax.grad(lambda x: jnp.sum(jnp.tanh(x @ params["w"]) ** 2))(x)
+
+
+def qkv(params, x):
+    q, k, v = jnp.split(x @ params["w"], 3, -1)
+    return q * jnp.tanh(k) + v
+
+
+def conv(params, x, **kwargs):
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(
+        x, params["w"], (1, 1), "SAME", dimension_numbers=numbers, **kwargs
+    )
+
+
+def conv_with(**kwargs):
+    return lambda params, x: conv(params, x, **kwargs)
+
+
+def transposed_conv(params, x):
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_transpose(x, params["w"], (2, 2), "SAME", dimension_numbers=numbers)
+
+
+def saved_dots(params, x):
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return lax.scan(jax.checkpoint(layer, policy=policy), x, params["w"])[0]
+
+
+def named(params, x):
+    from jax.ad_checkpoint import checkpoint_name
+
+    policy = jax.checkpoint_policies.save_only_these_names("hidden")
+    body = jax.checkpoint(
+        lambda x: jnp.tanh(checkpoint_name(x @ params["w"], "hidden") @ params["w"]), policy=policy
+    )
+    return body(x)
+
+
+def nested_scan(params, x):
+    def outer(x, w):
+        return lax.scan(lambda c, _: (jnp.tanh(c @ w), c.sum()), x, None, length=2)
+
+    x, sums = lax.scan(outer, x, params["w"], reverse=True)
+    return x, sums
+
+
+IMAGE = draw(5, 2, 6, 5, 8)
+CASES = {
+    "matmul": Case(lambda p, x: x @ p["w"], SQUARE, IN_OUT, (X,)),
+    "one row": Case(lambda p, x: x @ p["w"], {"w": draw(6, 8, 1)}, IN_OUT, (X,), ()),
+    "one column": Case(lambda p, x: x[:, :1] @ p["w"], {"w": draw(6, 1, 7)}, IN_OUT, (X,), ()),
+    "empty batch": Case(lambda p, x: x[:0] @ p["w"], SQUARE, IN_OUT, (X,)),
+    "vector input": Case(lambda p, x: x[0] @ p["w"], SQUARE, IN_OUT, (X,)),
+    "row alone": Case(lambda p, x: x @ p["w"], SQUARE, [("w", "- out")], (X,)),
+    "col alone": Case(lambda p, x: x @ p["w"], SQUARE, [("w", "in -")], (X,)),
+    "out x in": Case(lambda p, x: p["w"] @ x.T, {"w": draw(6, 3, 8)}, [("w", "out in")], (X,)),
+    "transposed": Case(lambda p, x: x @ p["w"].T.T.T, SQUARE, [("w", "out in")], (X,)),
+    "reused": Case(lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"].T + x @ p["w"], SQUARE, IN_OUT, (X,)),
+    "bias": Case(
+        lambda p, x: x @ p["w"] + p["b"], {"w": draw(6, 8, 3), "b": draw(7, 3)}, IN_OUT, (X,)
+    ),
+    "two weights": Case(
+        lambda p, x: jax.nn.silu(x @ p["w"]) * (x @ p["v"]),
+        {"w": draw(6, 8, 3), "v": draw(7, 8, 3)},
+        [("w|v", "in out")],
+        (X,),
+    ),
+    "query projection": Case(
+        lambda p, x: jnp.einsum("btd,dnh->bnth", x, p["w"]),
+        {"w": draw(6, 8, 3, 4)},
+        [("w", "in out out")],
+        (BTD,),
+    ),
+    "output projection": Case(
+        lambda p, x: jnp.einsum("bnh,nhd->bd", x.reshape(-1, 2, 4), p["w"]),
+        {"w": draw(6, 2, 4, 3)},
+        [("w", "in in out")],
+        (X,),
+    ),
+    "experts, own inputs": Case(
+        lambda p, x: jnp.einsum("ecd,edf->ecf", x.reshape(2, 5, 8), p["w"]),
+        {"w": draw(6, 2, 8, 3)},
+        STACKED,
+        (BTD,),
+    ),
+    "experts, one input": Case(
+        lambda p, x: jnp.einsum("btd,edf->btef", x, p["w"]),
+        {"w": draw(6, 3, 8, 4)},
+        STACKED,
+        (BTD,),
+        exact=False,  # the experts' axis becomes a batch axis: another order of summation
+    ),
+    "three operands": Case(
+        lambda p, x: jnp.einsum("ab,bc,cd->da", x, p["w"], p["v"]),
+        {"w": draw(6, 8, 3), "v": draw(7, 3, 8)},
+        [("w|v", "in out")],
+        (X,),
+    ),
+    "weight times weight": Case(
+        lambda p, x: x @ (p["w"] @ p["w"]), SQUARE, IN_OUT, (X,), materialised=("w",)
+    ),
+    "dot_general with batch": Case(
+        lambda p, x: lax.dot_general(p["w"], x, (((2,), (2,)), ((0,), (0,)))),
+        {"w": draw(6, 2, 3, 8)},
+        [("w", "stack out in")],
+        (BTD,),
+    ),
+    "preferred type": Case(
+        lambda p, x: lax.dot_general(
+            x, p["w"], (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
+        ),
+        SQUARE,
+        IN_OUT,
+        (X,),
+    ),
+    "reshape": Case(
+        lambda p, x: x @ p["w"].reshape(8, 12), {"w": draw(6, 8, 3, 4)}, [("w", "in out out")], (X,)
+    ),
+    "reshape that splits": Case(
+        lambda p, x: jnp.einsum("td,dnh->tnh", x, p["w"].reshape(8, 2, 1, 3)[:, :, 0]),
+        {"w": draw(6, 8, 6)},
+        IN_OUT,
+        (X,),
+    ),
+    "reshape that mixes": Case(
+        lambda p, x: x.reshape(-1)[:16] @ p["w"].reshape(16, 4),
+        SQUARE,
+        IN_OUT,
+        (X,),
+        materialised=("w",),
+    ),
+    "slices": Case(lambda p, x: x[:, :6:2] @ p["w"][1:7:2, ::-1][:, 2:] + 0, SQUARE, IN_OUT, (X,)),
+    "fused qkv": Case(qkv, {"w": draw(6, 8, 9)}, IN_OUT, (X,)),
+    "split weight": Case(
+        lambda p, x: sum(x @ w for w in jnp.split(p["w"], 2, 1)), SQUARE, IN_OUT, (X,)
+    ),
+    "broadcast": Case(lambda p, x: x @ jnp.broadcast_to(p["w"], (2, 8, 8)), SQUARE, IN_OUT, (BTD,)),
+    "stop gradient": Case(lambda p, x: x @ lax.stop_gradient(p["w"]), SQUARE, IN_OUT, (X,)),
+    "barrier": Case(
+        lambda p, x: jnp.matmul(*lax.optimization_barrier((x, p["w"]))), SQUARE, IN_OUT, (X,)
+    ),
+    "negated, divided": Case(lambda p, x: x @ (-p["w"] / 3.0), SQUARE, IN_OUT, (X,)),
+    "tied embedding": Case(
+        lambda p, t: jnp.tanh(p["w"][t]) @ p["w"].T,
+        {"w": draw(6, 9, 4)},
+        IN_OUT,
+        (jnp.array([[1, 8]]),),
+    ),
+    "take with fill": Case(
+        lambda p, t: jnp.take(p["w"], t, axis=1, mode="fill", fill_value=0),
+        {"w": draw(6, 9, 4)},
+        IN_OUT,
+        (jnp.array([3, 7, -1]),),
+    ),
+    "expert by index": Case(
+        lambda p, x: jnp.einsum("td,tdf->tf", x, p["w"][jnp.array([0, 3, 3, 1, 2])]),
+        STACK,
+        STACKED,
+        (X,),
+    ),
+    "cosine of a weight": Case(
+        lambda p, x: x @ jnp.cos(p["w"]), SQUARE, IN_OUT, (X,), materialised=("w",)
+    ),
+    "norm scale": Case(lambda p, x: x * p["w"], {"w": draw(6, 8)}, [("w", "out")], (X,)),
+    "convolution": Case(conv, {"w": draw(6, 3, 2, 8, 4)}, [("w", "- - in out")], (IMAGE,)),
+    "grouped convolution": Case(
+        conv_with(feature_group_count=2),
+        {"w": draw(6, 3, 3, 4, 6)},
+        [("w", "- - in out")],
+        (IMAGE,),
+    ),
+    "depthwise convolution": Case(
+        conv_with(feature_group_count=8, rhs_dilation=(2, 1)),
+        {"w": draw(6, 3, 3, 1, 8)},
+        [("w", "- - in out")],
+        (IMAGE,),
+    ),
+    "transposed convolution": Case(
+        transposed_conv, {"w": draw(6, 2, 2, 8, 3)}, [("w", "- - in out")], (IMAGE,)
+    ),
+    "convolution over spatial in": Case(
+        conv, {"w": draw(6, 3, 2, 8, 4)}, [("w", "in - in out")], (IMAGE,), materialised=("w",)
+    ),
+    "jit inside": Case(lambda p, x: jax.jit(lambda w, x: x @ w)(p["w"], x), SQUARE, IN_OUT, (X,)),
+    "remat": Case(
+        lambda p, x: jax.checkpoint(lambda x: jnp.tanh(x @ p["w"]) @ p["w"])(x),
+        SQUARE,
+        IN_OUT,
+        (X,),
+    ),
+    "remat, saved names": Case(named, SQUARE, IN_OUT, (X,)),
+    "scan over layers": Case(lambda p, x: lax.scan(layer, x, p["w"])[0], STACK, STACKED, (X,)),
+    "scan over layers, shared vectors": Case(
+        lambda p, x: lax.scan(layer, x, p["w"])[0], STACK, [("w", "- in out")], (X,)
+    ),
+    "scan over layers, unrolled": Case(
+        lambda p, x: lax.scan(layer, x, p["w"], unroll=2)[0], STACK, STACKED, (X,)
+    ),
+    "scan over remat, saved dots": Case(saved_dots, STACK, STACKED, (X,)),
+    "scan, weight constant": Case(
+        lambda p, x: lax.scan(lambda c, _: layer(c, p["w"]), x, None, length=3)[0],
+        SQUARE,
+        IN_OUT,
+        (X,),
+    ),
+    "nested scans": Case(nested_scan, STACK, STACKED, (X,)),
+    "fori over a carried stack": Case(
+        lambda p, x: lax.fori_loop(0, 4, carried, (x, p))[0], STACK, STACKED, (X,)
+    ),
+    "while, carried weight": Case(
+        lambda p, x: lax.while_loop(lambda s: s[0] < 3, not_hoisted, (0, x, p["w"]))[1],
+        SQUARE,
+        IN_OUT,
+        (X,),
+        differentiable=False,
+    ),
+    "while, constant weight in the condition": Case(
+        lambda p, x: lax.while_loop(
+            lambda x: jnp.sum((x @ p["w"]) ** 2) > 1e-2, lambda x: 0.3 * x @ p["w"], x
+        ),
+        SQUARE,
+        IN_OUT,
+        (X,),
+        differentiable=False,
+    ),
+    "while, weight that changes": Case(
+        lambda p, x: lax.fori_loop(0, 3, lambda i, s: (s[0] @ s[1], 2 * s[1]), (x, p["w"]))[0],
+        SQUARE,
+        IN_OUT,
+        (X,),
+        materialised=("w",),
+    ),
+    "map by index": Case(
+        lambda p, x: lax.map(lambda i: x @ p["w"][i], jnp.arange(4)), STACK, STACKED, (X,)
+    ),
+    "cond": Case(
+        lambda p, x: lax.cond(x.sum() > 0, lambda x: x @ p["w"], lambda x: x @ p["w"].T, x),
+        SQUARE,
+        IN_OUT,
+        (X,),
+    ),
+    "switch": Case(
+        lambda p, i, x: lax.switch(i, [lambda x, j=j: x @ p["w"][j] for j in range(4)], x),
+        STACK,
+        STACKED,
+        (jnp.array(2), X),
+    ),
+    "cond that picks a weight": Case(
+        lambda p, x: x @ lax.cond(x.sum() > 0, lambda: p["w"], lambda: 2 * p["w"]),
+        SQUARE,
+        IN_OUT,
+        (X,),
+        materialised=("w",),
+    ),
+    "vmap inside": Case(
+        lambda p, x: jax.vmap(lambda w, x: x @ w)(p["w"][:2], x), STACK, STACKED, (BTD,)
+    ),
+    "vmap inside, one input": Case(
+        lambda p, x: jax.vmap(lambda w: x @ w)(p["w"]), STACK, STACKED, (X,), exact=False
+    ),
+    "grad inside": Case(score, SQUARE, IN_OUT, (X,)),
+    "custom_jvp": Case(
+        lambda p, x: doubled_slope(x, p["w"]), SQUARE, IN_OUT, (X,), materialised=("w",)
+    ),
+    "custom_vjp": Case(
+        lambda p, x: straight_through(x, p["w"]), SQUARE, IN_OUT, (X,), materialised=("w",)
+    ),
+    "custom_jvp beside": Case(lambda p, x: jax.nn.relu(x @ p["w"]), SQUARE, IN_OUT, (X,)),
+    "returned": Case(lambda p, x: p["w"], SQUARE, IN_OUT, (X,), materialised=("w",)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_merged_weights(name):
+    case = CASES[name]
+    found = check_adapt(
+        case.fn,
+        case.params,
+        case.targets,
+        *case.args,
+        exact=case.exact,
+        differentiable=case.differentiable,
+    )
+    assert found.materialised == case.materialised
+    assert not found.unused
+    if not case.materialised:
+        assert found.on_activations == tuple(ha.init(ha.plan(case.params, *case.targets)))
+
+
+def make(name, seed=7):
+    case = CASES[name]
+    scales = random_scales(ha.init(ha.plan(case.params, *case.targets)), seed)
+    return case, ha.adapt(case.fn), scales
+
+
+DIFFERENTIABLE = [
+    "reused",
+    "scan over remat, saved dots",
+    "switch",
+    "convolution",
+    "tied embedding",
+]
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_forward_mode_and_reverse_mode_agree_with_the_oracle(name):
+    case, forward, scales = make(name)
+    direction = random_scales(scales, seed=8)
+
+    def ours(scales):
+        return forward(case.params, scales, *case.args)
+
+    def oracle(scales):
+        return case.fn(ha.merge(case.params, scales), *case.args)
+
+    assert (
+        error(jax.jvp(ours, (scales,), (direction,)), jax.jvp(oracle, (scales,), (direction,)))
+        < 1e-5
+    )
+    out, pull = jax.vjp(ours, scales)
+    _, pull_oracle = jax.vjp(oracle, scales)
+    assert error(pull(jnp.cos(out)), pull_oracle(jnp.cos(out))) < 1e-5
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_vmap_over_adapters_equals_one_by_one(name):
+    case, forward, _ = make(name)
+    adapters = [make(name, seed)[2] for seed in range(8)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *adapters)
+
+    def value_and_grad(scales):
+        return jax.value_and_grad(lambda s: loss(forward(case.params, s, *case.args)))(scales)
+
+    together = jax.jit(jax.vmap(value_and_grad))(stacked)
+    one_by_one = jax.tree.map(lambda *x: jnp.stack(x), *map(jax.jit(value_and_grad), adapters))
+    assert error(together, one_by_one) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["matmul", "scan over remat, saved dots", "convolution"])
+def test_adapting_an_adapted_function_applies_both(name):
+    case, forward, first = make(name)
+    _, _, second = make(name, seed=9)
+    both = ha.adapt(forward, materialise="error")
+    got = jax.jit(both)(case.params, second, first, *case.args)
+    want = jax.jit(forward)(case.params, ha.compose(first, second), *case.args)
+    assert error(got, want) < 1e-5
+
+
+def test_runs_operation_by_operation_outside_jit():
+    case, forward, scales = make("scan over layers")
+    eager, jitted = (f(case.params, scales, *case.args) for f in (forward, jax.jit(forward)))
+    assert error(eager, jitted) < 1e-5
+    zeros = jax.tree.map(jnp.zeros_like, scales)
+    base = case.fn(case.params, *case.args)
+    assert bits(forward(case.params, zeros, *case.args)) == bits(base)
+
+
+def test_arguments_that_are_no_arrays_reach_the_function_as_they_are():
+    def fn(params, x, activation, *, train, rate=0.5, names=("a", None)):
+        assert train is True and names == ("a", None) and rate == 0.25
+        return activation(x @ params["w"]) * rate
+
+    scales = ha.init(ha.plan(SQUARE, *IN_OUT))
+    got = ha.adapt(fn)(SQUARE, scales, X, jnp.tanh, train=True, rate=0.25)
+    assert bits(got) == bits(fn(SQUARE, X, jnp.tanh, train=True, rate=0.25))
+
+
+def test_results_keep_their_structure():
+    forward = ha.adapt(lambda p, x: {"y": x @ p["w"], "aux": (x, None, np.float32(2))})
+    out = forward(SQUARE, ha.init(ha.plan(SQUARE, *IN_OUT)), X)
+    assert out["aux"][1] is None and out["y"].shape == (5, 8) and out["aux"][2] == 2
+
+
+def test_narrow_vectors_multiply_in_float32():
+    """A bfloat16 activation is scaled in float32 and rounded once."""
+    x = draw(1, 4, 8, dtype=jnp.bfloat16)
+    params = {"w": jnp.eye(8, dtype=jnp.bfloat16)}
+    scales = random_scales(ha.init(ha.plan(params, ("w", "in -"))))
+    want = (x.astype(jnp.float32) * (1 + scales["w"].col)).astype(jnp.bfloat16)
+    got = ha.adapt(lambda p, x: x @ p["w"])(params, scales, x)
+    assert got.dtype == jnp.bfloat16 and bits(got) == bits(want)
+
+
+def test_a_bfloat16_operand_is_kept_for_the_backward_pass_as_it_is():
+    params = {"w": draw(2, 8, 8, dtype=jnp.bfloat16)}
+    x = draw(1, 64, 8, dtype=jnp.bfloat16)
+    scales = random_scales(ha.init(ha.plan(params, *IN_OUT)))
+    forward = ha.adapt(lambda p, x: x @ p["w"])
+    _, pull = jax.vjp(lambda s: forward(params, s, x), scales)
+    wide = [r for r in jax.tree.leaves(pull) if r.dtype == jnp.float32 and r.size >= x.size]
+    assert not wide
+
+
+def test_vectors_pass_a_dequantisation():
+    """The codes are the parameter, `codes.astype(x.dtype) * scale` the weight."""
+    codes = jnp.arange(-32, 32, dtype=jnp.int8).reshape(8, 8)
+    steps = jnp.abs(draw(8, 1, 8)) / 16
+
+    def weight(params):
+        return params["codes"].astype(jnp.float32) * params["steps"]
+
+    params = {"codes": codes, "steps": steps}
+    scales = random_scales(ha.init(ha.plan(params, ha.Target("codes", "in out", quantised=True))))
+    forward = ha.adapt(lambda p, x: x @ weight(p), materialise="error")
+    vectors = scales["codes"]
+    dense = weight(params) * (1 + vectors.row) * (1 + vectors.col)[:, None]
+    assert error(jax.jit(forward)(params, scales, X), X @ dense) < 1e-5
+    grads = jax.grad(lambda s: loss(forward(params, s, X)))(scales)
+    merged = {"w": weight(params)}
+    oracle = jax.grad(lambda s: loss(X @ ha.merge(merged, s)["w"]))({"w": vectors})
+    assert error(grads["codes"], oracle["w"]) < 1e-5
+
+
+def test_integer_products_wait_for_the_dequantisation():
+    """int8 x int8 -> int32: the row vector is applied once the sum is made floating."""
+    codes = jnp.arange(-32, 32, dtype=jnp.int8).reshape(8, 8)
+    x = (jnp.arange(40) % 7 - 3).astype(jnp.int8).reshape(5, 8)
+
+    def fn(params, x):
+        total = lax.dot_general(
+            x, params["w"], (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32
+        )
+        return total.astype(jnp.float32) * 0.01
+
+    params = {"w": codes}
+    row = random_scales(ha.init(ha.plan(params, ha.Target("w", "- out", quantised=True))))
+    want = fn(params, x) * (1 + row["w"].row)
+    assert error(ha.adapt(fn, materialise="error")(params, row, x), want) < 1e-6
+    both = ha.init(ha.plan(params, ha.Target("w", "in out", quantised=True)))
+    with pytest.raises(ha.MaterialisedError, match="w: integer codes cannot be scaled at `dot_gen"):
+        ha.adapt(fn)(params, both, x)
+
+
+def test_materialise_says_what_where_and_why():
+    def fn(params, x):
+        return x @ jnp.cos(params["w"])
+
+    scales = ha.init(ha.plan(SQUARE, *IN_OUT))
+    with pytest.warns(ha.MaterialisedWarning) as caught:
+        ha.adapt(fn)(SQUARE, scales, X)
+    message = str(caught[0].message)
+    for part in ("1 of 1 adapted", "w  ", "cos", "test_adapt.py:", "no vector passes through"):
+        assert part in message
+    assert caught[0].filename == __file__
+    with pytest.raises(ha.MaterialisedError, match="cos"):
+        ha.adapt(fn, materialise="error")(SQUARE, scales, X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ha.adapt(fn, materialise="allow")(SQUARE, scales, X)
+
+
+def test_explain_works_on_shapes_alone_and_names_what_is_not_used():
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (SQUARE, X))
+    params = {**shapes[0], "v": jax.ShapeDtypeStruct((3, 3), jnp.float32)}
+    scales = jax.eval_shape(lambda: ha.init(ha.plan(params, ("w|v", "in out"))))
+    found = ha.explain(ha.adapt(lambda p, x: x @ p["w"]), params, scales, shapes[1])
+    assert found.on_activations == ("w",) and found.unused == ("v",) and not found.materialised
+    assert "dot_general" in str(found) and "test_adapt.py" in str(found)
+
+
+def test_errors_at_the_border():
+    with pytest.raises(ValueError, match='materialise must be "allow", "warn" or "error"'):
+        ha.adapt(lambda p: p, materialise="never")
+    with pytest.raises(TypeError, match="adapt takes a function"):
+        ha.adapt({"w": 1})
+    forward = ha.adapt(lambda p, x: x @ p["w"])
+    scales = ha.init(ha.plan(SQUARE, *IN_OUT))
+    with pytest.raises(TypeError, match="explain takes what adapt"):
+        ha.explain(jax.jit(forward), SQUARE, scales, X)
+    with pytest.raises(ValueError, match="the adapter scales w, .* nearest: v"):
+        forward({"v": SQUARE["w"]}, scales, X)
+    with pytest.raises(ValueError, match=r"row has shape \(8,\)"):
+        forward({"w": draw(1, 8, 3)}, scales, X)
