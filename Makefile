@@ -2,7 +2,7 @@
 
 VENV  ?= .venv
 TESTS ?=
-BENCH ?= $(wildcard tests/benchmarks/bench_*.py)
+BENCH ?= tests.benchmarks.step_cost tests.benchmarks.trace_time
 
 bin   := $(VENV)/bin
 pyenv := $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/*/bin/python3)
@@ -24,7 +24,7 @@ PYTEST  := $(offline) $(bin)/python -m pytest
 .DELETE_ON_ERROR:
 
 help: ## print this list
-	@echo 'make TARGET [PYTHON=python3.13] [VENV=.venv] [TESTS=tests/core] [BENCH=FILE]'
+	@echo 'make TARGET [PYTHON=python3.13] [VENV=.venv] [TESTS=tests/core] [BENCH=MODULE]'
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 test: $(VENV)/.ready ## set up .venv and run the whole suite offline, or TESTS; no torch
@@ -40,7 +40,7 @@ lowest: ## run the suite, or TESTS, on the lowest versions that pyproject.toml a
 	PIP_CONSTRAINT=$(CURDIR)/.venv-lowest.txt $(MAKE) test VENV=.venv-lowest
 
 bench: $(VENV)/.ready-bench ## measure speed and memory against other adapters
-	set -e; for script in $(BENCH); do $(bin)/python $$script; done
+	set -e; for script in $(BENCH); do $(bin)/python -m $$script; done
 
 lint: $(VENV)/.ready ## check the code's style
 	$(bin)/ruff check

@@ -211,8 +211,9 @@ def adapt(
 
     The same function with every weight ``W`` in scales replaced by ``diag(1+col) W diag(1+row)``
     (kernels stored in x out), computed on the activations: no scaled copy of a weight and no
-    gradient of a weight's size. At zero deltas the results are the base's, bit for bit. It composes
-    with ``jit``, ``grad``, ``jvp``, ``vmap``, ``checkpoint``, ``shard_map`` and with itself, and
+    gradient of a weight's size. At zero deltas every product is exact, so the results are the
+    base's, bit for bit (as far as XLA compiles the rest of both programs alike). It composes with
+    ``jit``, ``grad``, ``jvp``, ``vmap``, ``checkpoint``, ``shard_map`` and with itself, and
     enters those (and ``scan``, ``while_loop``, ``cond``) inside fn. A function with a derivative
     rule of its own gets the multiplied-out weight, so that its rule holds.
 

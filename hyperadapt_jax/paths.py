@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 from jax.tree_util import GetAttrKey
 
 Pattern = str | Sequence[str]
@@ -64,6 +65,13 @@ def arrays(tree: Any) -> dict[str, Any]:
 def is_array(leaf: Any) -> bool:
     """Whether a leaf has a shape and a dtype: an array, a tracer or a ShapeDtypeStruct."""
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not np.isscalar(leaf)
+
+
+def named_sharding(leaf: Any) -> NamedSharding | None:
+    """The ``NamedSharding`` that an array or a ShapeDtypeStruct carries; None where it has none."""
+    traced = isinstance(leaf, jax.core.Tracer)
+    sharding = None if traced else getattr(leaf, "sharding", None)
+    return sharding if isinstance(sharding, NamedSharding) else None
 
 
 def matcher(pattern: Pattern) -> Callable[[str], bool]:

@@ -18,7 +18,7 @@ from jax import lax
 
 from hyperadapt_jax import compat
 from hyperadapt_jax.scales import along, widen
-from hyperadapt_jax.sharding import vector_sharding, vector_spec
+from hyperadapt_jax.sharding import vector_spec
 
 Factors = Sequence[tuple[tuple[int, ...], Any]]
 
@@ -238,11 +238,6 @@ def _stop_gradient(eqn: Any, others: Any, x: Scaled) -> Factors:
     return [(axes, lax.stop_gradient(delta)) for axes, delta in x.factors]
 
 
-def _sharding_constraint(eqn: Any, others: Any, x: Scaled) -> Factors:
-    constrained = _constrain(x, eqn.params["sharding"])
-    return constrained.factors
-
-
 def _reshard(eqn: Any, others: Any, x: Scaled) -> Factors:
     spec = eqn.params["dst_sharding"].spec
     return [(axes, jax.sharding.reshard(d, vector_spec(spec, axes))) for axes, d in x.factors]
@@ -406,12 +401,12 @@ def jit(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
 
 
 def _constrain(x: Any, sharding: Any) -> Any:
+    """A weight is constrained, and its vectors stay where they are."""
     if sharding is None:
         return x
-    if not isinstance(x, Scaled) or not isinstance(sharding, jax.sharding.NamedSharding):
-        return jax.tree.map(lambda leaf: lax.with_sharding_constraint(leaf, sharding), x)
-    shardings = tuple(vector_sharding(sharding, axes) for axes in x.axes)
-    return lax.with_sharding_constraint(x, dataclasses.replace(x, value=sharding, deltas=shardings))
+    if isinstance(x, Scaled):
+        return dataclasses.replace(x, value=_constrain(x.value, sharding))
+    return lax.with_sharding_constraint(x, sharding)
 
 
 def remat(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
@@ -559,11 +554,10 @@ RULES: dict[str, Rule] = {
     "device_put": each,
     **dict.fromkeys(
         ["convert_element_type", "copy", "copy_p", "reduce_precision", "pvary", "pcast", "name"]
-        + ["neg", "div"],
+        + ["neg", "div", "sharding_constraint"],
         _layout(_keep),
     ),
     "stop_gradient": _layout(_stop_gradient),
-    "sharding_constraint": _layout(_sharding_constraint),
     "reshard": _layout(_reshard),
     "transpose": _layout(_transpose),
     "squeeze": _layout(_squeeze),

@@ -3,7 +3,7 @@
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from jax import lax
 
 from tests.core.oracle import check_adapt, draw
@@ -101,6 +101,9 @@ WRAPPERS = [wrap_jit, wrap_remat, wrap_scan, wrap_fori, wrap_cond, wrap_vmap, wr
 )
 def test_any_nest(nest, depth, n, stacked, axes):
     """A layer inside a random nest of transformations, scanned over stacked weights or not."""
+    # vmap of a cond selects between copies of its operands, one weight an example: JAX itself
+    # materialises there.
+    assume(not (wrap_cond in nest and wrap_vmap in nest[nest.index(wrap_cond) :]))
 
     def body(x, w):
         return jnp.tanh(x @ w) + 0.1 * x
@@ -115,7 +118,9 @@ def test_any_nest(nest, depth, n, stacked, axes):
         return body(x, params["w"])
 
     roles = f"stack {axes}" if stacked else axes
-    found = check_adapt(fn, params, [("w", roles)], draw(2, 2, n))
+    # A scale of one changes no bit, but it does change what XLA fuses, and so, in programs as
+    # small as these, which of its own approximations of tanh XLA picks.
+    found = check_adapt(fn, params, [("w", roles)], draw(2, 2, n), exact=False)
     assert not found.materialised
 
 
