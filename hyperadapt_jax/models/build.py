@@ -1,0 +1,312 @@
+"""From a configuration to a model, from a model to a function and its tree, and what to adapt."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+
+from hyperadapt_jax import paths
+from hyperadapt_jax.models import decoder, encoder, weights
+from hyperadapt_jax.models.config import (
+    Config,
+    DecoderConfig,
+    EncoderConfig,
+    config_from_dict,
+    config_to_dict,
+    read_config,
+)
+from hyperadapt_jax.models.decoder import Decoder
+from hyperadapt_jax.models.encoder import Encoder
+
+Model = Decoder | Encoder
+Params = Mapping[str, Any]
+
+# Which projections each preset takes, by their role in the layer.
+PRESETS: dict[str, tuple[str, ...]] = {
+    "qv": ("q", "v"),
+    "qkvo": ("q", "k", "v", "o"),
+    "qkvud": ("q", "k", "v", "up", "down"),
+    "all-linear": ("q", "k", "v", "o", "gate", "up", "down"),
+}
+_FUSED = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
+
+
+def create(config: Config, *, seed: int = 0, **options: Any) -> Model:
+    """Make a newly initialised model.
+
+    Args:
+      config: the architecture.
+      seed: of the initial parameters.
+      **options: ``dtype``, ``param_dtype``, ``remat``, ``attention``, as `Decoder` and `Encoder`
+        take them.
+
+    Returns:
+      The model.
+
+    Raises:
+      ValueError: an option has an unknown value.
+    """
+    kind = Decoder if isinstance(config, DecoderConfig) else Encoder
+    return kind(config, rngs=nnx.Rngs(params=seed), **options)
+
+
+def abstract(config: Config, **options: Any) -> Model:
+    """Make a model whose parameters are shapes and dtypes alone, so that nothing is allocated.
+
+    Args:
+      config: the architecture.
+      **options: as for `create`.
+
+    Returns:
+      The model, with a `jax.ShapeDtypeStruct` for each parameter.
+    """
+    return nnx.eval_shape(lambda: create(config, **options))
+
+
+@dataclasses.dataclass(frozen=True)
+class Function:
+    """A model without its parameters: ``function(params, *args)`` is ``model(*args)``.
+
+    Functions of models of the same configuration and options are equal, so that a compiled
+    program is found again.
+    """
+
+    graph: nnx.GraphDef
+
+    def __call__(self, params: Params, *args: Any, **kwargs: Any) -> Any:
+        """Apply the model with the given tree of parameters."""
+        return nnx.merge(self.graph, params)(*args, **kwargs)
+
+
+def functional(model: Model) -> tuple[Function, Params]:
+    """Split a model into a pure function and its tree of parameters.
+
+    Args:
+      model: a model, abstract or not.
+
+    Returns:
+      ``(fn, params)``: ``fn(params, *args, **kwargs)`` equals ``model(*args, **kwargs)``, and
+      ``params`` is a nested dict of arrays with paths as ``layers/q/kernel``.
+
+    >>> from hyperadapt_jax import models
+    >>> config = models.config_from_dict(dict(model_type="qwen3", vocab_size=9, hidden_size=8,
+    ...     intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, head_dim=4))
+    >>> fn, params = models.functional(models.create(config))
+    >>> params["layers"]["q"]["kernel"].shape
+    (2, 8, 8)
+    >>> fn(params, jax.numpy.ones((1, 3), int)).shape
+    (1, 3, 9)
+    """
+    graph, state = nnx.split(model)
+    return Function(graph), nnx.to_pure_dict(state)
+
+
+def with_params(config: Config, params: Params, **options: Any) -> Model:
+    """Make a model of given parameters.
+
+    Args:
+      config: the architecture.
+      params: a nested dict as `functional` returns it; the arrays are not copied.
+      **options: as for `create`.
+
+    Returns:
+      The model.
+
+    Raises:
+      ValueError: a parameter is missing, extra or misshapen.
+    """
+    fn, abstract_params = functional(abstract(config, **options))
+    wanted, given = paths.arrays(abstract_params), paths.arrays(params)
+    for path in sorted(wanted.keys() ^ given.keys()):
+        raise ValueError(f"{path}: {'missing' if path in wanted else 'not a parameter'}")
+    for path, leaf in given.items():
+        if leaf.shape != wanted[path].shape:
+            raise ValueError(f"{path}: expected {wanted[path].shape}, found {leaf.shape}")
+    return nnx.merge(fn.graph, params)
+
+
+class NewParametersWarning(UserWarning):
+    """A checkpoint lacks parameters of the model, which were newly initialised."""
+
+
+def load(
+    path_or_name: str | os.PathLike[str],
+    *,
+    labels: int | None = None,
+    mesh: Mesh | None = None,
+    rules: Sequence[tuple[str, PartitionSpec]] = (),
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    **options: Any,
+) -> Model:
+    """Load a model from a Hugging Face folder.
+
+    Args:
+      path_or_name: a folder, or a repository of the hub such as ``Qwen/Qwen2.5-0.5B``.
+      labels: give an encoder a classification head with this many outputs (1 for regression),
+        whether or not the checkpoint has one.
+      mesh: devices to spread the parameters over; all on the default device if not given.
+      rules: ``(pattern, PartitionSpec)`` pairs: how a parameter whose path matches is spread.
+      revision: branch, tag or commit of the repository.
+      cache_dir: where downloads are kept.
+      seed: of parameters that the checkpoint lacks, as a new head.
+      progress: show a bar on long loads.
+      **options: ``dtype``, ``param_dtype``, ``remat``, ``attention``, as `Decoder` and `Encoder`
+        take them.
+
+    Returns:
+      The model. A `NewParametersWarning` names what the checkpoint lacked (pooler, head).
+
+    Raises:
+      FileNotFoundError: there is no such folder or repository.
+      ValueError: the configuration or the weights are not those of a model known here.
+    """
+    folder = weights.resolve(path_or_name, revision=revision, cache_dir=cache_dir)
+    config = read_config(folder)
+    if labels is not None:
+        if not isinstance(config, EncoderConfig) or labels < 1:
+            raise ValueError(
+                f"labels={labels}: expected a positive number, and an encoder; "
+                f"{folder} is {config.family}"
+            )
+        config = dataclasses.replace(config, labels=labels)
+    fn, params = functional(abstract(config, **options))
+
+    def initial(path: str) -> jax.Array:
+        def make() -> jax.Array:
+            _, fresh = functional(create(config, seed=seed, **options))
+            return paths.arrays(fresh)[path]
+
+        # Compiled, so that nothing but this one parameter is ever allocated.
+        return jax.jit(make)()
+
+    params, report = weights.load(
+        folder,
+        tensors(config),
+        params,
+        ignored=_module(config).ignored(config),
+        initial=initial,
+        mesh=mesh,
+        rules=rules,
+        progress=progress,
+    )
+    if report.initialised:
+        warnings.warn(
+            f"{folder}: newly initialised, since the checkpoint lacks them: "
+            f"{', '.join(report.initialised)}",
+            NewParametersWarning,
+            stacklevel=2,
+        )
+    return nnx.merge(fn.graph, params)
+
+
+def export(
+    folder: str | os.PathLike[str],
+    model: Model,
+    params: Params | None = None,
+    *,
+    source: str | os.PathLike[str] | None = None,
+    leaf: Callable[[str], jax.Array] | None = None,
+    dtype: Any = None,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Write a model as a Hugging Face folder that any reader of the format can load.
+
+    Args:
+      folder: where to write; it appears when it is complete.
+      model: the model, abstract or not.
+      params: parameters to write instead of the model's own, as merged ones.
+      source: the folder that the model was loaded from, whose tokenizer is copied.
+      leaf: called with each parameter's path, gives the parameter to write there, so that they
+        need not all exist at once.
+      dtype: dtype to store; each parameter's own if not given.
+      max_shard_size: most bytes of one file, as a number or as ``5GB``.
+      overwrite: replace a folder that is not empty.
+      progress: show a bar on long exports.
+
+    Returns:
+      The folder.
+
+    Raises:
+      FileExistsError: the folder is not empty and ``overwrite`` is not set.
+      ValueError: ``params`` are not the model's, or ``dtype`` is no dtype of weights.
+    """
+    config = model.config
+    raw = config_to_dict(config)
+    if source is not None:
+        theirs = weights.read_json(source, "config.json")
+        # The original file says more, as the tokenizer's numbers and the labels' names.
+        if config_from_dict(theirs, where=f"{source}/config.json") == config:
+            raw = theirs
+    return weights.export(
+        folder,
+        tensors(config),
+        functional(model)[1] if params is None else params,
+        config=raw,
+        source=source,
+        leaf=leaf,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def tensors(config: Config) -> tuple[weights.Tensor, ...]:
+    """The table of a model's tensors: name in the checkpoint, path among the parameters.
+
+    Args:
+      config: the architecture.
+
+    Returns:
+      One entry per parameter.
+    """
+    return _module(config).tensors(config)
+
+
+def _module(config: Config) -> Any:
+    return decoder if isinstance(config, DecoderConfig) else encoder
+
+
+def targets(model: Model | Config, preset: str) -> tuple[tuple[str, str], ...]:
+    """The weights that a preset adapts, as ``(pattern, axes)`` pairs.
+
+    Args:
+      model: a model or its configuration.
+      preset: ``qv``, ``qkvo``, ``qkvud`` (query, key, value, up, down) or ``all-linear`` (every
+        projection of the layers; never embedding, pooler or head). A fused matrix is taken whole
+        where it holds any of them: in Phi, ``qv`` takes ``qkv``.
+
+    Returns:
+      Pairs of a full-match pattern on the "/"-joined path and the roles of the weight's axes.
+
+    Raises:
+      ValueError: there is no such preset.
+
+    >>> from hyperadapt_jax import models
+    >>> config = models.config_from_dict(dict(model_type="phi3", vocab_size=9, hidden_size=8,
+    ...     intermediate_size=16, num_hidden_layers=2, num_attention_heads=2))
+    >>> models.targets(config, "all-linear")
+    (('.*/(qkv|o|gate_up|down)/kernel', 'stack in out'),)
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset {preset!r}: expected one of {', '.join(PRESETS)}")
+    config = getattr(model, "config", model)
+    names = PRESETS[preset]
+    if not isinstance(config, DecoderConfig):
+        names = tuple(name for name in names if name != "gate")
+    elif config.fused:
+        names = tuple(dict.fromkeys(_FUSED.get(name, name) for name in names))
+    return ((f".*/({'|'.join(names)})/kernel", "stack in out"),)

@@ -1,0 +1,422 @@
+"""Causal language models of the Llama shape: Llama, Mistral, Qwen2, Qwen3, Phi-3 and Phi-4."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hyperadapt_jax.models.config import DecoderConfig
+from hyperadapt_jax.models.layers import (
+    ACTIVATIONS,
+    REMAT,
+    Embedding,
+    Linear,
+    RMSNorm,
+    apply_rope,
+    rope_tables,
+)
+from hyperadapt_jax.models.weights import Tensor
+
+Array = jax.Array
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens seen so far.
+
+    Attributes:
+      keys: ``[L, B, S, K, H]``, or None before the first call.
+      values: ``[L, B, S, K, H]``, or None before the first call.
+      valid: whether a slot holds a token and not padding, ``[B, S]``.
+      length: slots in use, a scalar.
+      span: tokens that the longest sequence will have in the end, a scalar: stretched rotary
+        positions are chosen by it, once, since the keys kept are already rotated.
+    """
+
+    keys: Array | None
+    values: Array | None
+    valid: Array
+    length: Array
+    span: Array
+
+
+def open_cache(batch: int, slots: int, span: Array | int | None = None) -> Cache:
+    """An empty cache; the model allocates keys and values in its own dtype at the first call.
+
+    Args:
+      batch: B.
+      slots: tokens it can hold for each row, S, padding included.
+      span: tokens that the longest sequence will have in the end; ``slots`` if not given.
+
+    Returns:
+      The cache.
+    """
+    return Cache(
+        keys=None,
+        values=None,
+        valid=jnp.zeros((batch, slots), bool),
+        length=jnp.zeros((), jnp.int32),
+        span=jnp.asarray(slots if span is None else span, jnp.int32),
+    )
+
+
+class _Context(NamedTuple):
+    """What every layer needs beside the stream: rotary tables and who may see whom."""
+
+    cos: Array
+    sin: Array
+    query_index: Array | None = None  # [T], for a mask made of arrays
+    key_index: Array | None = None  # [S]
+    visible: Array | None = None  # [B, 1, T, S]
+    write_at: Array | None = None  # slot of the first new token
+
+
+class Layer(nnx.Module):
+    """One layer: ``x + attention(norm(x))``, then ``x + mlp(norm(x))``."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        stack: tuple[int, ...],
+        attention: str | None,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.config = config
+        self.attention = attention
+        queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        shared = {"stack": stack, "param_dtype": param_dtype}
+
+        def linear(inputs: int, outputs: int, bias: bool) -> Linear:
+            return Linear(inputs, outputs, bias=bias, rngs=rngs, **shared)
+
+        self.attn_norm = RMSNorm(config.width, config.norm_epsilon, **shared)
+        if config.fused:
+            self.qkv = linear(config.width, queries + 2 * keys, config.qkv_bias)
+        else:
+            self.q = linear(config.width, queries, config.qkv_bias)
+            self.k = linear(config.width, keys, config.qkv_bias)
+            self.v = linear(config.width, keys, config.qkv_bias)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.norm_epsilon, **shared)
+            self.k_norm = RMSNorm(config.head_dim, config.norm_epsilon, **shared)
+        self.o = linear(queries, config.width, config.out_bias)
+        self.mlp_norm = RMSNorm(config.width, config.norm_epsilon, **shared)
+        if config.fused:
+            self.gate_up = linear(config.width, 2 * config.mlp_width, config.mlp_bias)
+        else:
+            self.gate = linear(config.width, config.mlp_width, config.mlp_bias)
+            self.up = linear(config.width, config.mlp_width, config.mlp_bias)
+        self.down = linear(config.mlp_width, config.width, config.mlp_bias)
+
+    def __call__(
+        self,
+        x: Array,
+        context: _Context,
+        window: Array | int | None,
+        index: Array,
+        kept: tuple[Array, Array] | None,
+    ) -> tuple[Array, tuple[Array, Array] | None]:
+        """Apply the layer.
+
+        Args:
+          x: ``[B, T, D]``.
+          context: rotary tables and masks, equal for all layers.
+          window: tokens back that this layer sees, itself included; None for all.
+          index: number of this layer, by which it finds its place in ``kept``.
+          kept: the cache's keys and values, ``[L, B, S, K, H]`` each, or None.
+
+        Returns:
+          ``x`` and ``kept`` after this layer.
+        """
+        config = self.config
+        q, k, v = self._heads(self.attn_norm(x))
+        q = apply_rope(q, context.cos, context.sin)
+        k = apply_rope(k, context.cos, context.sin)
+        if kept is not None:
+            at = (index, 0, context.write_at, 0, 0)
+            kept = tuple(
+                jax.lax.dynamic_update_slice(old, new[None], at)
+                for old, new in zip(kept, (k, v), strict=True)
+            )
+            k, v = (jax.lax.dynamic_index_in_dim(a, index, keepdims=False) for a in kept)
+        if context.visible is None:
+            y = jax.nn.dot_product_attention(
+                q, k, v,
+                is_causal=True,
+                local_window_size=None if window is None else (window - 1, 0),
+                implementation=self.attention,
+            )
+        else:
+            mask = context.visible
+            if window is not None:
+                distance = context.query_index[:, None] - context.key_index
+                mask = mask & (distance < window)
+            # Flash kernels have nothing to save where one query meets a cache.
+            implementation = self.attention if kept is None else None
+            y = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
+        x = x + self.o(y.reshape(*y.shape[:2], -1))
+        y = self.mlp_norm(x)
+        if config.fused:
+            gate, up = jnp.split(self.gate_up(y), 2, axis=-1)
+        else:
+            gate, up = self.gate(y), self.up(y)
+        return x + self.down(ACTIVATIONS[config.activation](gate) * up), kept
+
+    def _heads(self, x: Array) -> tuple[Array, Array, Array]:
+        """Queries ``[B, T, N, H]``, keys and values ``[B, T, K, H]``."""
+        config = self.config
+        if config.fused:
+            queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
+            q, k, v = jnp.split(self.qkv(x), (queries, queries + keys), axis=-1)
+        else:
+            q, k, v = self.q(x), self.k(x), self.v(x)
+        q, k, v = (y.reshape(*y.shape[:2], -1, config.head_dim) for y in (q, k, v))
+        if config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
+
+
+class Decoder(nnx.Module):
+    """A causal language model: ``model(tokens)`` gives the next token's logits at every place.
+
+    Call it under ``jax.jit`` (or take `functional` of it): op by op, its scan is traced anew each
+    time.
+
+    Args:
+      config: the architecture.
+      dtype: dtype of the computation; logits are float32 always.
+      param_dtype: dtype of the parameters; ``dtype`` if not given.
+      remat: what the backward pass finds stored, by name: ``none``, ``dots`` or ``full``.
+      attention: implementation of `jax.nn.dot_product_attention`, in calls without a cache: None
+        for its own choice, ``xla``, or ``cudnn`` for the flash kernels of an NVIDIA GPU (bfloat16
+        or float16).
+      rngs: source of the initial parameters, stream ``params``.
+
+    Raises:
+      ValueError: ``remat`` is no known policy.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        dtype: jnp.dtype | str = "float32",
+        param_dtype: jnp.dtype | str | None = None,
+        remat: str = "none",
+        attention: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        if remat not in REMAT:
+            raise ValueError(f"remat={remat!r}: expected one of {', '.join(REMAT)}")
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.remat = remat
+        shared = {"param_dtype": jnp.dtype(dtype if param_dtype is None else param_dtype)}
+        self.embed = Embedding(config.vocab_size, config.width, rngs=rngs, **shared)
+        self.layers = Layer(
+            config, stack=(config.layers,), attention=attention, rngs=rngs, **shared
+        )
+        self.norm = RMSNorm(config.width, config.norm_epsilon, **shared)
+        if not config.tied:
+            self.head = Linear(config.width, config.vocab_size, bias=False, rngs=rngs, **shared)
+
+    def __call__(
+        self,
+        tokens: Array,
+        *,
+        mask: Array | None = None,
+        segment_ids: Array | None = None,
+        positions: Array | None = None,
+        cache: Cache | None = None,
+    ) -> Array | tuple[Array, Cache]:
+        """Logits of the token after each one.
+
+        Args:
+          tokens: token numbers, ``[B, T]`` integers.
+          mask: True at tokens, False at padding, ``[B, T]``. Padding on the right alone needs
+            none: a token sees only those before it.
+          segment_ids: number of the sequence that a token belongs to, ``[B, T]``, where several
+            are packed in one row; a token sees its own alone.
+          positions: place of each token in its sequence, ``[B, T]``; counted from ``mask`` and
+            ``segment_ids`` if not given.
+          cache: keys and values of the tokens before these, from `open_cache` or an earlier call.
+
+        Returns:
+          Logits ``[B, T, V]`` in float32; with a cache, those of the last place alone,
+          ``[B, 1, V]``, and the cache with these tokens added.
+
+        Raises:
+          ValueError: shapes do not fit, or packed segments meet a cache.
+        """
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(
+                f"tokens: expected integers [B, T], found {tokens.dtype} {tokens.shape}"
+            )
+        for name, array in (("mask", mask), ("segment_ids", segment_ids), ("positions", positions)):
+            if array is not None and array.shape != tokens.shape:
+                raise ValueError(f"{name}: expected {tokens.shape} as tokens, found {array.shape}")
+        if cache is None:
+            context = self._training_context(tokens, mask, segment_ids, positions)
+            x, _ = self._run(self.embed(tokens, self.dtype), context, None)
+            return self._logits(x)
+        if segment_ids is not None:
+            raise ValueError("segment_ids: packed sequences cannot be continued from a cache")
+        if cache.valid.shape[0] != tokens.shape[0] or cache.valid.shape[1] < tokens.shape[1]:
+            raise ValueError(
+                f"cache: {cache.valid.shape} slots do not hold tokens {tokens.shape}"
+            )
+        cache, context = self._extend(tokens, mask, positions, cache)
+        x, (keys, values) = self._run(
+            self.embed(tokens, self.dtype), context, (cache.keys, cache.values)
+        )
+        return self._logits(x[:, -1:]), cache._replace(keys=keys, values=values)
+
+    def _logits(self, x: Array) -> Array:
+        x = self.norm(x)
+        return self.embed.attend(x) if self.config.tied else self.head(x, precise=True)
+
+    def _run(
+        self, x: Array, context: _Context, kept: tuple[Array, Array] | None
+    ) -> tuple[Array, tuple[Array, Array] | None]:
+        """Scan the layers over the stream ``x: [B, T, D]``."""
+        graph, params = nnx.split(self.layers)
+        windows = self.config.windows
+        shared = windows[0] if len(set(windows)) == 1 else None
+        mixed = None
+        if len(set(windows)) > 1:
+            unlimited = jnp.iinfo(jnp.int32).max
+            mixed = jnp.asarray([unlimited if w is None else w for w in windows], jnp.int32)
+
+        def layer(carry, slices):
+            x, kept = carry
+            params, index, window = slices
+            window = shared if window is None else window
+            return nnx.merge(graph, params)(x, context, window, index, kept), None
+
+        numbers = jnp.arange(self.config.layers, dtype=jnp.int32)
+        carry, _ = jax.lax.scan(REMAT[self.remat](layer), (x, kept), (params, numbers, mixed))
+        return carry
+
+    def _training_context(
+        self,
+        tokens: Array,
+        mask: Array | None,
+        segment_ids: Array | None,
+        positions: Array | None,
+    ) -> _Context:
+        batch, length = tokens.shape
+        index = jnp.arange(length, dtype=jnp.int32)
+        if positions is None:
+            positions = _positions(index, mask, segment_ids, batch)
+        tables = rope_tables(
+            self.config.rope, self.config.head_dim, positions, jnp.max(positions, initial=0) + 1
+        )
+        if mask is None and segment_ids is None and len(set(self.config.windows)) == 1:
+            return _Context(*tables)
+        visible = (index[:, None] >= index)[None, None]
+        if segment_ids is not None:
+            visible = visible & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+        if mask is not None:
+            # Padding sees padding, so that no row of the softmax is empty.
+            mask = mask.astype(bool)
+            visible = visible & (mask[:, None, :, None] == mask[:, None, None, :])
+        return _Context(*tables, query_index=index, key_index=index, visible=visible)
+
+    def _extend(
+        self, tokens: Array, mask: Array | None, positions: Array | None, cache: Cache
+    ) -> tuple[Cache, _Context]:
+        config = self.config
+        batch, length = tokens.shape
+        slots = cache.valid.shape[1]
+        mask = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
+        if positions is None:
+            before = jnp.sum(cache.valid, axis=1, dtype=jnp.int32)[:, None]
+            positions = before + jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+        valid = jax.lax.dynamic_update_slice(cache.valid, mask, (0, cache.length))
+        query_index = cache.length + jnp.arange(length, dtype=jnp.int32)
+        key_index = jnp.arange(slots, dtype=jnp.int32)
+        context = _Context(
+            *rope_tables(config.rope, config.head_dim, positions, cache.span),
+            query_index=query_index,
+            key_index=key_index,
+            visible=(query_index[:, None] >= key_index)
+            & (mask[:, None, :, None] == valid[:, None, None, :]),
+            write_at=cache.length,
+        )
+        if cache.keys is None:
+            empty = jnp.zeros(
+                (config.layers, batch, slots, config.kv_heads, config.head_dim), self.dtype
+            )
+            cache = cache._replace(keys=empty, values=empty)
+        return cache._replace(valid=valid, length=cache.length + length), context
+
+
+def _positions(
+    index: Array, mask: Array | None, segment_ids: Array | None, batch: int
+) -> Array:
+    """Places counted from the start of each sequence, ``[B, T]``."""
+    if segment_ids is not None:
+        first = jnp.ones((batch, 1), bool)
+        starts = jnp.concatenate([first, segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
+        return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+    if mask is not None:
+        return jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+    return jnp.broadcast_to(index, (batch, index.shape[0]))
+
+
+def tensors(config: DecoderConfig) -> tuple[Tensor, ...]:
+    """The checkpoint's tensors and their places, each parameter exactly once.
+
+    Args:
+      config: the architecture.
+
+    Returns:
+      One `Tensor` per parameter; a tied head has none.
+    """
+    table: list[Tensor] = []
+
+    def add(name: str, path: str, transpose: bool = False) -> None:
+        # A headless checkpoint names its tensors without the leading "model.".
+        bare = name.removeprefix("model.")
+        table.append(Tensor(name, path, transpose, aliases=(bare,) if bare != name else ()))
+
+    def linear(name: str, path: str, bias: bool) -> None:
+        add(f"model.layers.{{layer}}.{name}.weight", f"layers/{path}/kernel", transpose=True)
+        if bias:
+            add(f"model.layers.{{layer}}.{name}.bias", f"layers/{path}/bias")
+
+    def norm(name: str, path: str) -> None:
+        add(f"model.layers.{{layer}}.{name}.weight", f"layers/{path}/scale")
+
+    add("model.embed_tokens.weight", "embed/embedding")
+    norm("input_layernorm", "attn_norm")
+    for part in ("qkv",) if config.fused else ("q", "k", "v"):
+        linear(f"self_attn.{part}_proj", part, config.qkv_bias)
+    if config.qk_norm:
+        norm("self_attn.q_norm", "q_norm")
+        norm("self_attn.k_norm", "k_norm")
+    linear("self_attn.o_proj", "o", config.out_bias)
+    norm("post_attention_layernorm", "mlp_norm")
+    for part in ("gate_up", "down") if config.fused else ("gate", "up", "down"):
+        linear(f"mlp.{part}_proj", part, config.mlp_bias)
+    add("model.norm.weight", "norm/scale")
+    if not config.tied:
+        add("lm_head.weight", "head/kernel", transpose=True)
+    return tuple(table)
+
+
+def ignored(config: DecoderConfig) -> tuple[str, ...]:
+    """Patterns of checkpoint names that hold no parameter of the model.
+
+    Args:
+      config: the architecture.
+
+    Returns:
+      Full-match regular expressions: tables that are computed anew, and a tied head's copy.
+    """
+    patterns = (r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)
+    return (*patterns, r"lm_head\.weight") if config.tied else patterns

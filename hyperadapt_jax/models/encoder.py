@@ -1,0 +1,330 @@
+"""Bidirectional encoders of the BERT shape: BERT, RoBERTa and XLM-RoBERTa."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hyperadapt_jax.models.config import EncoderConfig
+from hyperadapt_jax.models.layers import (
+    ACTIVATIONS,
+    REMAT,
+    Embedding,
+    LayerNorm,
+    Linear,
+    dropout,
+    dropout_attention,
+)
+from hyperadapt_jax.models.weights import Tensor
+
+Array = jax.Array
+
+
+class EncoderOutput(NamedTuple):
+    """What an encoder gives.
+
+    Attributes:
+      sequence: a vector per token, ``[B, T, D]``.
+      pooled: a vector per row from its first token, ``[B, D]``, or None without a pooler.
+      logits: the head's outputs in float32, ``[B, C]``, or None without a head.
+    """
+
+    sequence: Array
+    pooled: Array | None
+    logits: Array | None
+
+
+class Embeddings(nnx.Module):
+    """The sum of word, position and token-type vectors, normalised."""
+
+    def __init__(self, config: EncoderConfig, *, param_dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.config = config
+        shared = {"param_dtype": param_dtype, "rngs": rngs}
+        self.words = Embedding(config.vocab_size, config.width, **shared)
+        self.positions = Embedding(config.positions, config.width, **shared)
+        self.types = Embedding(config.token_types, config.width, **shared)
+        self.norm = LayerNorm(config.width, config.norm_epsilon, param_dtype=param_dtype)
+
+    def __call__(
+        self, tokens: Array, token_types: Array, positions: Array | None, dtype: jnp.dtype
+    ) -> Array:
+        if positions is None:
+            positions = self._count(tokens)
+        x = self.words(tokens, dtype) + self.types(token_types, dtype)
+        return self.norm(x + self.positions(positions, dtype))
+
+    def _count(self, tokens: Array) -> Array:
+        """Places from zero in BERT; in RoBERTa from after ``pad_token``, where padding stays."""
+        if self.config.family == "bert":
+            return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        pad = self.config.pad_token
+        real = (tokens != pad).astype(jnp.int32)
+        return jnp.cumsum(real, axis=1) * real + pad
+
+
+class Layer(nnx.Module):
+    """One layer: ``norm(x + attention(x))``, then ``norm(x + mlp(x))``."""
+
+    def __init__(
+        self,
+        config: EncoderConfig,
+        *,
+        stack: tuple[int, ...],
+        attention: str | None,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.config = config
+        self.attention = attention
+        shared = {"stack": stack, "param_dtype": param_dtype}
+        width, hidden = config.width, config.mlp_width
+        self.q = Linear(width, width, rngs=rngs, **shared)
+        self.k = Linear(width, width, rngs=rngs, **shared)
+        self.v = Linear(width, width, rngs=rngs, **shared)
+        self.o = Linear(width, width, rngs=rngs, **shared)
+        self.attn_norm = LayerNorm(width, config.norm_epsilon, **shared)
+        self.up = Linear(width, hidden, rngs=rngs, **shared)
+        self.down = Linear(hidden, width, rngs=rngs, **shared)
+        self.mlp_norm = LayerNorm(width, config.norm_epsilon, **shared)
+
+    def __call__(self, x: Array, mask: Array | None, rng: Array | None) -> Array:
+        """Apply the layer to ``x: [B, T, D]``; ``mask: [B, 1, 1, T]`` is True at tokens."""
+        config = self.config
+        for_weights, for_attention, for_mlp = (
+            (None,) * 3 if rng is None else jax.random.split(rng, 3)
+        )
+        q, k, v = (
+            y.reshape(*y.shape[:2], config.heads, config.head_dim)
+            for y in (self.q(x), self.k(x), self.v(x))
+        )
+        if for_weights is None or config.attention_dropout == 0.0:
+            y = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=self.attention)
+        else:
+            y = dropout_attention(q, k, v, mask, config.attention_dropout, for_weights)
+        y = self.o(y.reshape(x.shape))
+        x = self.attn_norm(x + dropout(y, config.dropout, for_attention))
+        y = self.down(ACTIVATIONS[config.activation](self.up(x)))
+        return self.mlp_norm(x + dropout(y, config.dropout, for_mlp))
+
+
+class Classifier(nnx.Module):
+    """The head: one projection in BERT, two with a tanh between them in RoBERTa."""
+
+    def __init__(self, config: EncoderConfig, *, param_dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.rate = config.head_dropout
+        shared = {"param_dtype": param_dtype, "rngs": rngs}
+        if not config.pooler:
+            self.dense = Linear(config.width, config.width, **shared)
+        self.out = Linear(config.width, config.labels, **shared)
+
+    def __call__(self, x: Array, rng: Array | None) -> Array:
+        before, between = (None, None) if rng is None else jax.random.split(rng)
+        x = dropout(x, self.rate, before)
+        if hasattr(self, "dense"):
+            x = dropout(jnp.tanh(self.dense(x)), self.rate, between)
+        return self.out(x, precise=True)
+
+
+class Encoder(nnx.Module):
+    """A bidirectional encoder, with a classification or regression head if its config has labels.
+
+    Call it under ``jax.jit`` (or take `functional` of it): op by op, its scan is traced anew each
+    time.
+
+    Args:
+      config: the architecture.
+      dtype: dtype of the computation; logits are float32 always.
+      param_dtype: dtype of the parameters; ``dtype`` if not given.
+      remat: what the backward pass finds stored, by name: ``none``, ``dots`` or ``full``.
+      attention: implementation of `jax.nn.dot_product_attention`: None for its own choice,
+        ``xla``, or ``cudnn`` for the flash kernels of an NVIDIA GPU (bfloat16 or float16).
+      rngs: source of the initial parameters, stream ``params``.
+
+    Raises:
+      ValueError: ``remat`` is no known policy.
+    """
+
+    def __init__(
+        self,
+        config: EncoderConfig,
+        *,
+        dtype: jnp.dtype | str = "float32",
+        param_dtype: jnp.dtype | str | None = None,
+        remat: str = "none",
+        attention: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        if remat not in REMAT:
+            raise ValueError(f"remat={remat!r}: expected one of {', '.join(REMAT)}")
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.remat = remat
+        shared = {
+            "param_dtype": jnp.dtype(dtype if param_dtype is None else param_dtype), "rngs": rngs
+        }
+        self.embed = Embeddings(config, **shared)
+        self.layers = Layer(config, stack=(config.layers,), attention=attention, **shared)
+        if config.pooler:
+            self.pooler = Linear(config.width, config.width, **shared)
+        if config.labels is not None:
+            self.classifier = Classifier(config, **shared)
+
+    def __call__(
+        self,
+        tokens: Array,
+        *,
+        mask: Array | None = None,
+        token_types: Array | None = None,
+        positions: Array | None = None,
+        segment_ids: Array | None = None,
+        rng: Array | None = None,
+    ) -> EncoderOutput:
+        """Encode a batch.
+
+        Args:
+          tokens: token numbers, ``[B, T]`` integers.
+          mask: True at tokens, False at padding, ``[B, T]``; all True if not given.
+          token_types: which part a token belongs to, ``[B, T]``; zero if not given.
+          positions: rows of the position table, ``[B, T]``; counted as the family does if not
+            given.
+          segment_ids: number of the sequence that a token belongs to, ``[B, T]``, where several
+            are packed in one row (give ``positions`` then); a token sees its own alone.
+          rng: key of the dropout, for training; without one there is none.
+
+        Returns:
+          An `EncoderOutput`.
+
+        Raises:
+          ValueError: shapes do not fit, or the row is longer than the position table.
+        """
+        config = self.config
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(
+                f"tokens: expected integers [B, T], found {tokens.dtype} {tokens.shape}"
+            )
+        given = {
+            "mask": mask,
+            "token_types": token_types,
+            "positions": positions,
+            "segment_ids": segment_ids,
+        }
+        for name, array in given.items():
+            if array is not None and array.shape != tokens.shape:
+                raise ValueError(f"{name}: expected {tokens.shape} as tokens, found {array.shape}")
+        room = config.positions - (0 if config.family == "bert" else config.pad_token + 1)
+        if positions is None and tokens.shape[1] > room:
+            raise ValueError(f"tokens: {tokens.shape[1]} in a row, the position table holds {room}")
+        for_embed, for_layers, for_head = (None,) * 3 if rng is None else jax.random.split(rng, 3)
+        if token_types is None:
+            token_types = jnp.zeros_like(tokens)
+        x = self.embed(tokens, token_types, positions, self.dtype)
+        x = dropout(x, config.dropout, for_embed)
+        x = self._run(x, _visible(mask, segment_ids), for_layers)
+        pooled = jnp.tanh(self.pooler(x[:, 0])) if config.pooler else None
+        logits = None
+        if config.labels is not None:
+            logits = self.classifier(x[:, 0] if pooled is None else pooled, for_head)
+        return EncoderOutput(x, pooled, logits)
+
+    def _run(self, x: Array, mask: Array | None, rng: Array | None) -> Array:
+        """Scan the layers over the stream ``x: [B, T, D]``."""
+        graph, params = nnx.split(self.layers)
+
+        def layer(x, slices):
+            params, rng = slices
+            return nnx.merge(graph, params)(x, mask, rng), None
+
+        rngs = None if rng is None else jax.random.split(rng, self.config.layers)
+        return jax.lax.scan(REMAT[self.remat](layer), x, (params, rngs))[0]
+
+
+def _visible(mask: Array | None, segment_ids: Array | None) -> Array | None:
+    """Who may see whom, broadcastable to ``[B, N, T, T]``; None where all see all."""
+    visible = None if mask is None else mask.astype(bool)[:, None, None, :]
+    if segment_ids is not None:
+        same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+        visible = same if visible is None else visible & same
+    return visible
+
+
+def tensors(config: EncoderConfig) -> tuple[Tensor, ...]:
+    """The checkpoint's tensors and their places, each parameter exactly once.
+
+    Args:
+      config: the architecture.
+
+    Returns:
+      One `Tensor` per parameter; the pooler and the head may be missing in a checkpoint.
+    """
+    prefix = "bert." if config.family == "bert" else "roberta."
+    # A checkpoint of the model alone has no prefix; one with a head has it.
+    prefixed = config.labels is not None
+    table: list[Tensor] = []
+
+    def add(bare: str, path: str, transpose: bool = False, optional: bool = False) -> None:
+        name, alias = (prefix + bare, bare) if prefixed else (bare, prefix + bare)
+        table.append(Tensor(name, path, transpose, optional, aliases=(alias,)))
+
+    def linear(name: str, path: str, **options: bool) -> None:
+        add(f"{name}.weight", f"{path}/kernel", transpose=True, **options)
+        add(f"{name}.bias", f"{path}/bias", **options)
+
+    def norm(name: str, path: str) -> None:
+        # Checkpoints of TensorFlow's age say gamma and beta.
+        for new, old, part in (("weight", "gamma", "scale"), ("bias", "beta", "bias")):
+            add(f"{name}.{new}", f"{path}/{part}")
+            last = table.pop()
+            old_names = tuple(n.removesuffix(new) + old for n in (last.name, *last.aliases))
+            table.append(
+                Tensor(last.name, last.path, aliases=(*last.aliases, *old_names))
+            )
+
+    for name, path in (("word", "words"), ("position", "positions"), ("token_type", "types")):
+        add(f"embeddings.{name}_embeddings.weight", f"embed/{path}/embedding")
+    norm("embeddings.LayerNorm", "embed/norm")
+    layer = "encoder.layer.{layer}"
+    for name, path in (("query", "q"), ("key", "k"), ("value", "v")):
+        linear(f"{layer}.attention.self.{name}", f"layers/{path}")
+    linear(f"{layer}.attention.output.dense", "layers/o")
+    norm(f"{layer}.attention.output.LayerNorm", "layers/attn_norm")
+    linear(f"{layer}.intermediate.dense", "layers/up")
+    linear(f"{layer}.output.dense", "layers/down")
+    norm(f"{layer}.output.LayerNorm", "layers/mlp_norm")
+    if config.pooler:
+        linear("pooler.dense", "pooler", optional=True)
+    if config.labels is not None:
+        # The head stands beside the encoder, without its prefix.
+        parts = (("classifier", "out"),) if config.pooler else (
+            ("classifier.dense", "dense"), ("classifier.out_proj", "out"),
+        )
+        for name, path in parts:
+            table.append(
+                Tensor(f"{name}.weight", f"classifier/{path}/kernel", True, optional=True)
+            )
+            table.append(Tensor(f"{name}.bias", f"classifier/{path}/bias", optional=True))
+    return tuple(table)
+
+
+def ignored(config: EncoderConfig) -> tuple[str, ...]:
+    """Patterns of checkpoint names that hold no parameter of the model.
+
+    Args:
+      config: the architecture.
+
+    Returns:
+      Full-match regular expressions: tables of positions, heads that predict tokens, and the
+      pooler and classifier where the model has none.
+    """
+    patterns = (
+        r"((bert|roberta)\.)?embeddings\.(position_ids|token_type_ids)",
+        r"lm_head\..*",
+        r"cls\..*",
+    )
+    if not config.pooler:
+        patterns += (r"((bert|roberta)\.)?pooler\..*",)
+    if config.labels is None:
+        patterns += (r"classifier\..*",)
+    return patterns

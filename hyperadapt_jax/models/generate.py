@@ -1,0 +1,224 @@
+"""Text generation with a key-value cache, for any function that decodes like a `Decoder`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hyperadapt_jax.models.decoder import Cache, open_cache
+
+Array = jax.Array
+
+
+class Sampling(NamedTuple):
+    """How the next token is drawn; numbers, so that a change compiles nothing anew.
+
+    Attributes:
+      temperature: divides the logits.
+      top_k: how many of the likeliest tokens may be drawn.
+      top_p: tokens are drawn from the likeliest ones that together have this probability.
+    """
+
+    temperature: Array | float = 1.0
+    top_k: Array | int = np.iinfo(np.int32).max
+    top_p: Array | float = 1.0
+
+
+def generate(
+    fn: Callable[..., Any],
+    *trees: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop_tokens: Sequence[int] = (),
+    seed: int = 0,
+) -> list[list[int]]:
+    """Continue a batch of prompts.
+
+    Prompts are padded on the left to one of a few lengths and the cache to one of a few sizes, so
+    that calls of similar shape share one compiled program; it ends when every row has stopped.
+
+    Args:
+      fn: ``fn(*trees, tokens, mask=, cache=) -> (logits, cache)``, as `functional` gives for a
+        `Decoder`, or what `hyperadapt_jax.adapt` makes of that. Keep the function: another one
+        compiles again.
+      *trees: what it takes before the tokens: the parameters, plain or merged, or the parameters
+        and the scales.
+      prompts: token numbers of each row; rows may differ in length, none may be empty.
+      max_new_tokens: most tokens that a row may get.
+      temperature: zero takes the likeliest token; else it divides the logits before the draw.
+      top_k: draw from this many of the likeliest tokens; all if not given.
+      top_p: draw from the likeliest tokens that together have this probability, in (0, 1]; all if
+        not given.
+      stop_tokens: tokens that end a row.
+      seed: of the draws.
+
+    Returns:
+      The new tokens of each row, up to and with its stop token.
+
+    Raises:
+      ValueError: a prompt is empty, or a number is out of its range.
+
+    >>> from hyperadapt_jax import models
+    >>> config = models.config_from_dict(dict(model_type="llama", vocab_size=9, hidden_size=8,
+    ...     intermediate_size=16, num_hidden_layers=2, num_attention_heads=2))
+    >>> fn, params = models.functional(models.create(config))
+    >>> rows = models.generate(fn, params, prompts=[[1, 2, 3], [4]], max_new_tokens=5)
+    >>> [len(row) for row in rows]
+    [5, 5]
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens}: expected at least 1")
+    if not (np.isfinite(temperature) and temperature >= 0.0):
+        raise ValueError(f"temperature={temperature}: expected a number from 0 on")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k={top_k}: expected at least 1")
+    if top_p is not None and not 0.0 < top_p <= 1.0:
+        raise ValueError(f"top_p={top_p}: expected a number in (0, 1]")
+    for number, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ValueError(f"prompts[{number}] is empty: begin it with the model's first token")
+    if len(prompts) == 0:
+        return []
+    tokens, mask = _pad_left(prompts)
+    sampling = None
+    if temperature > 0.0:
+        sampling = Sampling(
+            np.float32(temperature),
+            np.int32(Sampling().top_k if top_k is None else top_k),
+            np.float32(1.0 if top_p is None else top_p),
+        )
+    new, counts = _decode(
+        fn,
+        trees,
+        tokens,
+        mask,
+        slots=_bucket(max_new_tokens),
+        limit=np.int32(max_new_tokens),
+        sampling=sampling,
+        stop_tokens=np.asarray(stop_tokens, np.int32),
+        rng=jax.random.key(seed),
+    )
+    new, counts = jax.device_get((new, counts))
+    return [row[:count].tolist() for row, count in zip(new, counts, strict=True)]
+
+
+def decode(
+    fn: Callable[..., Any],
+    trees: tuple[Any, ...],
+    tokens: Array,
+    mask: Array,
+    *,
+    slots: int,
+    limit: Array | int | None = None,
+    sampling: Sampling | None = None,
+    stop_tokens: Array | Sequence[int] = (),
+    rng: Array | None = None,
+) -> tuple[Array, Array]:
+    """Continue a padded batch, as a pure function that can be traced, differentiated or adapted.
+
+    Args:
+      fn: as for `generate`.
+      trees: what ``fn`` takes before the tokens.
+      tokens: prompts ending at the last place, padded on the left, ``[B, T]`` integers.
+      mask: True at tokens, ``[B, T]``.
+      slots: room for new tokens, M.
+      limit: most new tokens of a row, at most M; M if not given.
+      sampling: how to draw; None takes the likeliest token.
+      stop_tokens: tokens that end a row, ``[S]``.
+      rng: key of the draws; needed with ``sampling``.
+
+    Returns:
+      The new tokens ``[B, M]``, zero after a row's end, and how many each row has, ``[B]``.
+    """
+    batch, length = tokens.shape
+    limit = jnp.asarray(slots if limit is None else limit, jnp.int32)
+    stop_tokens = jnp.asarray(stop_tokens, jnp.int32)
+    longest = jnp.max(jnp.sum(mask, axis=1, dtype=jnp.int32))
+
+    def choose(logits: Array, step: Array | int) -> Array:
+        if sampling is None:
+            return jnp.argmax(logits[:, -1], axis=-1).astype(jnp.int32)
+        return _draw(logits[:, -1], sampling, jax.random.fold_in(rng, step))
+
+    class State(NamedTuple):
+        step: Array
+        cache: Cache
+        last: Array
+        new: Array
+        done: Array
+        counts: Array
+
+    cache = open_cache(batch, length + slots, span=longest + limit)
+    logits, cache = fn(*trees, tokens, mask=mask, cache=cache)
+    first = choose(logits, 0)
+    start = State(
+        step=jnp.ones((), jnp.int32),
+        cache=cache,
+        last=first,
+        new=jnp.zeros((batch, slots), jnp.int32).at[:, 0].set(first),
+        done=jnp.isin(first, stop_tokens),
+        counts=jnp.ones(batch, jnp.int32),
+    )
+
+    def more(state: State) -> Array:
+        return (state.step < limit) & ~jnp.all(state.done)
+
+    def advance(state: State) -> State:
+        logits, cache = fn(*trees, state.last[:, None], cache=state.cache)
+        token = jnp.where(state.done, 0, choose(logits, state.step))
+        return State(
+            step=state.step + 1,
+            cache=cache,
+            last=token,
+            new=jax.lax.dynamic_update_slice(state.new, token[:, None], (0, state.step)),
+            done=state.done | jnp.isin(token, stop_tokens),
+            counts=state.counts + ~state.done,
+        )
+
+    end = jax.lax.while_loop(more, advance, start)
+    return end.new, end.counts
+
+
+_decode = functools.partial(jax.jit, static_argnames=("fn", "slots"))(decode)
+
+
+def _draw(logits: Array, sampling: Sampling, rng: Array) -> Array:
+    """One token of each row of ``logits: [B, V]``, in the order temperature, top-k, top-p."""
+    order = jnp.argsort(logits, axis=-1, descending=True)
+    sorted_logits = jnp.take_along_axis(logits, order, axis=-1) / sampling.temperature
+    rank = jnp.arange(logits.shape[-1])
+    sorted_logits = jnp.where(rank < sampling.top_k, sorted_logits, -jnp.inf)
+    probabilities = jax.nn.softmax(sorted_logits, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    # The likeliest token stays whatever rounding does to the sum before it.
+    kept = (before < sampling.top_p) | (rank == 0)
+    rngs = jax.random.split(rng, logits.shape[0])
+    draw = jax.vmap(jax.random.categorical)(rngs, jnp.where(kept, sorted_logits, -jnp.inf))
+    return jnp.take_along_axis(order, draw[:, None], axis=-1)[:, 0].astype(jnp.int32)
+
+
+def _bucket(length: int) -> int:
+    """The next of a few lengths, 16 and four to each doubling: at most a fifth is padding."""
+    if length <= 16:
+        return 16
+    step = 1 << ((length - 1).bit_length() - 3)
+    return -(-length // step) * step
+
+
+def _pad_left(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens ``[B, T]`` that all end at the last place, and where they are."""
+    length = _bucket(max(len(prompt) for prompt in prompts))
+    tokens = np.zeros((len(prompts), length), np.int32)
+    mask = np.zeros((len(prompts), length), bool)
+    for row, prompt in enumerate(prompts):
+        tokens[row, length - len(prompt) :] = np.asarray(prompt, np.int32)
+        mask[row, length - len(prompt) :] = True
+    return tokens, mask
