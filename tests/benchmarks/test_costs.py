@@ -162,7 +162,7 @@ def test_every_target_is_scaled_on_activations(scan, remat):
 def test_tracing_and_lowering_time():
     """Processor time, which a busy machine does not stretch; the better of two medians."""
     config = dataclasses.replace(decoder.SMALL, layers=32)
-    best = {"forward": float("inf"), "gradient step": float("inf")}
+    best = dict.fromkeys((trace_time.FORWARD, trace_time.STEP), float("inf"))
     for _ in range(2):
         measured = trace_time.measure(config, repeats=5)
         best = {what: min(best[what], trace_time.ratio(measured[what])) for what in best}

@@ -1,0 +1,3 @@
+"""What here needs torch is no part of the collected tests."""
+
+collect_ignore = ["decode_speed.py"]
