@@ -150,13 +150,19 @@ def _reason(eqn: Any) -> str:
     return f"no vector passes through this `{name}`"
 
 
+@dataclasses.dataclass(frozen=True)
 class Adapted:
-    """A function with scaled weights, as :func:`adapt` makes it."""
+    """A function with scaled weights, as :func:`adapt` makes it.
 
-    def __init__(self, fn: Callable[..., Any], materialise: str):
-        self.fn = fn
-        self.materialise = materialise
-        self.__name__ = f"adapt({getattr(fn, '__name__', type(fn).__name__)})"
+    Two of them are equal where their functions are: what was compiled for one serves the other.
+    """
+
+    fn: Callable[..., Any]
+    materialise: str
+
+    @property
+    def __name__(self) -> str:
+        return f"adapt({getattr(self.fn, '__name__', type(self.fn).__name__)})"
 
     def __call__(self, params: Any, scales: Scales, *args: Any, **kwargs: Any) -> Any:
         result, uses = self._run(params, scales, args, kwargs)

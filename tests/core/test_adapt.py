@@ -441,6 +441,22 @@ def test_arguments_that_are_no_arrays_reach_the_function_as_they_are():
     assert bits(got) == bits(fn(SQUARE, X, jnp.tanh, train=True, rate=0.25))
 
 
+def test_adapting_a_function_twice_compiles_it_once():
+    traces = []
+
+    def fn(params, x):
+        traces.append(x)
+        return x @ params["w"]
+
+    scales = ha.init(ha.plan(SQUARE, *IN_OUT))
+    run = jax.jit(lambda f, *args: f(*args), static_argnums=0)
+    for _ in range(2):
+        run(ha.adapt(fn), SQUARE, scales, X)
+    assert len(traces) == 1 and ha.adapt(fn) == ha.adapt(fn)
+    assert ha.adapt(fn) != ha.adapt(fn, materialise="allow")
+    assert ha.adapt(fn).__name__ == "adapt(fn)"
+
+
 def test_results_keep_their_structure():
     forward = ha.adapt(lambda p, x: {"y": x @ p["w"], "aux": (x, None, np.float32(2))})
     out = forward(SQUARE, ha.init(ha.plan(SQUARE, *IN_OUT)), X)
