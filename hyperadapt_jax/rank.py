@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import re
 import zlib
 from collections.abc import Mapping, Sequence
@@ -16,23 +17,23 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from numpy.linalg import norm, svd
 
 from hyperadapt_jax import paths
-from hyperadapt_jax.scales import Scales, ScaleVectors, concrete
+from hyperadapt_jax.scales import Scales, ScaleVectors, change, check, concrete, slices
 from hyperadapt_jax.tables import table
 
 UPDATE, RANDOM, BASE = "hyperadapt", "random", "base"
 
 
 def bound(base_rank: int, shape: tuple[int, int], sides: int = 2) -> int:
-    """The highest rank that an update can have: ``min(2 rank(W0), n, m)``, or ``rank(W0)``.
+    """The highest rank of an update: ``min(2 rank(W0), n, m)``, one-sided ``min(rank(W0), n, m)``.
 
-    ``A W0 B - W0`` is the sum of two matrices whose rank is at most ``rank(W0)``; one side alone
-    gives one product, ``(A - I) W0`` or ``W0 (B - I)``.
+    ``A W0 B - W0`` is the sum of two matrices of at most that rank; ``(A - I) W0`` is one.
 
     Args:
       base_rank: the rank of the frozen weight.
-      shape: its shape as a matrix.
+      shape: its shape (n, m) as a matrix.
       sides: 2 where rows and columns are scaled, 1 where only one of them is.
 
     >>> bound(20, (64, 64)), bound(40, (64, 64)), bound(20, (64, 64), sides=1)
@@ -86,7 +87,7 @@ def measure(singular_values: Sequence[float] | np.ndarray, tolerance: float) -> 
     # The margin: a share that is met exactly must not cost one more value by a rounding of the sum.
     short_of = [int(np.sum(energy < (share - 1e-12) * energy[-1])) for share in (0.90, 0.99)]
     return Measures(
-        float(np.linalg.norm(s)),
+        float(norm(s)),
         float(energy[-1]),
         float(np.exp(-np.sum(p * np.log(p)))),
         *(int(np.sum(relative > part)) for part in (0.1, 0.01, 0.001)),
@@ -102,8 +103,8 @@ class Spectrum:
     Attributes:
       path: the weight's path.
       index: which slice of the weight's stack axes; empty where there are none.
-      source: ``"hyperadapt"`` (the update), ``"base"`` (the frozen weight), ``"random"`` (the
-        update that random vectors of the same norm make) or the name of a control.
+      source: ``"hyperadapt"`` (the update), ``"random"`` (what random vectors of the same norm
+        make), ``"base"`` (the frozen weight) or the name of a control.
       shape: (n, m) of the matrix.
       bound: the bound on the rank of an update, None for the base and for dense controls.
       singular_values: float64, from the largest down.
@@ -126,10 +127,9 @@ class Spectrum:
 
 @dataclasses.dataclass(frozen=True)
 class RankReport:
-    """The spectra of an adapter's updates and of their controls. Printed, it is a table.
+    """The spectra of an adapter's updates and of their controls.
 
-    The table has a line per kind of weight and source: the medians over layers and stack slices.
-    ``to_dict`` has every matrix.
+    Printed, it is a table of medians over the layers and stack slices of each kind of weight.
     """
 
     spectra: tuple[Spectrum, ...]
@@ -141,14 +141,6 @@ class RankReport:
             sources = groups.setdefault((spectrum.kind, spectrum.shape), {})
             sources.setdefault(spectrum.source, []).append(spectrum)
         return groups
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report in plain dicts, lists and numbers, as ``json.dumps`` takes them."""
-        plain = [dataclasses.asdict(spectrum) for spectrum in self.spectra]
-        for fields in plain:
-            fields |= fields.pop("measures")
-            fields["singular_values"] = fields["singular_values"].tolist()
-        return {"matrices": plain}
 
     def __str__(self) -> str:
         columns = [field.name for field in dataclasses.fields(Measures)]
@@ -173,14 +165,13 @@ def analyse(
     """Measures the rank of each adapted weight's update, beside controls.
 
     Every stack slice is a matrix of its own, with the out axes as its rows and all others as its
-    columns (where no axis is out, the in axes as its columns and all others as its rows). The
-    update is computed in float64 on the host, from the vectors and the frozen weight: the
-    difference of a merged weight and the frozen one is rounding noise of full rank. Each matrix
-    costs O(n m min(n, m)): of a large model, pass the scales of a few weights.
+    columns (without an out axis: the in axes as its columns). The update is computed in float64 on
+    the host, from the vectors and the frozen weight: the difference of a merged weight and the
+    frozen one is rounding noise of full rank. Each matrix costs O(n m min(n, m)).
 
-    The tolerance of the numerical rank is ``max(eps, max(n, m) * eps64)`` with the ``eps`` of the
-    dtype in which the frozen weight, or the control, is stored: rounding the entries of a matrix
-    makes singular values of up to about ``eps / 2`` of the largest.
+    The tolerance of the numerical rank is ``max(eps, max(n, m) * eps64)``, with the ``eps`` of the
+    dtype in which the frozen weight, or the control, is stored: rounding a matrix to it makes
+    singular values of up to about ``eps / 2`` of the largest.
 
     Args:
       params: the frozen parameters, floating point.
@@ -190,8 +181,8 @@ def analyse(
       seed: of the random vectors: Gaussian, with the norm of the trained ones, slice by slice.
 
     Raises:
-      ValueError: a path that the parameters or the scales lack, a shape that differs from the
-        weight's, a dtype that is not floating, a number that is not finite, a reserved name.
+      ValueError: an adapter that does not fit the parameters, a control of another path or shape
+        or of a reserved name, a dtype that is not floating, a number that is not finite.
 
     >>> params = {"w": jnp.eye(4)}
     >>> scales = {"w": ScaleVectors(jnp.array([1.0, 0, 0, 0]), None, "- out")}
@@ -199,29 +190,24 @@ def analyse(
     >>> [(s.source, s.bound, s.measures.numerical) for s in report.spectra]
     [('hyperadapt', 4, 1), ('random', 4, 4), ('base', None, 4)]
     """
-    arrays, controls = dict(zip(*paths.flatten(params)[:2], strict=True)), controls or {}
+    arrays, controls, spectra = paths.arrays(params), controls or {}, []
+    check(scales, arrays)
     for name, updates in controls.items():
         if name in (UPDATE, RANDOM, BASE):
             raise ValueError(f"a control cannot be called {name!r}: the report has that already")
         for path in updates:
             if path not in scales:
                 raise ValueError(f"{name}: {path} is not adapted; {paths.nearest(path, scales)}")
-    spectra = []
+            has, needs = np.shape(updates[path]), arrays[path].shape
+            if has != needs:
+                raise ValueError(f"{name}: {path} has shape {has}; the weight has {needs}")
     for path, vectors in scales.items():
-        if path not in arrays:
-            raise ValueError(f"the parameters hold no {path!r}; {paths.nearest(path, arrays)}")
-        dense = {name: c[path] for name, c in controls.items() if path in c} | {BASE: arrays[path]}
-        dense = {name: np.asarray(array) for name, array in dense.items()}
-        for name, array in dense.items():
-            if array.shape != dense[BASE].shape or array.ndim != len(vectors.axes.split()):
-                raise ValueError(
-                    f"{name}: {path} has shape {array.shape}; the weight has {dense[BASE].shape},"
-                    f" with the axis roles {vectors.axes!r}"
-                )
+        given = {**controls, BASE: arrays}
+        dense = {name: np.asarray(of[path]) for name, of in given.items() if path in of}
+        sides = {side: delta for (_, side), delta in concrete({path: vectors}).items()}
+        for name, array in {**dense, **sides}.items():
             if not jnp.issubdtype(array.dtype, jnp.floating):
                 raise ValueError(f"{name}: {path} has dtype {array.dtype}, not a floating one")
-        sides = {side: delta for _, side, delta in concrete({path: vectors})}
-        for name, array in {**dense, **sides}.items():
             if not np.isfinite(array).all():
                 raise ValueError(f"{name}: {path} holds a NaN or an infinity")
         spectra += _spectra(path, vectors, dense, seed)
@@ -232,61 +218,37 @@ def _spectra(
     path: str, vectors: ScaleVectors, dense: Mapping[str, np.ndarray], seed: int
 ) -> list[Spectrum]:
     """The spectra of one weight, slice by slice; ``dense`` holds the controls and the weight."""
-    roles = vectors.axes.split()
-    row_role = "out" if "out" in roles else "-"
-    stack = [i for i, role in enumerate(roles) if role == "stack"]
-    rows = [i for i, role in enumerate(roles) if role == row_role]
-    order = [*stack, *rows, *(i for i in range(len(roles)) if i not in (*stack, *rows))]
-    dense = {name: array.transpose(order) for name, array in dense.items()}
-    deltas = []
-    for axes, delta in vectors.factors():
-        missing = [i for i in range(len(roles)) if i not in axes]
-        deltas.append(np.expand_dims(np.asarray(delta, np.float64), missing).transpose(order))
-    sizes = dense[BASE].shape
-    n = int(np.prod(sizes[len(stack) : len(stack) + len(rows)]))
-
+    roles = [role for role in vectors.axes.split() if role != "stack"]
+    rows = [i for i, role in enumerate(roles) if role == ("out" if "out" in roles else "-")]
     spectra = []
-    for index in np.ndindex(sizes[: len(stack)]):
-        slices = {name: array[index].astype(np.float64) for name, array in dense.items()}
-        base, trained = slices.pop(BASE), [delta[index] for delta in deltas]
+    for index, deltas, arrays in slices(vectors, *dense.values()):
+        given = {name: a.astype(np.float64) for name, a in zip(dense, arrays, strict=True)}
+        base = given.pop(BASE)
         rng = np.random.default_rng([seed, zlib.crc32(path.encode()), *index])
-        random = [_gaussian(rng, delta) for delta in trained]
-        slices = {UPDATE: base * _change(trained), **slices}
-        slices |= {RANDOM: base * _change(random), BASE: base}
+        noise = [rng.standard_normal(delta.shape) for delta in deltas]
+        noise = [x * (norm(d) / norm(x)) for x, d in zip(noise, deltas, strict=True)]
+        sources = {UPDATE: base * change(deltas), **given, RANDOM: base * change(noise), BASE: base}
         found = {}
-        for source, values in slices.items():
-            matrix = values.reshape(n, -1)
+        for source, values in sources.items():
+            matrix = np.moveaxis(values, rows, range(len(rows)))
+            matrix = matrix.reshape(math.prod(matrix.shape[: len(rows)]), -1)
             eps = float(jnp.finfo(dense.get(source, dense[BASE]).dtype).eps)
             tolerance = max(eps, max(matrix.shape) * np.finfo(np.float64).eps)
-            singular = np.linalg.svd(matrix, compute_uv=False)
-            found[source] = matrix.shape, singular, measure(singular, tolerance)
-        most = bound(found[BASE][2].numerical, found[BASE][0], len(deltas))
-        for source, (shape, singular, measures) in found.items():
-            limit = most if source in (UPDATE, RANDOM) else None
-            spectra.append(Spectrum(path, index, source, shape, limit, singular, measures))
+            singular = svd(matrix, compute_uv=False)
+            found[source] = singular, measure(singular, tolerance)
+        limit = bound(found[BASE][1].numerical, matrix.shape, len(deltas))
+        for source, measured in found.items():
+            most = limit if source in (UPDATE, RANDOM) else None
+            spectra.append(Spectrum(path, index, source, matrix.shape, most, *measured))
     return spectra
-
-
-def _gaussian(rng: np.random.Generator, like: np.ndarray) -> np.ndarray:
-    """A random vector of the shape and the norm of another."""
-    noise = rng.standard_normal(like.shape)
-    return noise * (np.linalg.norm(like) / np.linalg.norm(noise))
-
-
-def _change(deltas: Sequence[np.ndarray]) -> np.ndarray | float:
-    """``a b^T - 1`` out of ``a - 1`` and ``b - 1``, without their cancellation."""
-    change = 0.0
-    for delta in deltas:
-        change = change + delta + change * delta
-    return change
 
 
 def figure(report: RankReport, columns: int = 3) -> Any:
     """Draws the singular values relative to the largest, one panel per kind of weight.
 
     A line is the median over the layers and stack slices of its kind, and the band around it
-    reaches from the least to the greatest. A line ends in a dot where only rounding noise is left,
-    at the numerical rank. A dotted vertical line is the bound, where that is below the full rank.
+    reaches from the least to the greatest. It ends in a dot at a numerical rank below the full
+    one; a dotted vertical line is the bound on it.
 
     Args:
       report: what :func:`analyse` returned.
@@ -308,60 +270,45 @@ def figure(report: RankReport, columns: int = 3) -> Any:
     if not groups:
         raise ValueError("the report is empty: nothing to draw")
     names = list(dict.fromkeys(spectrum.source for spectrum in report.spectra))
-    looks = {
-        UPDATE: {"color": "#0072B2", "lw": 2.4, "zorder": 4, "label": "HyperAdapt"},
-        RANDOM: {"color": "#D55E00", "ls": (0, (4, 2)), "label": "random vectors"},
-        BASE: {"color": "#777777", "label": "frozen weight"},
-    }
     colors = itertools.cycle(["#009E73", "#CC79A7", "#E69F00", "#56B4E9"])
-    looks |= {name: {"color": next(colors)} for name in names if name not in looks}
+    looks = {name: {"color": next(colors), "label": name} for name in names}
+    looks[UPDATE] = {"color": "#0072B2", "lw": 2.4, "label": "HyperAdapt"}
+    looks[RANDOM] = {"color": "#D55E00", "ls": "--", "label": "random vectors"}
+    looks[BASE] = {"color": "#777777", "label": "frozen weight"}
 
     across = max(1, min(columns, len(groups)))
-    down = -(-len(groups) // across)
+    down = math.ceil(len(groups) / across)
     fig = Figure(figsize=(max(3.4 * across, 6.0), 2.7 * down + 0.9), dpi=150, layout="constrained")
     grid = fig.subplots(down, across, squeeze=False, sharey=True).flat
-    legend, lowest = {}, 0.1
+    legend = {}
     for ax, ((kind, (n, m)), sources) in zip(grid, groups.items(), strict=False):
         full, count = min(n, m), len(sources[UPDATE])
-        x = np.arange(1, full + 1) / full
         for source, spectra in sources.items():
-            look = {"lw": 1.6, "zorder": 3, "label": source, **looks[source]}
-            drawn = np.stack([_above_noise(spectrum) for spectrum in spectra])
-            middle = np.median(drawn, axis=0)
-            end = int(np.sum(middle > 0))
-            (legend[source],) = ax.plot(x[:end], middle[:end], **look)
-            if len(drawn) > 1:
-                reach = drawn.min(axis=0)[:end], drawn.max(axis=0)[:end]
-                ax.fill_between(x[:end], *reach, color=look["color"], alpha=0.15, lw=0)
+            relative = [s.singular_values / (s.singular_values[0] or 1) for s in spectra]
+            ranks = [[s.measures.numerical] for s in spectra]
+            lines = np.where(np.arange(full) < ranks, relative, 0)
+            end = np.count_nonzero(np.median(lines, axis=0))
+            x, lines = np.arange(1, end + 1) / full, lines[:, :end]
+            (legend[source],) = ax.plot(x, np.median(lines, axis=0), **looks[source])
+            band, color = (lines.min(axis=0), lines.max(axis=0)), looks[source]["color"]
+            ax.fill_between(x, *band, color=color, alpha=0.15, lw=0)
             if 0 < end < full:
-                ax.plot(x[end - 1], middle[end - 1], "o", ms=4.5, color=look["color"], zorder=5)
-            lowest = min([lowest, *middle[:end]])
+                legend[source].set(marker="o", markevery=[-1], markersize=4)
         limit = np.median([spectrum.bound for spectrum in sources[UPDATE]])
         if limit < full:
-            legend["bound"] = ax.axvline(
-                limit / full, color="#0072B2", lw=1, ls=":", label="bound on the rank"
-            )
-        ax.set_title(kind, fontsize=10, loc="left", pad=15)
-        size = f"{n} × {m}" + (f", {count} matrices" if count > 1 else "")
-        ax.text(0, 1.03, size, transform=ax.transAxes, fontsize=8, color="#666666")
-    for ax in fig.axes[len(groups) :]:
-        ax.remove()
-    for ax in fig.axes:
-        ax.set(xlim=(0, 1.03), yscale="log", ylim=(max(lowest, 1e-6) / 1.5, 1.5))
+            look = {"color": "#0072B2", "lw": 1, "ls": ":", "label": "bound on the rank"}
+            legend["bound"] = ax.axvline(limit / full, **look)
+        ax.set_title(kind, fontsize=10, loc="left")
+        ax.set_xlabel(f"{n} × {m}" + (f", {count} matrices" if count > 1 else ""), fontsize=8)
+        ax.set(xlim=(0, 1.03), yscale="log")
         ax.xaxis.set_major_formatter(PercentFormatter(1))
         ax.grid(color="#e6e6e6", lw=0.6)
         ax.spines[["top", "right"]].set_visible(False)
-        ax.spines[["left", "bottom"]].set_color("#999999")
-        ax.tick_params(which="both", labelsize=8, color="#999999")
+    for ax in fig.axes[len(groups) :]:
+        ax.remove()
     fig.supxlabel("singular values, largest first, as a share of min(n, m)", fontsize=9)
     fig.supylabel("singular value / largest", fontsize=9)
     handles = [legend[name] for name in [*names, "bound"] if name in legend]
     wide = 3 if across < 3 else 5
     fig.legend(handles=handles, loc="outside upper center", ncols=wide, frameon=False, fontsize=9)
     return fig
-
-
-def _above_noise(spectrum: Spectrum) -> np.ndarray:
-    """The singular values by the largest, and zero from the numerical rank on."""
-    s, rank = spectrum.singular_values, spectrum.measures.numerical
-    return np.where(np.arange(s.size) < rank, s / (s[0] or 1), 0)

@@ -10,7 +10,9 @@ toward zero.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -75,11 +77,7 @@ def along(delta: jax.Array, axes: Sequence[int], ndim: int) -> jax.Array:
 
 
 def check(scales: Scales, weights: Mapping[str, Any]) -> None:
-    """Refuses an adapter that does not fit the weights it would scale.
-
-    Args:
-      scales: the adapter.
-      weights: the parameter tree's arrays by path, as ``paths.arrays`` returns.
+    """Refuses an adapter that does not fit the weights it would scale, given as arrays by path.
 
     Raises:
       ValueError: a path that is not there, roles that do not fit the number of axes, or a vector
@@ -92,10 +90,9 @@ def check(scales: Scales, weights: Mapping[str, Any]) -> None:
                 f" {paths.nearest(path, weights)}"
             )
         shape, axes = np.shape(weights[path]), vectors.axes
-        if len(shape) != len(axes.split()):
+        if len(shape) != (count := len(axes.split())):
             raise ValueError(
-                f"{path} has {len(shape)} axes, shape {shape}, and the adapter gives roles for"
-                f" {len(axes.split())}: {axes!r}"
+                f"{path} has {len(shape)} axes, shape {shape}, and roles for {count}: {axes!r}"
             )
         for side in SIDES:
             delta = getattr(vectors, side)
@@ -104,7 +101,7 @@ def check(scales: Scales, weights: Mapping[str, Any]) -> None:
             if has != needs:
                 raise ValueError(
                     f"{path}: {side} has shape {has}, and a weight of shape {shape} with roles"
-                    f" {axes!r} needs {needs}: the adapter was made for another model"
+                    f" {axes!r} needs {needs}"
                 )
 
 
@@ -129,12 +126,10 @@ def init(plan: Any) -> Scales:
         return None if shape is None else jnp.zeros(shape, jnp.float32, device=sharding)
 
     return {
-        weight.path: ScaleVectors(
-            zeros(weight.row_shape, weight.row_sharding),
-            zeros(weight.col_shape, weight.col_sharding),
-            weight.axes,
+        w.path: ScaleVectors(
+            zeros(w.row_shape, w.row_sharding), zeros(w.col_shape, w.col_sharding), w.axes
         )
-        for weight in plan.weights
+        for w in plan.weights
     }
 
 
@@ -144,7 +139,7 @@ def count(scales: Scales) -> int:
     >>> count({"w": ScaleVectors(jnp.zeros(5), jnp.zeros(3), "in out")})
     8
     """
-    return sum(np.prod(np.shape(leaf), dtype=int).item() for leaf in jax.tree.leaves(scales))
+    return sum(math.prod(np.shape(leaf)) for leaf in jax.tree.leaves(scales))
 
 
 def compose(first: Scales, second: Scales) -> Scales:
@@ -159,15 +154,18 @@ def compose(first: Scales, second: Scales) -> Scales:
     >>> compose(a, a)["w"].row
     Array([3.], dtype=float32)
     """
-    return _zip(first, second, lambda x, y: x + y + x * y, keep_lonely=True)
+    both = {**first, **second}
+    for path in first.keys() & second.keys():
+        a, b = first[path], second[path]
+        axes = _common_roles(path, a, b)
+        pairs = [(getattr(a, side), getattr(b, side)) for side in SIDES]
+        sides = [y if x is None else x if y is None else _product(x, y) for x, y in pairs]
+        both[path] = ScaleVectors(*sides, axes)
+    return both
 
 
 def invert(scales: Scales, tol: float = 1e-6) -> Scales:
     """The adapter that undoes this one: scales ``1 / (1 + delta)``.
-
-    Args:
-      scales: the adapter.
-      tol: a scale whose magnitude is at most this has no usable inverse.
 
     Raises:
       ValueError: a scale lies within ``tol`` of zero (not checked on traced values).
@@ -181,13 +179,13 @@ def invert(scales: Scales, tol: float = 1e-6) -> Scales:
 
 def check_invertible(scales: Scales, tol: float) -> None:
     """Raises ValueError, naming weight, side and index, where a scale lies within tol of zero."""
-    for path, side, delta in concrete(scales):
-        small = np.abs(1 + delta)
-        if small.size and small.min() <= tol:
-            where = np.unravel_index(small.argmin(), small.shape)
+    for (path, side), delta in concrete(scales).items():
+        size = np.abs(1 + delta)
+        if (size <= tol).any():
+            where = np.argwhere(size == size.min())[0].tolist()
             raise ValueError(
-                f"{path}: {side}{list(map(int, where))} scales by {small.min():.2g}, too near zero"
-                f" to invert (tol={tol:g}): what it scaled cannot be recovered; keep the base model"
+                f"{path}: {side}{where} scales by {size.min():.2g}, too near zero to invert"
+                f" (tol={tol:g}): what it scaled cannot be recovered; keep the base model"
             )
 
 
@@ -198,8 +196,8 @@ def average(
 ) -> Scales:
     """The weighted mean of adapters in log space: ``prod |1 + delta_i| ** w_i``, sign kept.
 
-    Scales multiply, so their natural mean is geometric. It needs equal signs: learned scales do
-    turn negative, and where adapters disagree on a sign ``signs`` says what happens.
+    Scales multiply, so their natural mean is geometric. It needs equal signs, and learned scales
+    do turn negative.
 
     Args:
       adapters: adapters of the same weights, sides and shapes.
@@ -228,8 +226,7 @@ def interpolate(
 ) -> Scales:
     """The point at ``t`` on the log-space path from one adapter (t=0) to another (t=1).
 
-    The weighted :func:`average` with weights ``1 - t`` and ``t``. Outside [0, 1], t extrapolates;
-    it may be traced.
+    The :func:`average` with weights ``1 - t`` and ``t``, which may be traced, or outside [0, 1].
 
     >>> a, b = ({"w": ScaleVectors(jnp.array([d]), None, "- out")} for d in (0.0, 3.0))
     >>> interpolate(a, b, 0.5)["w"].row
@@ -254,8 +251,11 @@ def canonical(scales: Scales) -> Scales:
     def gauge(vectors: ScaleVectors) -> ScaleVectors:
         if vectors.row is None or vectors.col is None:
             return vectors
-        row, col = 1 + vectors.row, 1 + vectors.col
-        over_row, over_col = (_own_axes(vectors.axes, side) for side in ("row", "col"))
+        row, col, roles = 1 + vectors.row, 1 + vectors.col, vectors.axes.split()
+        over_row, over_col = (  # a vector's own axes, but for those of the stack
+            tuple(i for i, k in enumerate(side_axes(vectors.axes, side)) if roles[k] != "stack")
+            for side in SIDES
+        )
         rms_row = jnp.sqrt(jnp.mean(row**2, over_row))
         rms_col = jnp.sqrt(jnp.mean(col**2, over_col))
         usable = (rms_row > 0) & (rms_col > 0)
@@ -270,27 +270,52 @@ def canonical(scales: Scales) -> Scales:
     return {path: gauge(vectors) for path, vectors in scales.items()}
 
 
-def concrete(scales: Scales) -> list[tuple[str, str, np.ndarray]]:
-    """(path, side, values) of every vector whose values are known: tracers are left out."""
-    return [
-        (path, side, np.asarray(delta))
+def concrete(scales: Scales) -> dict[tuple[str, str], np.ndarray]:
+    """The values of every vector by (path, side), where they are known: tracers are left out."""
+    return {
+        (path, side): np.asarray(delta)
         for path, vectors in scales.items()
-        for side in ("row", "col")
+        for side in SIDES
         if (delta := getattr(vectors, side)) is not None and not isinstance(delta, jax.core.Tracer)
+    }
+
+
+def slices(vectors: ScaleVectors, *arrays: np.ndarray) -> Iterator[tuple[tuple, list, list]]:
+    """For each slice of a weight's stack: its index, the deltas in float64, the arrays' slices.
+
+    They broadcast. One slice at a time: float64 copies of a whole stack of layers would be large.
+    """
+    roles = vectors.axes.split()
+    stack = [i for i, role in enumerate(roles) if role == "stack"]
+    deltas = [
+        np.expand_dims(np.asarray(delta, np.float64), sorted({*range(len(roles))} - {*axes}))
+        for axes, delta in vectors.factors()
     ]
+    first = range(len(stack))
+    deltas, arrays = ([np.moveaxis(x, stack, first) for x in group] for group in (deltas, arrays))
+    for index in np.ndindex(arrays[0].shape[: len(stack)]):
+        yield index, [delta[index] for delta in deltas], [array[index] for array in arrays]
 
 
-def _own_axes(axes: str, side: str) -> tuple[int, ...]:
-    """The axes of a vector itself that are not stack axes."""
-    roles = axes.split()
-    return tuple(i for i, axis in enumerate(side_axes(axes, side)) if roles[axis] != "stack")
+def change(deltas: Sequence[Any]) -> Any:
+    """The relative change that all deltas make together: ``prod(1 + delta) - 1``."""
+    return functools.reduce(_product, deltas)
+
+
+def _product(x: Any, y: Any) -> Any:
+    """``(1 + x)(1 + y) - 1``, without its cancellation."""
+    return x + y + x * y
 
 
 def _mean(adapters: Sequence[Scales], weights: Sequence[Any], signs: str) -> Scales:
     if signs not in ("error", "linear"):
         raise ValueError(f'signs must be "error" or "linear", not {signs!r}')
+    first = adapters[0]
     for other in adapters[1:]:
-        _zip(adapters[0], other, lambda x, y: None, keep_lonely=False)
+        if lonely := first.keys() ^ other.keys():
+            raise ValueError(f"{min(lonely)}: adapted by one adapter and not by the other")
+        for path in first:
+            _common_roles(path, first[path], other[path], exact=True)
     if signs == "error":
         _check_signs(adapters)
 
@@ -302,63 +327,42 @@ def _mean(adapters: Sequence[Scales], weights: Sequence[Any], signs: str) -> Sca
             jnp.where(jnp.abs(d) < 0.5, xlog1py(w, jnp.clip(d, -0.5)), xlogy(w, jnp.abs(1 + d)))
             for w, d in pairs
         )
-        deltas = jnp.stack(deltas)
-        all_positive = jnp.all(deltas >= -1, axis=0)
-        all_negative = jnp.all(deltas <= -1, axis=0)
         linear = sum(w * d for w, d in pairs)
-        mirrored = jnp.where(all_negative, -jnp.exp(log) - 1, linear)
-        return jnp.where(all_positive, jnp.expm1(log), mirrored)
+        deltas = jnp.stack(deltas)
+        mirrored = jnp.where(jnp.all(deltas <= -1, axis=0), -jnp.exp(log) - 1, linear)
+        return jnp.where(jnp.all(deltas >= -1, axis=0), jnp.expm1(log), mirrored)
 
     return jax.tree.map(mean, *adapters)
 
 
 def _check_signs(adapters: Sequence[Scales]) -> None:
-    known = [{(path, side): delta for path, side, delta in concrete(a)} for a in adapters]
-    for key in known[0]:
-        scales = [1 + k[key] for k in known if key in k]
+    known = [concrete(scales) for scales in adapters]
+    for path, side in known[0]:
+        scales = [1 + deltas[path, side] for deltas in known if (path, side) in deltas]
         clash = np.any([s > 0 for s in scales], axis=0) & np.any([s < 0 for s in scales], axis=0)
         if clash.any():
             raise ValueError(
-                f"{key[0]}: {clash.sum()} of {clash.size} {key[1]} scales differ in sign between"
-                ' the adapters, and a mean in log space needs equal signs; signs="linear" takes'
-                " the arithmetic mean of those entries"
+                f"{path}: {clash.sum()} of {clash.size} {side} scales differ in sign between the"
+                ' adapters, and a mean in log space needs equal signs; signs="linear" takes the'
+                " arithmetic mean of those entries"
             )
 
 
-def _zip(first: Mapping, second: Mapping, combine: Any, keep_lonely: bool) -> Scales:
-    """Combines two adapters vector by vector; a lonely vector is kept, or refused."""
-    out = {}
-    for path in {**first, **second}:
-        pair = [a[path] for a in (first, second) if path in a]
-        if len(pair) == 1:
-            if not keep_lonely:
-                raise ValueError(f"{path}: adapted by one adapter and not by the other")
-            out[path] = pair[0]
-            continue
-        roles = _common_roles(path, pair[0].axes, pair[1].axes, keep_lonely)
-        sides = {}
-        for side in ("row", "col"):
-            x, y = (getattr(vectors, side) for vectors in pair)
-            if x is not None and y is not None:
-                if np.shape(x) != np.shape(y):
-                    raise ValueError(f"{path}: {side} shapes differ: {np.shape(x)}, {np.shape(y)}")
-                sides[side] = combine(x, y)
-            else:
-                sides[side] = y if x is None else x
-        out[path] = ScaleVectors(**sides, axes=roles)
-    return out
-
-
-def _common_roles(path: str, first: str, second: str, allow_one_sided: bool) -> str:
-    """The union of two weights' axis roles, where ``-`` on one yields to the other."""
-    pairs = list(zip(first.split(), second.split(), strict=False))
-    fits = len(first.split()) == len(second.split()) and all(
-        a == b or (allow_one_sided and "-" in (a, b) and "stack" not in (a, b)) for a, b in pairs
-    )
+def _common_roles(path: str, a: ScaleVectors, b: ScaleVectors, exact: bool = False) -> str:
+    """The union of a weight's axis roles in two adapters, once it is known that the two fit."""
+    pairs = list(zip(a.axes.split(), b.axes.split(), strict=False))
+    union = " ".join(y if x == "-" else x for x, y in pairs)
     # Of a square weight, the one's in axis may be the other's unscaled one: never the same vector.
+    spanned = [(side_axes(v.axes, s), side_axes(union, s)) for v in (a, b) for s in SIDES]
+    if not (
+        len(a.axes.split()) == len(b.axes.split())
+        and all(x == y or "-" in (x, y) for x, y in pairs)
+        and all(axes in ((), whole) for axes, whole in spanned)
+        and (a.axes == b.axes or not exact)
+    ):
+        raise ValueError(f"{path}: axis roles differ: {a.axes!r} and {b.axes!r}")
     for side in SIDES:
-        here, there = side_axes(first, side), side_axes(second, side)
-        fits &= here == there or () in (here, there)
-    if not fits:
-        raise ValueError(f"{path}: axis roles differ: {first!r} and {second!r}")
-    return " ".join(b if a == "-" else a for a, b in pairs)
+        shapes = [np.shape(d) for v in (a, b) if (d := getattr(v, side)) is not None]
+        if len(set(shapes)) > 1:
+            raise ValueError(f"{path}: {side} shapes differ: {shapes[0]}, {shapes[1]}")
+    return union

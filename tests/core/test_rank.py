@@ -1,6 +1,5 @@
 """The rank of updates against closed forms, and the report that people read."""
 
-import json
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -249,7 +248,7 @@ def test_dense_controls_stand_beside_the_update():
 def test_analyse_says_what_is_wrong_and_where():
     weight = np.ones((3, 4), np.float32)
     params, scales = {"dense": {"w": weight}}, {"dense/w": vectors(weight, "in out")["w"]}
-    with pytest.raises(ValueError, match="hold no 'dense/w'; nearest: dens/w"):
+    with pytest.raises(ValueError, match="scales dense/w, which is none .*; nearest: dens/w"):
         analyse({"dens": {"w": weight}}, scales)
     with pytest.raises(ValueError, match="lora: dense is not adapted; nearest: dense/w"):
         analyse(params, scales, {"lora": {"dense": weight}})
@@ -261,7 +260,7 @@ def test_analyse_says_what_is_wrong_and_where():
         analyse(params, scales, {"base": {}})
     with pytest.raises(ValueError, match="dense/w has dtype int8, not a floating one"):
         analyse({"dense": {"w": weight.astype(np.int8)}}, scales)
-    with pytest.raises(ValueError, match="axis roles 'in out'"):
+    with pytest.raises(ValueError, match="dense/w has 3 axes, .* roles for 2: 'in out'"):
         analyse({"dense": {"w": weight[None]}}, scales)
     broken = weight.copy()
     broken[1, 1] = np.nan
@@ -303,15 +302,6 @@ def test_the_table_has_the_medians_of_each_kind(report):
     stable = [s.measures.stable for s in report.spectra if s.source == "base"][:3]
     assert float(rows[2][header.index("stable")]) == pytest.approx(np.median(stable), rel=1e-3)
     assert rows[4][-2:] == ["4", "4"] and rows[6][-2:] == ["2", "-"]
-
-
-def test_the_report_survives_json(report):
-    matrices = json.loads(json.dumps(report.to_dict()))["matrices"]
-    assert len(matrices) == len(report.spectra) == 13
-    for plain, spectrum in zip(matrices, report.spectra, strict=True):
-        assert plain["path"] == spectrum.path and plain["source"] == spectrum.source
-        assert plain["singular_values"] == spectrum.singular_values.tolist()
-        assert measure(plain["singular_values"], 1e-7).stable == plain["stable"]
 
 
 def test_only_whole_numbers_in_a_path_are_layers():
