@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,10 +16,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 
 from hyperadapt_jax import paths
-from hyperadapt_jax.scales import Scales, ScaleVectors, along, check, check_invertible, widen
+from hyperadapt_jax.scales import (
+    Scales,
+    ScaleVectors,
+    along,
+    change,
+    check,
+    check_invertible,
+    slices,
+    widen,
+)
 from hyperadapt_jax.tables import table
 
 
@@ -53,10 +60,8 @@ class MergeReport:
     weights: tuple[Rounding, ...]
 
     def __str__(self) -> str:
-        rows = [
-            [w.path, w.dtype, f"{w.update:.3g}", f"{w.error:.3g}", f"{w.relative:.3g}"]
-            for w in self.weights
-        ]
+        numbers = [[f"{x:.3g}" for x in (w.update, w.error, w.relative)] for w in self.weights]
+        rows = [[w.path, w.dtype, *row] for w, row in zip(self.weights, numbers, strict=True)]
         header = ["weight", "dtype", "update", "error", "error/update"]
         return table(header, rows, right="update error error/update")
 
@@ -64,9 +69,9 @@ class MergeReport:
 def merge(params: Any, scales: Scales, *, report: bool = False) -> Any:
     """The parameters with the adapter multiplied in: ``W * (1 + row) * (1 + col)``.
 
-    The product is made in float32, or in the weight's dtype where that is wider, and rounded once
-    to the weight's dtype. All other leaves, biases among them, are passed on as they are. Each
-    weight keeps its sharding. Traceable, where no report is asked for.
+    The product is made in float32, or in the weight's dtype where that is wider, and rounded once.
+    All other leaves, biases among them, are passed on as they are, and each weight keeps its
+    sharding. Traceable, where no report is asked for.
 
     Args:
       params: the frozen parameters, any pytree of arrays.
@@ -92,13 +97,11 @@ def merge(params: Any, scales: Scales, *, report: bool = False) -> Any:
             "a merge report needs the weights' values: ask for it outside of jit, in a process"
             " that holds all shards"
         )
-    new = {path: _apply(jnp.multiply, old[path], scales[path]) for path in scales}
+    new = {path: _rescaled(jnp.multiply, weight, scales[path]) for path, weight in old.items()}
     merged = paths.replace(params, new)
     if not report:
         return merged
-    return merged, MergeReport(
-        tuple(_rounding(path, old[path], new[path], scales[path]) for path in old)
-    )
+    return merged, MergeReport(tuple(_rounding(p, old[p], new[p], scales[p]) for p in old))
 
 
 def unmerge(merged: Any, scales: Scales, tol: float = 1e-6) -> Any:
@@ -106,11 +109,6 @@ def unmerge(merged: Any, scales: Scales, tol: float = 1e-6) -> Any:
 
     Divided in float32 and rounded once, like :func:`merge`. What merging rounded away stays lost:
     in bfloat16 about one entry in a hundred differs from the base in its last bit.
-
-    Args:
-      merged: what :func:`merge` returned.
-      scales: the adapter that was merged.
-      tol: a scale whose magnitude is at most this cannot be divided out.
 
     Raises:
       ValueError: as :func:`merge`, or a scale within ``tol`` of zero (not checked where traced).
@@ -122,9 +120,8 @@ def unmerge(merged: Any, scales: Scales, tol: float = 1e-6) -> Any:
     """
     old = _weights(merged, scales)
     check_invertible(scales, tol)
-    return paths.replace(
-        merged, {path: _apply(jnp.divide, old[path], scales[path]) for path in scales}
-    )
+    new = {path: _rescaled(jnp.divide, weight, scales[path]) for path, weight in old.items()}
+    return paths.replace(merged, new)
 
 
 def _weights(params: Any, scales: Scales) -> dict[str, Any]:
@@ -136,17 +133,14 @@ def _weights(params: Any, scales: Scales) -> dict[str, Any]:
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
             raise ValueError(
                 f"{path} has dtype {leaf.dtype}: integer codes cannot hold a scaled weight. Keep"
-                " the adapter beside the quantised base, or merge into the weights before they are"
-                " quantised"
+                " the adapter beside the quantised base, or merge before quantising"
             )
     return weights
 
 
-def _apply(op: Callable[..., jax.Array], weight: Any, vectors: ScaleVectors) -> jax.Array:
-    result = _rounded_once(op, weight, vectors)
-    traced = isinstance(weight, jax.core.Tracer)
-    sharding = None if traced else getattr(weight, "sharding", None)
-    return jax.device_put(result, sharding) if isinstance(sharding, NamedSharding) else result
+def _rescaled(op: Callable[..., jax.Array], weight: Any, vectors: ScaleVectors) -> jax.Array:
+    result, sharding = _rounded_once(op, weight, vectors), paths.named_sharding(weight)
+    return result if sharding is None else jax.device_put(result, sharding)
 
 
 @functools.partial(jax.jit, static_argnums=0)  # one fused pass, without float32 temporaries
@@ -165,18 +159,10 @@ def _known(array: Any) -> bool:
 
 def _rounding(path: str, weight: Any, merged: Any, vectors: ScaleVectors) -> Rounding:
     wide = jnp.promote_types(weight.dtype, np.float64)
-    sizes = list(zip(weight.shape, vectors.axes.split(), strict=True))
-    factors = [
-        np.expand_dims(1 + np.asarray(delta, np.float64), sorted({*range(len(sizes))} - {*axes}))
-        for axes, delta in vectors.factors()
-    ]
-    weight, merged = np.asarray(weight), np.asarray(merged)
     update = error = 0.0
-    # One stack slice at a time: float64 copies of a whole stack of layers would be large.
-    stacked = [range(n) if role == "stack" else [slice(None)] for n, role in sizes]
-    for spot in itertools.product(*stacked):
-        base = weight[spot].astype(wide)
-        change = base * (math.prod(factor[spot] for factor in factors) - 1)
-        update = math.hypot(update, np.linalg.norm(change))
-        error = math.hypot(error, np.linalg.norm(merged[spot].astype(wide) - (base + change)))
+    for _, deltas, (base, rounded) in slices(vectors, np.asarray(weight), np.asarray(merged)):
+        base = base.astype(wide)
+        step = base * change(deltas)
+        update = math.hypot(update, np.linalg.norm(step))
+        error = math.hypot(error, np.linalg.norm(rounded.astype(wide) - (base + step)))
     return Rounding(path, weight.dtype.name, update, error)
