@@ -122,15 +122,12 @@ def init(plan: Any) -> Scales:
     ((5,), (3,))
     """
 
-    def zeros(shape, sharding):
-        return None if shape is None else jnp.zeros(shape, jnp.float32, device=sharding)
-
-    return {
-        w.path: ScaleVectors(
-            zeros(w.row_shape, w.row_sharding), zeros(w.col_shape, w.col_sharding), w.axes
-        )
-        for w in plan.weights
-    }
+    scales = {}
+    for w in plan.weights:
+        sides = [(w.row_shape, w.row_sharding), (w.col_shape, w.col_sharding)]
+        zeros = [s and jnp.zeros(s, jnp.float32, device=sharding) for s, sharding in sides]
+        scales[w.path] = ScaleVectors(*zeros, w.axes)
+    return scales
 
 
 def count(scales: Scales) -> int:
@@ -155,8 +152,9 @@ def compose(first: Scales, second: Scales) -> Scales:
     Array([3.], dtype=float32)
     """
     both = {**first, **second}
-    for path in first.keys() & second.keys():
-        a, b = first[path], second[path]
+    for path, a in first.items():
+        if (b := second.get(path)) is None:
+            continue
         axes = _common_roles(path, a, b)
         pairs = [(getattr(a, side), getattr(b, side)) for side in SIDES]
         sides = [y if x is None else x if y is None else _product(x, y) for x, y in pairs]
