@@ -2,6 +2,7 @@
 
 VENV  ?= .venv
 TESTS ?=
+WORKERS ?= 2
 BENCH ?= tests.benchmarks.step_cost tests.benchmarks.trace_time
 
 bin   := $(VENV)/bin
@@ -18,20 +19,20 @@ PYTHON   ?= $(firstword $(supported))
 
 # Tests never reach for the network or for an accelerator.
 offline := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 JAX_PLATFORMS=cpu
-PYTEST  := $(offline) $(bin)/python -m pytest
+PYTEST  := $(offline) $(bin)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: help test parity lowest bench lint other-python clean
 .DELETE_ON_ERROR:
 
 help: ## print this list
-	@echo 'make TARGET [PYTHON=python3.13] [VENV=.venv] [TESTS=tests/core] [BENCH=MODULE]'
+	@echo 'make TARGET [PYTHON=python3.13] [VENV=.venv] [TESTS=tests/core] [WORKERS=2] [BENCH=MODULE]'
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 test: $(VENV)/.ready ## set up .venv and run the whole suite offline, or TESTS; no torch
 	$(PYTEST) $(TESTS)
 
 parity: $(VENV)/.ready-torch ## add torch to .venv and compare with it live
-	$(if $(wildcard tests/parity/test_*.py),$(PYTEST) tests/parity,@echo 'tests/parity is empty')
+	$(PYTEST) tests/parity
 
 # The lowest version of everything: pyproject.toml's own bounds, read as "exactly".
 lowest: ## run the suite, or TESTS, on the lowest versions that pyproject.toml allows

@@ -45,7 +45,7 @@ def contractions(draw_from):
     return equation, shapes, " ".join(role[letter] for letter in weight)
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(contractions())
 def test_any_contraction(drawn):
     equation, (x_shape, w_shape), axes = drawn
@@ -91,7 +91,7 @@ def wrap_reuse(body, depth):
 WRAPPERS = [wrap_jit, wrap_remat, wrap_scan, wrap_fori, wrap_cond, wrap_vmap, wrap_reuse]
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(
     nest=st.lists(st.sampled_from(WRAPPERS), min_size=1, max_size=4),
     depth=st.integers(1, 3),
