@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from hyperadapt_jax import compat, paths
-from hyperadapt_jax.rules import RULES, Scaled, scale
+from hyperadapt_jax.rules import RULES, Names, Scaled, scale
 from hyperadapt_jax.scales import Scales, ScaleVectors, check
 from hyperadapt_jax.tables import table
 
@@ -67,7 +67,9 @@ class Explanation:
 class _Context:
     """What a rule may ask for: to enter a jaxpr, to note a use, to multiply a weight out."""
 
-    uses: dict[Use, None]  # an ordered set: a loop body may be traced more than once
+    names: type  # tuple; or Names, where layers that are alike are to share one trace
+    uses: dict[Use, None] = dataclasses.field(default_factory=dict)  # an ordered set
+    bodies: dict[Any, Callable] = dataclasses.field(default_factory=dict)  # one per inner jaxpr
 
     def run(self, jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
         """Evaluates a jaxpr on operands of which some may be Scaled; so may the results be."""
@@ -101,7 +103,7 @@ class _Context:
         if inexact and any(delta.size == weight.size for _, delta in factors):
             self.uses[Use(path, ON_ACTIVATIONS, reason="it is no larger than its vector")] = None
             return scale(weight, factors)
-        return Scaled.of(weight, factors, (path,))
+        return Scaled.of(weight, factors, self.names([path]))
 
     def applied(self, eqn: Any, weight: Any, onto: Any = None) -> None:
         """Notes that a weight's vectors multiply activations, or (onto) another adapted weight."""
@@ -165,10 +167,11 @@ class Adapted:
         return f"adapt({getattr(self.fn, '__name__', type(self.fn).__name__)})"
 
     def __call__(self, params: Any, scales: Scales, *args: Any, **kwargs: Any) -> Any:
-        result, uses = self._run(params, scales, args, kwargs)
+        result, uses = self._run(params, scales, args, kwargs, Names)
         if self.materialise != "allow":
-            lost = [use for use in uses if use.how == MATERIALISED]
-            if lost:
+            if any(use.how == MATERIALISED for use in uses):
+                found = explain(self, params, scales, *args, **kwargs)
+                lost = [use for use in found.uses if use.how == MATERIALISED]
                 message = (
                     f"{len({use.path for use in lost})} of {len(scales)} adapted weights are"
                     " multiplied out instead of scaled on the activations:\n"
@@ -180,7 +183,7 @@ class Adapted:
                 warnings.warn(message, MaterialisedWarning, stacklevel=2)
         return result
 
-    def _run(self, params, scales, args, kwargs) -> tuple[Any, list[Use]]:
+    def _run(self, params, scales, args, kwargs, names_type) -> tuple[Any, list[Use]]:
         names, leaves, treedef = paths.flatten(params)
         check(scales, dict(zip(names, leaves, strict=True)))
         rest, rest_def = jax.tree.flatten((args, kwargs))
@@ -200,7 +203,7 @@ class Adapted:
 
         jaxpr = jax.make_jaxpr(flat)([every[i] for i in traced])
         operands = [every[i] for i in traced]
-        context = _Context({})
+        context = _Context(names_type)
         for at, i in enumerate(traced):
             if i < len(leaves) and names[i] in scales:
                 operands[at] = context.enter(names[i], every[i], scales[names[i]])
@@ -283,7 +286,7 @@ def explain(
         full = list(every)
         for i, array in zip(traced, arrays, strict=True):
             full[i] = array
-        result, found = forward._run(*treedef.unflatten(full))
+        result, found = forward._run(*treedef.unflatten(full), tuple)
         uses.extend(found)
         return result
 

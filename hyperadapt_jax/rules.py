@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,6 +22,16 @@ from hyperadapt_jax.scales import along, widen
 from hyperadapt_jax.sharding import vector_spec
 
 Factors = Sequence[tuple[tuple[int, ...], Any]]
+
+
+class Names(tuple):
+    """Paths of weights that never differ from others, so that layers alike are traced once."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Names)
+
+    def __hash__(self) -> int:
+        return 0
 
 
 @jax.tree_util.register_dataclass
@@ -85,7 +96,8 @@ def factors_of(x: Any) -> Factors:
 
 
 def origin_of(*operands: Any) -> tuple[str, ...]:
-    return sum((x.origin for x in operands if isinstance(x, Scaled)), ())
+    origins = [x.origin for x in operands if isinstance(x, Scaled)]
+    return type(origins[0])(path for origin in origins for path in origin)
 
 
 # Contractions: vectors move from the weight to the activations, and here they are applied.
@@ -411,11 +423,12 @@ def _constrain(x: Any, sharding: Any) -> Any:
 
 def remat(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     """``jax.checkpoint``, with its policy."""
-    body = jax.checkpoint(
-        lambda *xs: ctx.run(eqn.params["jaxpr"], xs),
-        policy=eqn.params["policy"],
-        prevent_cse=eqn.params["prevent_cse"],
-    )
+    how = {key: eqn.params[key] for key in ("policy", "prevent_cse")}
+    key = (id(eqn.params["jaxpr"]), *how.values())
+    if key not in ctx.bodies:
+        inner = partial(ctx.run, eqn.params["jaxpr"])
+        ctx.bodies[key] = jax.checkpoint(lambda *xs: inner(xs), **how)
+    body = ctx.bodies[key]
     jaxpr, _ = compat.open_jaxpr(eqn.params["jaxpr"])
     handed_on = dict(zip(jaxpr.invars, operands, strict=True))
     results = zip(jaxpr.outvars, body(*operands), strict=True)

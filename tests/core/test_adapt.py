@@ -457,6 +457,31 @@ def test_adapting_a_function_twice_compiles_it_once():
     assert ha.adapt(fn).__name__ == "adapt(fn)"
 
 
+def test_layers_that_are_alike_are_traced_once():
+    """As in the base, an unrolled stack of one checkpointed block holds one jaxpr, used by each."""
+    block = jax.checkpoint(lambda x, w: jnp.tanh(x @ w))
+
+    def fn(params, x):
+        for w in params:
+            x = block(x, w)
+        return x
+
+    params = [draw(i, 8, 8) for i in range(6)]
+    scales = ha.init(ha.plan(params, (".", "in out")))
+
+    def bodies(jaxpr):
+        eqns = [e for e in jaxpr.eqns if e.primitive.name == "remat2"]
+        return len(eqns), len({id(e.params["jaxpr"]) for e in eqns})
+
+    assert bodies(jax.make_jaxpr(fn)(params, X)) == (6, 1)
+    assert bodies(jax.make_jaxpr(ha.adapt(fn))(params, scales, X)) == (6, 1)
+    found = ha.explain(ha.adapt(fn), params, scales, X)
+    assert found.on_activations == tuple("012345")
+    with pytest.warns(ha.MaterialisedWarning, match="6 of 6 adapted weights"):
+        cosine = jax.checkpoint(lambda x, w: x @ jnp.cos(w))
+        ha.adapt(lambda params, x: [cosine(x, w) for w in params])(params, scales, X)
+
+
 def test_results_keep_their_structure():
     forward = ha.adapt(lambda p, x: {"y": x @ p["w"], "aux": (x, None, np.float32(2))})
     out = forward(SQUARE, ha.init(ha.plan(SQUARE, *IN_OUT)), X)
