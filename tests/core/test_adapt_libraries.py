@@ -284,4 +284,6 @@ EQUINOX = {
 def test_equinox(name):
     make, x, targets = EQUINOX[name]
     fn, params = make()
-    check(fn, params, targets, x)
+    # With jax 0.12, XLA computes the base's product, whose result is transposed, the other way
+    # around, x W' for (W x')', and sums in another order; a scale in between keeps it as written.
+    check(fn, params, targets, x, exact=name != "stacked, scan over remat")
