@@ -184,29 +184,22 @@ class Adapted:
         return result
 
     def _run(self, params, scales, args, kwargs, names_type) -> tuple[Any, list[Use]]:
-        names, leaves, treedef = paths.flatten(params)
-        check(scales, dict(zip(names, leaves, strict=True)))
-        rest, rest_def = jax.tree.flatten((args, kwargs))
-        every = leaves + rest
-        traced = [i for i, leaf in enumerate(every) if paths.is_array(leaf)]
+        weights = paths.arrays(params)
+        check(scales, weights)
+        operands, build = paths.separate((params, args, kwargs))
         out_def = None
 
         def flat(arrays):
             nonlocal out_def
-            full = list(every)
-            for i, array in zip(traced, arrays, strict=True):
-                full[i] = array
-            args, kwargs = rest_def.unflatten(full[len(leaves) :])
-            out = self.fn(treedef.unflatten(full[: len(leaves)]), *args, **kwargs)
-            results, out_def = jax.tree.flatten(out)
+            params, args, kwargs = build(arrays)
+            results, out_def = jax.tree.flatten(self.fn(params, *args, **kwargs))
             return results
 
-        jaxpr = jax.make_jaxpr(flat)([every[i] for i in traced])
-        operands = [every[i] for i in traced]
+        jaxpr = jax.make_jaxpr(flat)(operands)
         context = _Context(names_type)
-        for at, i in enumerate(traced):
-            if i < len(leaves) and names[i] in scales:
-                operands[at] = context.enter(names[i], every[i], scales[names[i]])
+        for i, (path, weight) in enumerate(weights.items()):  # the parameters come first
+            if path in scales:
+                operands[i] = context.enter(path, weight, scales[path])
         results = context.plain(None, context.run(jaxpr, operands))
         used = {use.path for use in context.uses}
         unused = [Use(path, UNUSED) for path in scales if path not in used]
@@ -279,16 +272,12 @@ def explain(
             f" not {type(forward).__name__}"
         )
     uses: list[Use] = []
-    every, treedef = jax.tree.flatten((params, scales, args, kwargs))
-    traced = [i for i, leaf in enumerate(every) if paths.is_array(leaf)]
+    arrays, build = paths.separate((params, scales, args, kwargs))
 
     def trace(arrays):
-        full = list(every)
-        for i, array in zip(traced, arrays, strict=True):
-            full[i] = array
-        result, found = forward._run(*treedef.unflatten(full), tuple)
+        result, found = forward._run(*build(arrays), tuple)
         uses.extend(found)
         return result
 
-    jax.eval_shape(trace, [every[i] for i in traced])
+    jax.eval_shape(trace, arrays)
     return Explanation(tuple(uses))

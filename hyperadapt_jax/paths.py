@@ -62,6 +62,22 @@ def arrays(tree: Any) -> dict[str, Any]:
     return {path: leaf for path, leaf in zip(paths, leaves, strict=True) if is_array(leaf)}
 
 
+def separate(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """The arrays of a tree, and the function that makes the tree of others in their place.
+
+    >>> arrays, build = separate({"w": np.ones(2), "name": "relu"})
+    >>> build(["other"])
+    {'name': 'relu', 'w': 'other'}
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+
+    def build(arrays: Sequence[Any]) -> Any:
+        source = iter(arrays)
+        return treedef.unflatten([next(source) if is_array(leaf) else leaf for leaf in leaves])
+
+    return [leaf for leaf in leaves if is_array(leaf)], build
+
+
 def is_array(leaf: Any) -> bool:
     """Whether a leaf has a shape and a dtype: an array, a tracer or a ShapeDtypeStruct."""
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not np.isscalar(leaf)

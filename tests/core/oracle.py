@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import hyperadapt_jax as ha
+from hyperadapt_jax import paths
 
 TOLERANCE = 1e-5  # relative, as a norm over each array
 
@@ -61,13 +62,7 @@ def check_adapt(fn, params, targets, *args, differentiable=True, exact=True, tol
     plan = ha.plan(params, *targets)
     zeros = ha.init(plan)
     scales = random_scales(zeros)
-    leaves, treedef = jax.tree.flatten(params)  # an Equinox module has leaves that are no arrays
-    arrays = [x for x in leaves if hasattr(x, "dtype")]
-
-    def build(arrays):
-        source = iter(arrays)
-        return treedef.unflatten([next(source) if hasattr(x, "dtype") else x for x in leaves])
-
+    arrays, build = paths.separate(params)  # an Equinox module has leaves that are no arrays
     forward = ha.adapt(fn, materialise="allow")
 
     def merged(scales, *args):
