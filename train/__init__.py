@@ -1,0 +1,1 @@
+"""Recipes that fine-tune, watch, resume, evaluate and export: ``python -m train --help``."""

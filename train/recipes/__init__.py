@@ -1,0 +1,1 @@
+"""One module per subcommand: its options, a frozen dataclass, and ``run(options)``."""
