@@ -134,7 +134,17 @@ def with_params(config: Config, params: Params, **options: Any) -> Model:
 
 
 class NewParametersWarning(UserWarning):
-    """A checkpoint lacks parameters of the model, which were newly initialised."""
+    """A checkpoint lacks parameters of the model, which were newly initialised.
+
+    Attributes:
+      paths: those parameters.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], paths: Sequence[str]):
+        super().__init__(
+            f"{folder}: newly initialised, since the checkpoint lacks them: {', '.join(paths)}"
+        )
+        self.paths = tuple(paths)
 
 
 def load(
@@ -201,12 +211,7 @@ def load(
         progress=progress,
     )
     if report.initialised:
-        warnings.warn(
-            f"{folder}: newly initialised, since the checkpoint lacks them: "
-            f"{', '.join(report.initialised)}",
-            NewParametersWarning,
-            stacklevel=2,
-        )
+        warnings.warn(NewParametersWarning(folder, report.initialised), stacklevel=2)
     return nnx.merge(fn.graph, params)
 
 

@@ -1,0 +1,161 @@
+"""The base model of a run: its configuration, weights, tokenizer and fingerprint."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hyperadapt_jax import models, paths
+from hyperadapt_jax.models import weights
+from train.errors import InputError
+from train.options import ModelOptions
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """A frozen model.
+
+    Attributes:
+      config: its architecture.
+      fn: ``fn(params, tokens, ...)``, as `hyperadapt_jax.models.functional` gives.
+      params: nested dict of arrays; of shapes and dtypes alone where it was only described.
+      fresh: paths of the parameters that the checkpoint lacks, such as a new head.
+      folder: where its files lie.
+    """
+
+    config: models.Config
+    fn: models.build.Function
+    params: Any
+    fresh: tuple[str, ...]
+    folder: Path
+
+
+def describe(options: ModelOptions, labels: int | None = None) -> Base:
+    """The model without its weights: nothing is allocated.
+
+    Args:
+      options: which model, and its dtypes.
+      labels: outputs of a classification head; 1 for regression; None for no head.
+
+    Raises:
+      InputError: there is no such model, or it is none of those known here.
+    """
+    folder = _folder(options)
+    try:
+        config = models.read_config(folder)
+    except (ValueError, OSError) as error:
+        raise InputError(f"--model {options.model}: {error}") from error
+    if labels is not None:
+        if not isinstance(config, models.EncoderConfig):
+            raise InputError(
+                f"--model {options.model} is a {config.family} decoder: this recipe needs an encoder"
+            )
+        config = dataclasses.replace(config, labels=labels)
+    fn, params = models.functional(models.abstract(config, **_settings(options)))
+    return Base(config, fn, params, (), folder)
+
+
+def load(options: ModelOptions, labels: int | None = None, *, seed: int = 0, quiet: bool = False):
+    """The model with its weights.
+
+    Args:
+      options: which model, and its dtypes.
+      labels: outputs of a classification head; None for no head.
+      seed: of what the checkpoint lacks.
+      quiet: show no bar.
+
+    Returns:
+      A :class:`Base`.
+
+    Raises:
+      InputError: as :func:`describe`, or a file that is missing or damaged.
+    """
+    described = describe(options, labels)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            model = models.load(
+                described.folder, labels=labels, seed=seed, progress=not quiet, **_settings(options)
+            )
+        except (ValueError, OSError) as error:
+            raise InputError(f"--model {options.model}: {error}") from error
+    fresh: tuple[str, ...] = ()
+    for warning in caught:
+        if isinstance(warning.message, models.NewParametersWarning):
+            fresh += warning.message.paths
+        else:
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
+    fn, params = models.functional(model)
+    return dataclasses.replace(described, fn=fn, params=params, fresh=fresh)
+
+
+def tokenizer(options: ModelOptions) -> Any:
+    """The tokenizer in the model's folder, a fast one of transformers.
+
+    Raises:
+      InputError: the folder holds none that can be read.
+    """
+    import transformers
+
+    folder = _folder(options)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # whatever the file's format makes the reader stumble over
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"{folder} holds no tokenizer that can be read: {reason[0]}") from error
+
+
+def fingerprint(params: Any) -> str:
+    """A digest of every number of a tree, exact on any device and cheap: one pass over memory.
+
+    Args:
+      params: any pytree of arrays.
+
+    Returns:
+      64 hexadecimal digits. They depend on each path, shape, dtype, bit and place of a bit.
+
+    >>> one = fingerprint({"w": jnp.arange(6.0)})
+    >>> one == fingerprint({"w": jnp.arange(6.0)}), one == fingerprint({"w": jnp.arange(6.0)[::-1]})
+    (True, False)
+    """
+    sums = {path: _sums(leaf) for path, leaf in paths.arrays(params).items()}
+    digest = hashlib.sha256()
+    for path, leaf in sorted(paths.arrays(params).items()):
+        numbers = [int(n) for n in np.asarray(sums[path])]
+        digest.update(repr((path, leaf.shape, str(leaf.dtype), numbers)).encode())
+    return digest.hexdigest()
+
+
+@jax.jit
+def _sums(array: jax.Array) -> jax.Array:
+    """Two sums over an array's bits, modulo 2**32, one of them weighted by the place."""
+    kinds = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
+    if array.dtype.itemsize not in kinds:  # complex or 64-bit numbers: as pieces of 32 bits
+        bits = jax.lax.bitcast_convert_type(array, jnp.uint32).reshape(-1)
+    else:
+        bits = jax.lax.bitcast_convert_type(array, kinds[array.dtype.itemsize]).reshape(-1)
+    bits = bits.astype(jnp.uint32)
+    # An odd factor for each place: two numbers that change places change the sum.
+    places = jax.lax.iota(jnp.uint32, bits.size) * np.uint32(2) + np.uint32(1)
+    mixed = (bits ^ (bits >> 15)) * (places * np.uint32(2654435761) | np.uint32(1))
+    return jnp.stack([bits.sum(dtype=jnp.uint32), mixed.sum(dtype=jnp.uint32)])
+
+
+def _folder(options: ModelOptions) -> Path:
+    try:
+        return weights.resolve(options.model, revision=options.revision)
+    except FileNotFoundError as error:
+        raise InputError(f"--model: {error}") from error
+
+
+def _settings(options: ModelOptions) -> dict[str, Any]:
+    return {"dtype": options.dtype, "remat": options.remat, "attention": options.attention}
