@@ -1,0 +1,179 @@
+"""The training step: one pure, jitted function of state, frozen model and batch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import hyperadapt_jax as ha
+from train.methods import Tuning
+from train.options import OptimizerOptions
+
+Batch = Mapping[str, jax.Array]
+
+# loss(trainable, frozen, batch, key) -> (sum of the losses, sum of their weights), two scalars.
+Loss = Callable[[Any, Any, Batch, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+class State(NamedTuple):
+    """All that a step changes, and all of a run that a checkpoint holds beside the data's place.
+
+    Attributes:
+      step: how many steps are done, int32.
+      trainable: what trains, float32.
+      optimizer: the optimizer's state.
+      key: data of the random key, uint32; each step draws from it folded with its number.
+    """
+
+    step: jax.Array
+    trainable: Any
+    optimizer: Any
+    key: jax.Array
+
+
+def schedule(options: OptimizerOptions, peak: float, steps: int) -> optax.Schedule:
+    """The learning rate over a run: linear warm-up from zero, then as ``options.schedule`` says.
+
+    Args:
+      options: kind of schedule and warm-up.
+      peak: the highest learning rate.
+      steps: optimizer steps of the whole run.
+
+    >>> rate = schedule(OptimizerOptions(warmup=0.5, schedule="linear"), 1.0, 8)
+    >>> [float(rate(step)) for step in range(9)]
+    [0.0, 0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25, 0.0]
+    """
+    warm = round(options.warmup * steps if options.warmup < 1 else options.warmup)
+    warm = min(warm, steps)
+    rest = max(steps - warm, 1)
+    after = {
+        "linear": lambda: optax.linear_schedule(peak, 0.0, rest),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, rest),
+        "constant": lambda: optax.constant_schedule(peak),
+    }[options.schedule]()
+    if not warm:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warm), after], [warm])
+
+
+def make_optimizer(
+    options: OptimizerOptions, tuning: Tuning, steps: int
+) -> optax.GradientTransformation:
+    """Clipping, then one optimizer for each of row, col and what trains fully.
+
+    A gradient that is not finite changes nothing, neither what trains nor the optimizer's moments;
+    such steps are counted.
+
+    Args:
+      options: which optimizer, and its numbers.
+      tuning: what trains.
+      steps: optimizer steps of the whole run.
+    """
+    rates = {"row": options.row_lr, "col": options.col_lr, "full": options.head_lr}
+
+    def one(rate: float | None) -> optax.GradientTransformation:
+        rate = schedule(options, options.lr if rate is None else rate, steps)
+        moments = {"b1": options.b1, "b2": options.b2}
+        if options.optimizer == "adamw":
+            return optax.adamw(rate, weight_decay=options.weight_decay, **moments)
+        return optax.contrib.muon(
+            rate,
+            weight_decay=options.weight_decay,
+            adam_b1=options.b1,
+            adam_b2=options.b2,
+            adam_weight_decay=options.weight_decay,
+            muon_weight_dimension_numbers=functools.partial(_matrices, axes=tuning.axes),
+        )
+
+    parts = [optax.partition({k: one(rate) for k, rate in rates.items()}, ha.optim.labels)]
+    if options.clip is not None:
+        parts.insert(0, optax.clip_by_global_norm(options.clip))
+    return optax.apply_if_finite(optax.chain(*parts), max_consecutive_errors=2**31 - 1)
+
+
+def start(tuning: Tuning, optimizer: optax.GradientTransformation, seed: int) -> State:
+    """The state before the first step. It owns its arrays, so that a step may reuse their memory."""
+    trainable = jax.tree.map(jnp.array, tuning.trainable)
+    key = jax.random.key_data(jax.random.key(seed))
+    return State(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), key)
+
+
+def make_step(
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    rate: optax.Schedule,
+    *,
+    accumulate: int = 1,
+) -> Callable[[State, Any, Batch], tuple[State, dict[str, jax.Array]]]:
+    """Makes the jitted step ``(state, frozen, batch) -> (state, metrics)``; the state is donated.
+
+    The gradient is that of the sum of all losses over the sum of all weights, so it does not depend
+    on how the batch is split, nor on padding. Only the trainable tree has a gradient.
+
+    Args:
+      loss: the sum of the losses and the sum of their weights, of a batch or a part of one.
+      optimizer: of the trainable tree.
+      rate: learning rate by step, to be reported.
+      accumulate: equal parts of the batch, computed one after the other. It divides the rows.
+
+    Returns:
+      The step. Its metrics: ``loss`` (mean), ``grad_norm`` (before clipping), ``lr``, and ``bad``,
+      how many steps in a row were not finite.
+    """
+
+    def part(trainable, frozen, batch, key):
+        (total, weight), grads = jax.value_and_grad(loss, has_aux=True)(
+            trainable, frozen, batch, key
+        )
+        return total, weight, grads
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: State, frozen: Any, batch: Batch):
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        if accumulate == 1:
+            total, weight, grads = part(state.trainable, frozen, batch, key)
+        else:
+            parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), dict(batch))
+
+            def add(carry, piece):
+                keyed, batch = piece
+                return jax.tree.map(jnp.add, carry, part(state.trainable, frozen, batch, keyed)), None
+
+            zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.trainable))
+            keys = jax.random.split(key, accumulate)
+            (total, weight, grads), _ = jax.lax.scan(add, zeros, (keys, parts))
+        mean = jnp.where(weight > 0, 1 / jnp.maximum(weight, 1e-30), 0.0)
+        value = total * mean
+        # A loss that overflows can have a gradient that does not: neither may count then.
+        mean = jnp.where(jnp.isfinite(value), mean, jnp.nan)
+        grads = jax.tree.map(lambda g: g * mean, grads)
+        updates, inner = optimizer.update(grads, state.optimizer, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        metrics = {
+            "loss": value,
+            "grad_norm": optax.tree.norm(grads),
+            "lr": jnp.asarray(rate(state.step), jnp.float32),
+            "bad": inner.notfinite_count,
+        }
+        return State(state.step + 1, trainable, inner, state.key), metrics
+
+    return step
+
+
+def _matrices(params: Any, *, axes: Mapping[str, str]) -> Any:
+    """Which parameters are stacks of matrices for Muon, and their axes; it takes Adam for others."""
+
+    def numbers(path: str) -> optax.contrib.MuonDimensionNumbers | None:
+        roles = axes.get(path, "").split()
+        sides = {s: tuple(i for i, r in enumerate(roles) if r == s) for s in ("in", "out")}
+        if not all(sides.values()):
+            return None
+        return optax.contrib.MuonDimensionNumbers(sides["in"], sides["out"])
+
+    marked = jax.tree.map(lambda _: None, params)
+    return {**marked, "full": {path: numbers(path) for path in params["full"]}}
