@@ -1,0 +1,220 @@
+"""Batches in a seeded order: any of them can be asked for by number, so a run resumes by a number.
+
+An example is a dict of one row: ``tokens``, other fields as long as it (``labels``,
+``token_types``), and numbers such as ``label``. `Batches` first forms rows, of one example each or,
+packed, of several; then, for each epoch, it shuffles the rows, gathers those of similar length and
+cuts them into batches. `stream` reads batches ahead while the device works.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from train.errors import InputError
+
+IGNORE = -100  # the label of a token that has no loss
+WINDOW = 64  # batches among which rows of similar length are gathered
+
+Batch = dict[str, np.ndarray]
+
+
+class Batches(Sequence):
+    """The batches of all epochs, each a pure function of the seed and its number.
+
+    A batch is a dict of arrays. The examples' fields are padded to ``[B, T]``, where T is one of
+    the lengths, or gathered to ``[B]``; integers are int32, other numbers float32. Beside them:
+
+    * ``mask``: True at tokens, ``[B, T]``;
+    * ``weight``: 1 for a row, 0 where the last batch of an epoch is filled up, ``[B]`` float32;
+    * ``rows``: the numbers of the examples, -1 where there is none, ``[B]`` int64; packed
+      ``[B, n]``;
+    * packed: ``segment_ids``, from 1 on in each row and 0 at padding, and ``positions``, counted
+      anew in each example, ``[B, T]`` int32.
+
+    Args:
+      examples: a sequence of dicts, or a ``datasets.Dataset``.
+      batch_size: rows of a batch, B.
+      lengths: the lengths T that batches may have: for each there is a compiled program. If not
+        given, `usual_lengths` up to the longest example.
+      pack: put several examples into each row of this length, as tight as they go.
+      seed: of the order.
+      shuffle: draw a new order for each epoch. Without, rows come in the examples' order, but for
+        those of similar length being gathered.
+      epochs: how often each example comes.
+      shard: ``(index, count)``: of each batch, the index-th of ``count`` equal parts.
+
+    Raises:
+      InputError: there are no examples, one is empty or too long, or a number is out of range.
+
+    >>> examples = [{"tokens": [5, 6, 7], "label": 1}, {"tokens": [8], "label": 0}]
+    >>> batch = Batches(examples, 2, lengths=[4], shuffle=False)[0]
+    >>> batch["tokens"].tolist(), batch["label"].tolist()
+    ([[5, 6, 7, 0], [8, 0, 0, 0]], [1, 0])
+    >>> Batches([{"tokens": [5, 6]}, {"tokens": [8]}], 1, pack=4)[0]["segment_ids"].tolist()
+    [[1, 1, 2, 0]]
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Mapping[str, Any]],
+        batch_size: int,
+        *,
+        lengths: Sequence[int] | None = None,
+        pack: int | None = None,
+        seed: int = 0,
+        shuffle: bool = True,
+        epochs: int = 1,
+        shard: tuple[int, int] = (0, 1),
+    ):
+        index, count = shard
+        for name, number in (("batch size", batch_size), ("epochs", epochs), ("shards", count)):
+            if number < 1:
+                raise InputError(f"{name} {number}: expected at least 1")
+        if batch_size % count or not 0 <= index < count:
+            raise InputError(f"shard {index} of {count} does not divide a batch of {batch_size}")
+        sizes = _sizes(examples)
+        if not len(sizes):
+            raise InputError("the data set is empty: there is nothing to make batches of")
+        longest = int(sizes.max())
+        lengths = [pack] if pack else sorted(lengths or usual_lengths(longest))
+        if sizes.min() == 0:
+            raise InputError(f"row {sizes.argmin()} has no tokens: leave it out")
+        if longest > lengths[-1]:
+            raise InputError(
+                f"row {sizes.argmax()} has {longest} tokens and must fit into {lengths[-1]}: cut it"
+            )
+        self.examples = examples
+        self.batch_size = batch_size
+        self.seed, self.shuffle, self.epochs = seed, shuffle, epochs
+        self.packed = bool(pack)
+        self._part = slice(index * batch_size // count, (index + 1) * batch_size // count)
+        # The examples of each row, [N, n], -1 where it has fewer; the length that it needs, [N].
+        self._rows = _pack(sizes, pack, seed) if pack else np.arange(len(sizes))[:, None]
+        filled = np.where(self._rows < 0, 0, sizes[self._rows]).sum(axis=1)
+        self._lengths = np.asarray(lengths)[np.searchsorted(lengths, filled)]
+        self.per_epoch = -(-len(self._rows) // batch_size)
+        self._epoch = functools.lru_cache(maxsize=2)(self._cut)
+
+    def __len__(self) -> int:
+        return self.epochs * self.per_epoch
+
+    def __getitem__(self, number: int) -> Batch:
+        epoch, place = divmod(range(len(self))[number], self.per_epoch)
+        batch = self._epoch(epoch)[place]
+        rows = np.full((self.batch_size, self._rows.shape[1]), -1, np.int64)
+        rows[: len(batch)] = self._rows[batch]
+        # The length is the whole batch's, so that all its parts have one.
+        return self._collate(rows[self._part], self._lengths[batch].max())
+
+    def _cut(self, epoch: int) -> list[np.ndarray]:
+        """The rows of each batch of an epoch."""
+        rng = np.random.default_rng((self.seed, epoch))
+        order = np.arange(len(self._rows))
+        if self.shuffle:
+            order = rng.permutation(order)
+        size = WINDOW * self.batch_size
+        windows = np.split(order, range(size, len(order), size))
+        order = np.concatenate([w[np.argsort(self._lengths[w], kind="stable")] for w in windows])
+        batches = np.split(order, range(self.batch_size, len(order), self.batch_size))
+        return [batches[i] for i in rng.permutation(len(batches))] if self.shuffle else batches
+
+    def _collate(self, rows: np.ndarray, length: int) -> Batch:
+        """The batch of ``rows: [B, n]``, which ends with those that only fill it up."""
+        real = [self._row(row[row >= 0]) for row in rows if row[0] >= 0]
+        batch: Batch = {"rows": rows if self.packed else rows[:, 0]}
+        for name, like in (real or [self._row(self._rows[0, :1])])[0].items():
+            shape = (len(rows), length)[: 1 + like.ndim]
+            batch[name] = np.full(shape, IGNORE if name == "labels" else 0, like.dtype)
+            for i, row in enumerate(real):
+                batch[name][(i, *map(slice, row[name].shape))] = row[name]
+        return batch
+
+    def _row(self, members: np.ndarray) -> dict[str, np.ndarray]:
+        """The fields of one row: those of its examples, end to end, and what tells them apart."""
+        examples = [self._example(int(i)) for i in members]
+        sizes = [len(example["tokens"]) for example in examples]
+        row = {
+            name: np.concatenate([e[name] for e in examples]) if like.ndim else like
+            for name, like in examples[0].items()
+        }
+        row["mask"] = np.ones(sum(sizes), bool)
+        row["weight"] = np.ones((), np.float32)
+        if self.packed:
+            row["segment_ids"] = np.repeat(np.arange(1, len(sizes) + 1, dtype=np.int32), sizes)
+            row["positions"] = np.concatenate([np.arange(size, dtype=np.int32) for size in sizes])
+        return row
+
+    def _example(self, number: int) -> dict[str, np.ndarray]:
+        example = {}
+        for name, value in self.examples[number].items():
+            value = np.asarray(value)
+            like = np.int32 if np.issubdtype(value.dtype, np.integer) else np.float32
+            example[name] = value.astype(like)
+        shape = example["tokens"].shape
+        for name, value in example.items():
+            if value.shape != shape and (value.ndim or self.packed):
+                what = "it cannot be packed" if not value.ndim else f"tokens has {shape}"
+                raise InputError(f"row {number}: {name} has the shape {value.shape}: {what}")
+        return example
+
+
+def usual_lengths(longest: int) -> list[int]:
+    """Few lengths, so that few programs are compiled: two to each doubling, from 32 to the longest.
+
+    >>> usual_lengths(100)
+    [32, 48, 64, 96, 100]
+    """
+    steps = (size << doubling for doubling in range(longest.bit_length()) for size in (32, 48))
+    return [*(size for size in steps if size < longest), longest]
+
+
+def stream(batches: Batches, state: Mapping[str, Any] | None = None) -> grain.DatasetIterator:
+    """Read batches in their order, a few ahead of the device.
+
+    Args:
+      batches: what to read.
+      state: what ``get_state()`` of such an iterator gave, a dict that JSON can hold: go on there.
+
+    Returns:
+      An iterator with ``get_state()`` and ``set_state(state)``.
+    """
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    iterator = iter(grain.MapDataset.source(batches).to_iter_dataset(options))
+    if state is not None:
+        iterator.set_state(dict(state))
+    return iterator
+
+
+def _sizes(examples: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """The number of tokens of each example, ``[N]``."""
+    if hasattr(examples, "with_format"):  # a datasets.Dataset: Arrow knows, no row need be read
+        import pyarrow.compute
+
+        columns = examples.select_columns("tokens").with_format("arrow").iter(10_000)
+        sizes = [pyarrow.compute.list_value_length(part["tokens"]).to_numpy() for part in columns]
+        return np.concatenate([np.zeros(0, np.int64), *sizes]).astype(np.int64)
+    return np.fromiter((len(example["tokens"]) for example in examples), np.int64)
+
+
+def _pack(sizes: np.ndarray, length: int, seed: int) -> np.ndarray:
+    """Examples of each row, ``[N, n]`` filled up with -1: the longest first, where it fits best."""
+    rows: list[list[int]] = []
+    spaces: list[tuple[int, int]] = []  # (tokens that a row can still take, its number), sorted
+    order = np.random.default_rng(seed).permutation(len(sizes))
+    for example in order[np.argsort(-sizes[order], kind="stable")].tolist():
+        at = bisect.bisect_left(spaces, (sizes[example], 0))
+        space, row = spaces.pop(at) if at < len(spaces) else (length, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(example)
+        bisect.insort(spaces, (space - int(sizes[example]), row))
+    members = np.full((len(rows), max(map(len, rows))), -1)
+    for row, examples in enumerate(rows):
+        members[row, : len(examples)] = examples
+    return members
