@@ -1,0 +1,342 @@
+"""What a run says of itself: its progress, its metrics, its curves.
+
+``metrics.jsonl`` holds what a run computed, and nothing that depends on the clock: a run that was
+stopped and resumed writes the same file as one that was not. Wall-clock figures go to the screen
+and, beside the metrics, to TensorBoard.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tqdm import tqdm
+
+from train.errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+METRICS, CURVES, EVENTS = "metrics.jsonl", "curves.png", "tensorboard"
+_EVERY = 10.0  # seconds between two lines where there is no bar, and between two syncs to disk
+_RECENT = 0.9  # how much of the past each step keeps in the mean speed: about ten steps count
+
+
+class Log:
+    """Keeps a run's metrics and shows its progress; a context manager.
+
+    On a terminal there is a bar with loss, tokens per second and the time left; elsewhere a plain
+    line about every ten seconds and at each evaluation. Rows are on disk when a call returns; the
+    curves are drawn on the way out, however the run ends.
+
+    Args:
+      folder: the run folder, which exists.
+      total_steps: how many optimizer steps the whole run has.
+      start_step: the step of the checkpoint from which the run goes on: rows beyond it, which a
+        killed run left, are cut away. At 0 the metrics begin anew.
+      quiet: show warnings alone.
+      label: what the bar and the lines begin with, such as ``cola``.
+
+    Raises:
+      InputError: a file cannot be written, or ``metrics.jsonl`` cannot be read.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        total_steps: int,
+        *,
+        start_step: int = 0,
+        quiet: bool = False,
+        label: str = "",
+    ):
+        self.folder, self.quiet = Path(folder), quiet
+        self._label = f"{label}: " if label else ""
+        self.total_steps, self.start_step = total_steps, start_step
+
+    def __enter__(self) -> Log:
+        file, events = self.folder / METRICS, self.folder / EVENTS
+        resumed = read_metrics(file) if self.start_step and file.exists() else []
+        kept = [row for row in resumed if row["step"] <= self.start_step]
+        write(file, "".join(map(_line, kept)))
+        with writing(file):
+            self._metrics = open(file, "a", encoding="utf-8")
+        with writing(events):
+            events.mkdir(exist_ok=True)
+            # Not the package's SummaryWriter: its thread dies of a full disk, and the run waits
+            # for it for ever.
+            self._events = EventsWriter(str(events / "events"), f".{time.time_ns()}")
+            start = SessionLog(status=SessionLog.START)  # what lies beyond is void
+            self._events.write_event(Event(step=self.start_step + 1, session_log=start))
+        self._recent = np.zeros(3)  # seconds, tokens and steps of late
+        self._last = self._said = self._synced = time.monotonic()
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            desc=self._label,
+            total=self.total_steps,
+            initial=self.start_step,
+            disable=self.quiet or not terminal,
+            dynamic_ncols=True,
+            bar_format="{desc}{percentage:3.0f}% |{bar}| {n}/{total} "
+            "[{elapsed}<{remaining}]{postfix}",
+        )
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        self._bar.close()
+        try:
+            with writing(self.folder / METRICS):
+                self._metrics.close()
+            with writing(self.folder / EVENTS):
+                self._events.close()
+            if rows := read_metrics(self.folder / METRICS):
+                draw(self.folder / CURVES, curves(rows))
+        except Exception:
+            if kind is None:  # else what ended the run is the thing to tell
+                raise
+
+    def step(self, step: int, metrics: Mapping[str, float], *, tokens: int) -> None:
+        """Records an optimizer step.
+
+        Args:
+          step: how many steps are done, from 1.
+          metrics: its numbers, such as ``loss``, ``lr`` and ``grad_norm``.
+          tokens: how many tokens, padding left out, it learned from.
+        """
+        now = time.monotonic()
+        self._recent = _RECENT * self._recent + (now - self._last, tokens, 1)
+        self._last = now
+        seconds, total, steps = self._recent
+        speed = total / max(seconds, 1e-9)
+        self._record(step, metrics, {"speed/tokens_per_second": speed})
+        shown = f"loss {metrics.get('loss', math.nan):.4g}, {speed:,.0f} tokens/s"
+        self._bar.set_postfix_str(shown, refresh=False)
+        self._bar.update(step - self._bar.n)
+        if now - self._said >= _EVERY:
+            left = (self.total_steps - step) * seconds / steps
+            self._say(step, f"{shown}, {tqdm.format_interval(left)} left")
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Records an evaluation after a step, under ``eval/``; call it before that step is saved.
+
+        Args:
+          step: how many steps are done; 0 for the base model.
+          metrics: its numbers, such as ``accuracy`` or ``eval/accuracy``.
+        """
+        named = {f"eval/{name.removeprefix('eval/')}": value for name, value in metrics.items()}
+        self._record(step, named)
+        shown = [f"{name.removeprefix('eval/')} {value:.4g}" for name, value in named.items()]
+        self._say(step, ", ".join(shown), above=True)
+        self._last = time.monotonic()  # an evaluation is no part of the steps' speed
+
+    def note(self, text: str) -> None:
+        """Shows a line, above the bar where there is one; nothing where the run is quiet."""
+        if not self.quiet:
+            self.warn(text)
+
+    def warn(self, text: str) -> None:
+        """Shows a line even where the run is quiet."""
+        tqdm.write(text, file=sys.stderr)
+
+    def _record(
+        self, step: int, metrics: Mapping[str, float], timed: Mapping[str, float] | None = None
+    ) -> None:
+        numbers = {name: float(value) for name, value in metrics.items()}
+        with writing(self.folder / METRICS):
+            self._metrics.write(_line({"step": step, **numbers}))
+            self._metrics.flush()
+        scalars = {**numbers, **(timed or {})}
+        values = [Summary.Value(tag=tag, simple_value=x) for tag, x in scalars.items()]
+        with writing(self.folder / EVENTS):
+            event = Event(wall_time=time.time(), step=step, summary=Summary(value=values))
+            self._events.write_event(event)
+            if time.monotonic() - self._synced >= _EVERY:
+                self._events.flush()
+                self._synced = time.monotonic()
+
+    def _say(self, step: int, text: str, above: bool = False) -> None:
+        """A plain line, or, above the bar, only what the bar does not show."""
+        if self._bar.disable or above:
+            self.note(f"{self._label}step {step}/{self.total_steps}: {text}")
+        self._said = time.monotonic()
+
+
+def read_metrics(file: str | os.PathLike[str]) -> list[dict[str, float]]:
+    """The rows of a ``metrics.jsonl``; a last line that a killed run left unfinished is dropped.
+
+    Raises:
+      InputError: the file cannot be read, or a line is no row of metrics.
+    """
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read: {error}") from error
+    rows = []
+    for number, line in enumerate(text.split("\n")[:-1], 1):
+        try:
+            row = json.loads(line)
+            rows.append({name: math.nan if x is None else x + 0 for name, x in row.items()})
+            rows[-1]["step"]
+        except (ValueError, AttributeError, TypeError, KeyError):
+            raise InputError(
+                f"{file}, line {number} is no row of metrics: remove that line to go on"
+            ) from None
+    return rows
+
+
+def _line(row: Mapping[str, float]) -> str:
+    """A row as JSON, which knows no NaN and no infinity: null."""
+    return json.dumps({k: x if math.isfinite(x) else None for k, x in row.items()}) + "\n"
+
+
+@contextlib.contextmanager
+def writing(file: str | os.PathLike[str]) -> Iterator[None]:
+    """Names the file in the error where the system refuses to write it, as on a full disk."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(
+            f"{file} cannot be written: {reason}; make room, or choose another folder"
+        ) from error
+
+
+def write(file: str | os.PathLike[str], content: str | bytes) -> None:
+    """Writes a file whole or not at all: under another name first, then renamed into place.
+
+    Raises:
+      InputError: the system refuses.
+    """
+    file = Path(file)
+    new = file.with_name(f".{file.name}.new")
+    with writing(file):
+        try:
+            new.write_bytes(content.encode() if isinstance(content, str) else content)
+            new.replace(file)
+        finally:
+            with contextlib.suppress(OSError):
+                new.unlink(missing_ok=True)
+
+
+def draw(file: str | os.PathLike[str], figure: Figure) -> None:
+    """Writes a figure as PNG, whole or not at all.
+
+    Raises:
+      InputError: the system refuses.
+    """
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    write(file, png.getvalue())
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]], right: str = "") -> str:
+    """A table in Markdown; columns whose header is a word of ``right`` align right.
+
+    >>> print(markdown_table(["task", "accuracy"], [["mrpc", 0.83]], right="accuracy"))
+    | task | accuracy |
+    |---|---:|
+    | mrpc | 0.83 |
+    """
+    marks = ["---:" if name in right.split() else "---" for name in header]
+    cells = [[str(cell).replace("|", r"\|") for cell in row] for row in (header, *rows)]
+    lines = [f"| {' | '.join(row)} |" for row in cells]
+    return "\n".join([lines[0], f"|{'|'.join(marks)}|", *lines[1:]])
+
+
+# ------------------------------------------------------------------------------------------ curves
+
+_COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+
+
+def curves(rows: Sequence[Mapping[str, float]]) -> Figure:
+    """Draws the metrics of a run over its steps: loss, evaluations, learning rates, all others.
+
+    Evaluations that are fractions share a panel, and so do learning rates. Of a noisy curve there
+    is also the mean over a twentieth of it.
+
+    Args:
+      rows: what :func:`read_metrics` returned.
+
+    Returns:
+      A figure: ``curves(rows).savefig("curves.png")``, or show it in a notebook.
+
+    Raises:
+      ValueError: there are no rows.
+    """
+    from matplotlib.figure import Figure
+
+    if not rows:
+        raise ValueError("no rows: nothing to draw")
+    series: dict[str, tuple[list, list]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name != "step":
+                steps, values = series.setdefault(name, ([], []))
+                steps.append(row["step"])
+                values.append(value)
+    panels: dict[str, list[str]] = {}
+    for name in sorted(series, key=_order):
+        panels.setdefault(_panel(name, series[name][1]), []).append(name)
+
+    count, last = len(panels), max(1, *(row["step"] for row in rows))
+    across = 2 if count == 4 else min(count, 3)
+    down = math.ceil(count / across)
+    figure = Figure(figsize=(4.6 * across, 3.1 * down), dpi=120, layout="constrained")
+    grid = figure.subplots(down, across, squeeze=False).flat
+    for (title, names), ax in zip(panels.items(), grid, strict=False):
+        colors = iter(_COLORS * len(names))
+        for name in names:
+            _plot(ax, name, *map(np.asarray, series[name]), color=next(colors))
+        ax.set_title(title, loc="left", fontsize=11)
+        ax.set_xlabel("step")
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.set_xlim(-0.02 * last, 1.03 * last)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.yaxis.set_major_formatter("{x:.6g}")
+        if len(ax.get_legend_handles_labels()[1]) > 1:
+            ax.legend(frameon=False, fontsize=9)
+    for ax in grid:
+        ax.set_axis_off()
+    return figure
+
+
+def _order(name: str) -> int:
+    """Where a metric's panel stands: losses, evaluations, learning rates, all others."""
+    groups = [name.endswith("loss"), name.startswith("eval/"), name.startswith("lr"), True]
+    return groups.index(True)
+
+
+def _panel(name: str, values: Sequence[float]) -> str:
+    """The title of the panel in which a metric is drawn."""
+    title = ["loss", "evaluation", "learning rate", name.replace("_", " ")][_order(name)]
+    fractions = all(abs(value) <= 1 for value in values if math.isfinite(value))
+    return title if fractions or title != "evaluation" else name.replace("eval/", "evaluation: ")
+
+
+def _plot(ax: Axes, name: str, steps: np.ndarray, values: np.ndarray, color: str) -> None:
+    label = {"loss": "training", "eval/loss": "evaluation"}.get(name, name.split("/", 1)[-1])
+    evaluated = name.startswith("eval/")
+    marker = "o" if len(steps) == 1 or (evaluated and len(steps) <= 40) else None
+    window = 0 if evaluated or name.startswith("lr") else len(steps) // 20
+    faint = {"alpha": 0.3, "lw": 1} if window > 1 else {"lw": 1.8, "label": label}
+    ax.plot(steps, values, color=color, marker=marker, markersize=4, **faint)
+    if window > 1:
+        ones, finite = np.ones(window), np.isfinite(values)
+        total = np.convolve(np.where(finite, values, 0), ones, "same")
+        seen = np.convolve(finite, ones, "same")
+        mean = np.divide(total, seen, out=np.full(len(values), np.nan), where=seen > 0)
+        ax.plot(steps, mean, color=color, lw=1.8, label=f"{label}, mean of {window}")
