@@ -72,6 +72,7 @@ class Log:
         resumed = read_metrics(file) if self.start_step and file.exists() else []
         kept = [row for row in resumed if row["step"] <= self.start_step]
         write(file, "".join(map(_line, kept)))
+        self._row = kept[-1] if kept else None
         with writing(file):
             self._metrics = open(file, "a", encoding="utf-8")
         with writing(events):
@@ -155,9 +156,13 @@ class Log:
         self, step: int, metrics: Mapping[str, float], timed: Mapping[str, float] | None = None
     ) -> None:
         numbers = {name: float(value) for name, value in metrics.items()}
-        with writing(self.folder / METRICS):
-            self._metrics.write(_line({"step": step, **numbers}))
-            self._metrics.flush()
+        row = {"step": step, **numbers}
+        # A run that was killed between an evaluation and its checkpoint evaluates again.
+        if row != self._row:
+            with writing(self.folder / METRICS):
+                self._metrics.write(_line(row))
+                self._metrics.flush()
+        self._row = row
         scalars = {**numbers, **(timed or {})}
         values = [Summary.Value(tag=tag, simple_value=x) for tag, x in scalars.items()]
         with writing(self.folder / EVENTS):

@@ -83,6 +83,15 @@ def test_a_resumed_run_writes_the_same_bytes(tmp_path, checkpoint, torn):
     assert (two / METRICS).read_bytes() == (one / METRICS).read_bytes()
 
 
+def test_an_evaluation_that_is_done_again_is_one_row(tmp_path):
+    train(tmp_path, 0, 8)
+    rows = read_metrics(tmp_path / METRICS)
+    with Log(tmp_path, 12, start_step=8) as log:
+        log.evaluation(8, {"accuracy": 8 / 7, "eval/loss": math.pi * 8})
+        log.step(9, {"loss": 1 / 9}, tokens=1)
+    assert read_metrics(tmp_path / METRICS) == [*rows, {"step": 9, "loss": 1 / 9}]
+
+
 def test_a_run_that_starts_anew_begins_an_empty_file(tmp_path):
     train(tmp_path, 0, 8)
     train(tmp_path, 0, 2)
