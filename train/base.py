@@ -23,6 +23,7 @@ class Base:
     """A frozen model.
 
     Attributes:
+      name: what the user calls it: a folder or a repository.
       config: its architecture.
       fn: ``fn(params, tokens, ...)``, as `hyperadapt_jax.models.functional` gives.
       params: nested dict of arrays; of shapes and dtypes alone where it was only described.
@@ -30,6 +31,7 @@ class Base:
       folder: where its files lie.
     """
 
+    name: str
     config: models.Config
     fn: models.build.Function
     params: Any
@@ -59,10 +61,12 @@ def describe(options: ModelOptions, labels: int | None = None) -> Base:
             )
         config = dataclasses.replace(config, labels=labels)
     fn, params = models.functional(models.abstract(config, **_settings(options)))
-    return Base(config, fn, params, (), folder)
+    return Base(options.model, config, fn, params, (), folder)
 
 
-def load(options: ModelOptions, labels: int | None = None, *, seed: int = 0, quiet: bool = False):
+def load(
+    options: ModelOptions, labels: int | None = None, *, seed: int = 0, quiet: bool = False
+) -> Base:
     """The model with its weights.
 
     Args:

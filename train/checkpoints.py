@@ -1,0 +1,163 @@
+"""A run's checkpoints: what trains, the optimizer, the step, the place in the data, the random key.
+
+Never the base model: a checkpoint is three times the adapter's size. Orbax writes them beside the
+training, and a checkpoint has its name only when it is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from hyperadapt_jax import paths
+from train.errors import InputError
+
+FOLDER = "checkpoints"
+
+
+class Position(NamedTuple):
+    """What a checkpoint says beside its arrays.
+
+    Attributes:
+      data: the state of the iterator over the training data.
+      base: the fingerprint of the frozen parameters.
+      metrics: of the evaluation after this step; None if there was none.
+    """
+
+    data: dict[str, Any]
+    base: str
+    metrics: dict[str, float] | None
+
+
+class Checkpoints:
+    """The checkpoints in a run folder: the last two and the best are kept; a context manager.
+
+    Two, since the older one stands in wherever the newer is being replaced.
+
+    Args:
+      folder: the run folder, which exists.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = Path(folder).resolve() / FOLDER
+        last = policies.LatestN(2)
+        best = policies.BestN(
+            get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False
+        )
+        options = ocp.CheckpointManagerOptions(
+            best_fn=_score,
+            preservation_policy=policies.AnyPreservationPolicy([last, best]),
+            cleanup_tmp_directories=True,
+        )
+        with self._explained("opened"):
+            self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        try:
+            with self._explained("completed"):
+                self._manager.wait_until_finished()
+                self._manager.close()
+        except InputError:
+            if kind is None:  # else what ended the run is the thing to tell
+                raise
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps that there are whole checkpoints of."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: Any, position: Position, score: float | None = None) -> None:
+        """Starts to write a checkpoint, and returns as soon as the arrays are copied.
+
+        Args:
+          state: a tree of arrays with a field ``step``. A checkpoint of that step is replaced.
+          position: what else to keep.
+          score: how good the model is, higher is better; None if that was not measured.
+
+        Raises:
+          InputError: this or an earlier checkpoint could not be written, as on a full disk.
+        """
+        step = int(state.step)
+        names, leaves, _ = paths.flatten(state)
+        with self._explained("written"):
+            self._manager.check_for_errors()
+            if step in self.steps:
+                self._manager.wait_until_finished()
+                self._manager.delete(step)
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(dict(zip(names, leaves, strict=True))),
+                    position=ocp.args.JsonSave(position._asdict()),
+                ),
+                metrics=None if score is None else {"score": score},
+            )
+
+    def restore(self, like: Any, step: int | None = None) -> tuple[Any, Position] | None:
+        """Reads a checkpoint.
+
+        Args:
+          like: the state's tree, whose shapes, dtypes and shardings are the ones to restore.
+          step: which one; the last if not given.
+
+        Returns:
+          The state and the rest; None where there is no checkpoint at all.
+
+        Raises:
+          InputError: the checkpoint is damaged, or not of such a state.
+        """
+        step = self._manager.latest_step() if step is None else step
+        if step is None:
+            return None
+        names, leaves, treedef = paths.flatten(like)
+        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in leaves]
+        with self._explained(f"read: remove {self._folder / str(step)} to fall back on the one"
+                             " before it"):
+            found = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(dict(zip(names, shapes, strict=True))),
+                    position=ocp.args.JsonRestore(),
+                ),
+            )
+            state = treedef.unflatten([found.state[name] for name in names])
+            return state, Position(**found.position)
+
+    def best(self, like: Any) -> tuple[Any, Position] | None:
+        """As :meth:`restore`, of the step with the highest score; of the last if none has one."""
+        self.wait()
+        step = self._manager.best_step()
+        return self.restore(like, step)
+
+    def wait(self) -> None:
+        """Returns when what was started is on disk.
+
+        Raises:
+          InputError: it could not be written.
+        """
+        with self._explained("written"):
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _explained(self, what: str) -> Iterator[None]:
+        """Whatever Orbax raises, as one line that names the folder."""
+        try:
+            yield
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise InputError(
+                f"a checkpoint in {self._folder} cannot be {what} ({reason})"
+            ) from error
+
+
+def _score(metrics: dict[str, float]) -> float:
+    return metrics["score"]
