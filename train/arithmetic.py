@@ -1,10 +1,10 @@
 """Synthetic arithmetic in plain words: what the embedded model learns, and what the demo adapts.
 
-A *fact* is an addition or a subtraction of whole numbers below 100, ``31+12=43``. The facts that say
-the same of three numbers, ``31+12=43``, ``12+31=43``, ``43-12=31`` and ``43-31=12``, are a
-*family*. About 12 % of the families are held out: no training problem of any kind uses one of their
-facts, and every evaluation problem uses theirs alone. Which ones is a hash of the numbers, so that
-it is the same on every machine and in every version.
+A *fact* is an addition or a subtraction of whole numbers below 100, ``31+12=43``. The facts that
+say the same of three numbers, ``31+12=43``, ``12+31=43``, ``43-12=31`` and ``43-31=12``, are a
+*family*. About 12 % of the families are held out: no training problem of any kind uses one of
+their facts, and every evaluation problem uses theirs alone. Which ones is a hash of the numbers, so
+that it is the same on every machine and in every version.
 
 Everything here is a pure function of its arguments; texts are lower-case, with a space before a
 word or a number and none before punctuation.
@@ -70,7 +70,7 @@ def held_out(family: tuple[int, int]) -> bool:
     """Whether a family is kept for evaluation.
 
     >>> held_out((12, 31)), held_out((1, 14))
-    (False, True)
+    (True, False)
     """
     low, high = family
     digest = hashlib.sha256(f"{low}+{high}".encode()).digest()
@@ -228,7 +228,7 @@ def _fill(rng: np.random.Generator, template: str, **given: object) -> str:
     return template.format(**values)
 
 
-# --- tasks: each makes one problem from a generator and a side of the split ------------------------
+# --- tasks: each makes one problem from a generator and a side of the split -----------------------
 
 
 def equation(rng: np.random.Generator, held: bool) -> Problem:
