@@ -23,6 +23,8 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
+from train.batches import IGNORE
+
 LARGEST = 99
 HELD_OUT_PERCENT = 12
 
@@ -387,3 +389,48 @@ def tokenizer() -> Tokenizer:
         single=f"{BOS} $A", special_tokens=[(BOS, SPECIAL.index(BOS))]
     )
     return made
+
+
+def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """The token numbers of texts, without special tokens."""
+    return [found.ids for found in tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+
+def prompts(problems: Sequence[Problem], tokenizer: Tokenizer) -> list[list[int]]:
+    """What a model is given to answer: ``<bos> prompt``."""
+    bos = tokenizer.token_to_id(BOS)
+    return [[bos, *ids] for ids in encode(tokenizer, [problem.prompt for problem in problems])]
+
+
+def examples(
+    problems: Sequence[Problem], tokenizer: Tokenizer, *, answers_alone: bool
+) -> list[dict[str, np.ndarray]]:
+    """Problems as rows for training: ``<bos> prompt answer <eos>``.
+
+    Args:
+      problems: what to learn.
+      tokenizer: as `tokenizer` makes it.
+      answers_alone: learn the answer and its end, not the prompt.
+
+    Returns:
+      For each problem ``tokens`` and ``labels``, the token after each, int32 of one length; what is
+      not learned has the label -100.
+
+    >>> problem = Problem("31+12=", "43", "equation")
+    >>> (row,) = examples([problem], tokenizer(), answers_alone=True)
+    >>> row["tokens"].tolist()
+    [1, 7, 5, 14, 5, 6, 16, 8, 7]
+    >>> row["labels"].tolist()
+    [-100, -100, -100, -100, -100, -100, 8, 7, 2]
+    """
+    eos = tokenizer.token_to_id(EOS)
+    asked = prompts(problems, tokenizer)
+    answered = encode(tokenizer, [problem.answer for problem in problems])
+    rows = []
+    for prompt, answer in zip(asked, answered, strict=True):
+        tokens = np.array([*prompt, *answer, eos], np.int32)
+        labels = tokens[1:].copy()
+        if answers_alone:
+            labels[: len(prompt) - 1] = IGNORE
+        rows.append({"tokens": tokens[:-1], "labels": labels})
+    return rows

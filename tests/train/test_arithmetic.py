@@ -160,3 +160,22 @@ def test_the_vocabulary_begins_with_the_special_tokens_and_repeats_none():
     assert words[:4] == arithmetic.SPECIAL == ("<pad>", "<bos>", "<eos>", "<unk>")
     assert len(set(words)) == len(words) == arithmetic.tokenizer().get_vocab_size()
     assert "".join(words[4:14]) == "0123456789"
+
+
+@given(seed=SEEDS, answers_alone=st.booleans())
+def test_examples_ask_for_the_next_token_of_what_is_to_be_learned(seed, answers_alone):
+    tokenizer = arithmetic.tokenizer()
+    problems = arithmetic.problems(arithmetic.MIXTURE, 20, seed=seed, held=False)
+    rows = arithmetic.examples(problems, tokenizer, answers_alone=answers_alone)
+    asked = arithmetic.prompts(problems, tokenizer)
+    for problem, row, prompt in zip(problems, rows, asked, strict=True):
+        tokens, labels = row["tokens"], row["labels"]
+        assert tokens.dtype == labels.dtype == np.int32 and tokens.shape == labels.shape
+        assert tokenizer.decode(tokens) == problem.text and tokens[0] == 1
+        assert tokens[: len(prompt)].tolist() == prompt
+        learned = labels != -100
+        assert (labels[:-1] == tokens[1:])[learned[:-1]].all() and labels[-1] == 2
+        if answers_alone:
+            assert tokenizer.decode(labels[learned]) == problem.answer
+        else:
+            assert learned.all()
