@@ -1,0 +1,255 @@
+"""Reading rows: what is right comes as it was written, what is wrong is named with its place."""
+
+import json
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from train import data
+from train.data import Label, Messages, Number, Text
+from train.errors import InputError
+
+ROWS = [
+    {"question": 'say "a, b"\tand c', "answer": "é\u2028x", "id": 1},
+    {"question": "NA", "answer": "007", "id": 2},
+    {"question": "", "answer": "null", "id": 3},
+]
+COLUMNS = {"answer": Text(), "question": Text()}
+
+
+def json_array(file, rows):
+    file.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+
+def json_lines(file, rows):
+    lines = [json.dumps(row, ensure_ascii=False) + "\n\n" for row in rows]
+    file.write_text("\ufeff" + "".join(lines), encoding="utf-8")
+
+
+def parquet(file, rows):
+    pq.write_table(pa.Table.from_pylist(rows), file, row_group_size=2)
+
+
+def csv(file, rows):
+    quoted = [[str(v).replace('"', '""') for v in row.values()] for row in rows]
+    lines = [",".join(f'"{v}"' for v in row) for row in [list(rows[0]), *quoted]]
+    file.write_text("\n".join(lines), encoding="utf-8")
+
+
+WRITERS = {
+    "rows.json": json_array,
+    "lines.json": json_lines,
+    "lines.jsonl": json_lines,
+    "rows.parquet": parquet,
+    "rows.csv": csv,
+}
+
+
+@pytest.fixture
+def read(tmp_path):
+    """`data.read`, with a cache of its own."""
+
+    def read(source, columns=COLUMNS, **options):
+        return data.read(source, columns, cache_dir=tmp_path / "cache", **options)
+
+    return read
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a file and gives its path."""
+
+    def write(name, text):
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return file
+
+    return write
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_rows_come_as_they_were_written(tmp_path, read, name):
+    WRITERS[name](tmp_path / name, ROWS)
+    rows = read(tmp_path / name)
+    assert rows.column_names == ["answer", "question"]
+    assert rows[:] == {k: [row[k] for row in ROWS] for k in ("answer", "question")}
+
+
+def test_a_tsv_has_plain_quotes_and_lines_that_end_with_a_line_feed(write, read):
+    file = write("a.tsv", '\ufeffquestion\tanswer\n"a\t b"\r\n\nx\x85\u2028y\t\n')
+    assert read(file)[:] == {"answer": [' b"', ""], "question": ['"a', "x\x85\u2028y"]}
+
+
+def test_numbers_and_truth_become_text_as_json_writes_them(write, read):
+    file = write("a.jsonl", '{"answer": 12, "question": 0.50}\n{"answer": true, "question": "q"}')
+    assert read(file)[:] == {"answer": ["12", "true"], "question": ["0.5", "q"]}
+
+
+def test_a_changed_file_is_read_again(write, read):
+    file = write("a.csv", "question,answer\na,b\n")
+    assert len(read(file)) == len(read(file)) == 1
+    assert len(read(write("a.csv", "question,answer\na,b\nc,d\n"))) == 2
+    assert read(file, {"answer": Text()}).column_names == ["answer"]
+
+
+def test_a_folder_has_files_named_after_the_splits(write, read):
+    for split in ("train", "dev"):
+        for part in (0, 1):
+            write(f"set/data/{split}-{part}.jsonl", json.dumps({"answer": f"{split}{part}"}))
+    write("set/README.md", "")
+    write("set/data/training_notes.json", "no JSON")
+    folder = write("set/LICENSE", "").parent
+    answers = {"answer": Text()}
+    assert read(folder, answers)["answer"][:] == ["train0", "train1"]
+    assert read(folder, answers, split="validation")["answer"][:] == ["dev0", "dev1"]
+    with pytest.raises(InputError, match="no files of one kind for the split 'test'.*dev-0.jsonl"):
+        read(folder, answers, split="test")
+    write("set/train.csv", "answer\n1")
+    with pytest.raises(InputError, match="one kind"):
+        read(folder, answers)
+
+
+def test_a_data_set_of_the_hub_is_checked_as_files_are(write, read, monkeypatch):
+    file, load, asked = (
+        write("a.jsonl", '{"answer": "1"}\n{"answer": null}'),
+        datasets.load_dataset,
+        [],
+    )
+
+    def from_cache(*args, split):
+        asked.append((*args, split))
+        return load("json", data_files=str(file), split="train", cache_dir=file.parent / "hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", from_cache)
+    with pytest.raises(InputError, match=r"^some/name \(dev\): row 2: column 'answer' is null"):
+        read("some/name", {"answer": Text()}, split="dev", config="main")
+    assert asked == [("some/name", "main", "dev")]
+    file.write_text('{"answer": "1"}\n{"answer": "2"}\n')
+    assert read("some/name", {"answer": Text()})["answer"][:] == ["1", "2"]
+
+
+def test_conversations_lose_other_fields(write, read):
+    turns = [{"role": "user", "content": "hi", "name": "x"}, {"role": "assistant", "content": "ho"}]
+    file = write("a.jsonl", json.dumps({"messages": turns}))
+    found = read(file, {"messages": Messages()})[0]["messages"]
+    assert found == [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.json", "", "a.json has no rows"),
+        ("a.json", " \n[]", "a.json has no rows"),
+        ("a.csv", "question,answer\n\n", "a.csv has no rows"),
+        (
+            "a.jsonl",
+            '{"answer": "1", "question": ""}\n\n{"answer": \n',
+            "a.jsonl:3: not JSON, at col",
+        ),
+        ("a.json", '[{"answer": "1",\n "question": }]', "a.json:2: not JSON, at column 14"),
+        (
+            "a.json",
+            '[{"answer": "1", "question": ""}, 3]',
+            "a.json: row 2 is a number: expected an ob",
+        ),
+        ("a.jsonl", '{"answer": NaN, "question": ""}', "a.jsonl:1: not JSON: NaN"),
+        ("a.jsonl", "[" * 100_000, "a.jsonl:1: not JSON"),
+        ("a.jsonl", b'{"answer": "\xff"}', "a.jsonl is not UTF-8"),
+        ("a.jsonl", '{"answer": "1"}', "a.jsonl:1: there is no column 'question'; nearest: answer"),
+        ("a.jsonl", "{}", "a.jsonl:1: there is no column 'answer'; it has none"),
+        (
+            "a.jsonl",
+            '{"answer": ["1"], "question": ""}',
+            "a.jsonl:1: column 'answer' is a list: exp",
+        ),
+        ("a.csv", "question,answer\na,b\nc\n", "a.csv:3 has 1 columns, and the header 2"),
+        ("a.csv", 'question,answer\na,b\nc,"d\n', "a.csv:3: not CSV"),
+        (
+            "a.csv",
+            "question,answers\na,b\n",
+            "a.csv:2: there is no column 'answer'; nearest: answers",
+        ),
+        ("a.tsv", "question\tanswer\na\tb\tc\n", "a.tsv:2 has 3 columns, and the header 2"),
+        ("a.parquet", "PAR1", "a.parquet is no parquet file"),
+        ("a.txt", "x", r"a.txt: expected a file of the kind \.json"),
+    ],
+)
+def test_a_bad_file_is_refused_in_one_line(write, read, name, text, message):
+    with pytest.raises(InputError, match=message) as caught:
+        read(write(name, text))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("nowhere/data.jsonl", "there is no file or folder nowhere/data.jsonl"),
+        ("./nowhere", "there is no file or folder nowhere"),
+        ("a name", "'a name' is no file, no folder and no name"),
+        ("nobody/nothing", "nobody/nothing, split 'train': there is no such .*Offline"),
+    ],
+)
+def test_a_source_that_is_none_is_refused_in_one_line(read, source, message):
+    with pytest.raises(InputError, match=message) as caught:
+        read(source)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_cache_that_cannot_be_written_is_named(write):
+    file = write("a.csv", "question,answer\na,b\n")
+    with pytest.raises(InputError, match="the cache .* cannot be used: .* HF_DATASETS_CACHE"):
+        data.read(file, COLUMNS, cache_dir=file / "below-a-file")
+
+
+@pytest.mark.parametrize(
+    ("column", "good", "bad"),
+    [
+        (
+            Label(("no", "yes"), missing=("-",)),
+            {"yes": 1, "0": 0, 1: 1, "-": None},
+            ["Yes", 2, "-1", 0.5, None, True, [], "1.5"],
+        ),
+        (Number(0, 5), {"2.5": 2.5, 5: 5.0, 0.0: 0.0}, ["", 5.01, "nan", None, True, "x", [1]]),
+        (Text(), {"a": "a", 1: "1", 1.5: "1.5"}, [None, [], {}]),
+        (
+            Messages(),
+            {},
+            [None, "hi", [], ["hi"], [{"role": "user"}], [{"role": 1, "content": ""}]],
+        ),
+    ],
+)
+def test_columns_hold_what_they_should(column, good, bad):
+    for value, parsed in good.items():
+        assert column.parse(value) == parsed
+    for value in bad:
+        with pytest.raises(InputError, match="^(is|has no text) "):
+            column.parse(value)
+
+
+def test_examples_are_made_once_and_losses_counted(write, read):
+    rows = read(write("a.csv", "question,answer\n" + "".join(f"{'x' * n},1\n" for n in range(6))))
+    features = {"tokens": datasets.List(datasets.Value("int32"))}
+    calls = []
+
+    def function(columns):
+        calls.append(len(columns["question"]))
+        kept = [text for text in columns["question"] if text]
+        return {
+            "tokens": [[7] * min(len(t), 3) for t in kept],
+            "truncated": [len(t) > 3 for t in kept],
+        }
+
+    for _ in range(2):
+        examples = data.tokenise(rows, function, features, "first")
+        assert (examples.truncated, examples.dropped) == (2, 1)
+        assert [row["tokens"].tolist() for row in examples.data] == [
+            [7] * n for n in (1, 2, 3, 3, 3)
+        ]
+    assert calls == [6]
+    data.tokenise(rows, function, features, "second")
+    assert calls == [6, 6]
+    with pytest.raises(InputError, match="none of the 1 rows became an example"):
+        data.tokenise(rows.select([0]), function, features, "first")
