@@ -1,0 +1,100 @@
+"""The merged model: an adapter multiplied into its base, for any software that reads the format."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+import hyperadapt_jax as ha
+from hyperadapt_jax import models
+from hyperadapt_jax.merge import Rounding
+from train.errors import InputError
+from train.report import writing
+from train.trained import Trained, TrainedOptions, find
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Merge an adapter into its base, and write a Hugging Face folder: no adapter, no extra cost.
+
+    The product is made in float32 and rounded once; a table tells what the rounding cost. One
+    parameter is held at a time. The tokenizer is copied from the base. The folder appears when it
+    is complete.
+    """
+
+    trained: TrainedOptions
+    folder: Path
+    """Where the merged model is written: config.json, model.safetensors, the tokenizer."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Dtype to store; that of the base's config.json if not given. bfloat16 can round a good part
+    of a small update away."""
+    max_shard_size: str = "5GB"
+    """Most bytes of one file, such as 5GB or 200MiB."""
+    overwrite: bool = False
+    """Replace the model in a folder that holds one."""
+    quiet: bool = False
+    """Print errors alone."""
+
+
+def run(options: Options) -> None:
+    """Writes the merged model and prints the report.
+
+    Raises:
+      InputError: the folder is not empty, or cannot be written; there is no adapter, or no base.
+      AdapterError, CheckpointError: the adapter or the base is damaged, or they do not fit.
+    """
+    trained = find(options.trained)
+    base, dtype = trained.base, options.dtype or trained.dtype
+    if options.folder.resolve() == base.folder.resolve():
+        raise InputError(f"--folder {options.folder} is the base itself: choose another folder")
+    losses: list[Rounding] = []
+
+    def leaf(path: str) -> jax.Array:
+        if path not in trained.adapter.scales:
+            return trained.parameter(path, "float32")
+        merged, rounding = merge(trained, path, dtype)
+        losses.append(rounding)
+        return merged
+
+    with writing(options.folder):
+        try:
+            models.export(
+                options.folder,
+                models.abstract(base.config),
+                source=base.folder,
+                leaf=leaf,
+                dtype=dtype,
+                max_shard_size=options.max_shard_size,
+                overwrite=options.overwrite,
+                progress=not options.quiet,
+            )
+        except FileExistsError as error:
+            advice = str(error).replace("pass overwrite=True", "give --overwrite")
+            raise InputError(f"--folder {advice}") from error
+        except models.CheckpointError:
+            raise
+        except ValueError as error:
+            raise InputError(str(error)) from error
+    if options.quiet:
+        return
+    if losses:
+        print(ha.MergeReport(tuple(losses)))
+    files = list(options.folder.iterdir())
+    size = sum(file.stat().st_size for file in files)
+    print(f"{options.folder}: {len(files)} files, {size / 1e6:,.1f} MB, weights in {dtype}")
+
+
+def merge(trained: Trained, path: str, dtype: str) -> tuple[jax.Array, Rounding]:
+    """A weight with its vectors multiplied in, rounded to a dtype, and what the rounding cost."""
+    weight, vectors = trained.parameter(path, "float32"), trained.adapter.scales[path]
+    merged, report = ha.merge({path: weight}, {path: vectors}, report=True)
+    rounded = merged[path].astype(dtype)
+    lost = float(jnp.linalg.norm(rounded.astype(jnp.float32) - merged[path]))
+    (found,) = report.weights
+    error = math.hypot(found.error, lost)
+    return rounded, dataclasses.replace(found, dtype=rounded.dtype.name, error=error)

@@ -1,0 +1,58 @@
+"""What would train: the plan of a method on a model, before anything is allocated."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import huggingface_hub
+
+from train import base, methods
+from train.errors import InputError
+from train.options import AdapterOptions, ModelOptions
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Show what a method would train: weights, axis roles, numbers, bytes, share of the model.
+
+    Reads the model's config.json and no weights, so that it takes seconds for a model of any size;
+    of a repository of the hub, nothing else is fetched.
+    """
+
+    model: ModelOptions
+    adapter: AdapterOptions = AdapterOptions()
+    labels: int | None = None
+    """Outputs of a new classification head on an encoder, which trains fully; 1 for regression.
+    None for no head."""
+
+
+def run(options: Options) -> None:
+    """Prints the plan.
+
+    Raises:
+      InputError: there is no such model, a target matches nothing, or nothing would train.
+    """
+    if options.labels is not None and options.labels < 1:
+        raise InputError(f"--labels is {options.labels}: give at least 1")
+    described = base.describe(_config_alone(options.model), options.labels)
+    head = None if options.labels is None else "classifier/.*"
+    print(methods.table(described, methods.tune(described, options.adapter, head=head)))
+
+
+def _config_alone(options: ModelOptions) -> ModelOptions:
+    """The options with a folder in place of a repository of the hub: its config.json, no more."""
+    if Path(options.model).expanduser().exists():
+        return options
+    try:
+        file = huggingface_hub.hf_hub_download(
+            options.model, "config.json", revision=options.revision
+        )
+    except Exception as error:  # the client's own, the network's, the file system's: one answer
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"--model {options.model} is no folder, and its config.json is not to be had from the"
+            f" hub: {reason} Check the name, the network (HF_HUB_OFFLINE) and, for a gated"
+            " repository, the login (HF_TOKEN)"
+        ) from error
+    return dataclasses.replace(options, model=str(Path(file).parent))

@@ -1,0 +1,97 @@
+"""What a run left: an adapter, with the base that it belongs to, read one parameter at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import jax
+
+import hyperadapt_jax as ha
+from hyperadapt_jax import models, paths
+from hyperadapt_jax.adapter_io import CONFIG
+from hyperadapt_jax.models import weights
+from train.base import Base, describe
+from train.errors import InputError
+from train.options import ModelOptions
+from train.runs import ADAPTER
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainedOptions:
+    """What was trained."""
+
+    adapter: Path
+    """Adapter folder, or a run folder, whose best adapter is taken."""
+    model: str | None = None
+    """Its base model, a folder or a repository of the hub; what the adapter names if not given."""
+    revision: str | None = None
+    """Branch, tag or commit of a repository of the hub."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """An adapter and its base.
+
+    Attributes:
+      adapter: the vectors, and what trained fully.
+      base: the frozen model, as shapes alone.
+    """
+
+    adapter: ha.adapter_io.Adapter
+    base: Base
+
+    @property
+    def dtype(self) -> str:
+        """The dtype in which the base is stored, as its config.json says; else float32."""
+        config = weights.read_json(self.base.folder, "config.json")
+        name = config.get("dtype") or config.get("torch_dtype")
+        return name if name in ("bfloat16", "float16") else "float32"
+
+    def parameter(self, path: str, dtype: str) -> jax.Array:
+        """One parameter in the given dtype: as it was trained fully, else as the base stores it.
+
+        Raises:
+          CheckpointError: the base's files lack it, or are damaged.
+        """
+        if path in self.adapter.full:
+            return self.adapter.full[path].astype(dtype)
+        shape = self._shapes[path].shape
+        row = next(tensor for tensor in models.tensors(self.base.config) if tensor.path == path)
+        like = {path: jax.ShapeDtypeStruct(shape, dtype)}
+        others = [".*"]  # this parameter's tensors alone are looked at
+        tree, _ = weights.load(self.base.folder, [row], like, ignored=others, progress=False)
+        return tree[path]
+
+    @functools.cached_property
+    def _shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        return paths.arrays(self.base.params)
+
+
+def find(options: TrainedOptions) -> Trained:
+    """Reads an adapter and describes its base; the base's weights are read when they are asked for.
+
+    Raises:
+      InputError: there is no adapter, or no base.
+      AdapterError: the adapter is damaged, or of another base.
+    """
+    folder = next(
+        (f for f in (options.adapter, options.adapter / ADAPTER) if (f / CONFIG).is_file()), None
+    )
+    if folder is None:
+        raise InputError(
+            f"--adapter {options.adapter} holds no {CONFIG}, nor {ADAPTER}/{CONFIG}: give an"
+            " adapter folder, or the folder of a run that came to its end"
+        )
+    adapter = ha.load(folder, None)
+    model = options.model or adapter.base_model
+    if model is None:
+        raise InputError(f"{folder} does not name its base model: give it with --model")
+    head = adapter.full.get("classifier/out/bias")
+    labels = None if head is None else head.size
+    base = describe(ModelOptions(model=model, revision=options.revision), labels)
+    known = json.loads((folder / CONFIG).read_text())["base_config"] is not None
+    config = models.config_to_dict(base.config) if known else None
+    return Trained(ha.load(folder, base.params, base_config=config), base)
