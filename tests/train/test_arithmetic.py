@@ -130,6 +130,13 @@ def test_an_answer_counts_only_if_all_of_it_is_right(answer, right):
     assert arithmetic.correct(Problem("", "31+12=43, 43-8=35", "ride"), answer) is right
 
 
+@pytest.mark.parametrize("answer, right", [
+    ("43", True), ("43, 43-8=35", True), ("4", False), ("435", False), ("43-8=35", False),
+])  # fmt: skip
+def test_a_bare_equation_may_go_on_to_others(answer, right):
+    assert arithmetic.correct(Problem("31+12=", "43", "equation"), answer) is right
+
+
 @given(seed=SEEDS)
 def test_texts_survive_the_tokenizer(seed):
     tokenizer = arithmetic.tokenizer()

@@ -1,0 +1,179 @@
+"""Make the demo's embedded model: a small Llama that knows arithmetic of one step, from nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+import hyperadapt_jax as ha
+from hyperadapt_jax import models
+from hyperadapt_jax.tables import table
+from train import arithmetic, base, losses, methods, options, runs
+from train.batches import Batches
+from train.exam import Exam
+from train.loop import Task, fit
+from train.options import AdapterOptions, ModelOptions, OptimizerOptions, RunOptions
+from train.report import markdown_table, write
+
+FRESH, MODEL = "fresh", "model"
+KINDS = {
+    "equation": "bare equations",
+    "story": "word problems, answered by a number",
+    "story_equation": "word problems, answered by an equation",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Make the demo's embedded model from scratch, on synthetic arithmetic and word problems.
+
+    A Llama of 4 layers, width 128 and 0.9 million parameters. It learns texts made on the spot,
+    packed into rows; it is examined on number families that none of them uses. The run's folder
+    gets the model as the Hugging Face folder `model`. About 12 minutes on 2 free CPU cores.
+    """
+
+    optimizer: OptimizerOptions = OptimizerOptions(optimizer="muon", lr=0.02, warmup=100)
+    run: RunOptions = RunOptions(folder=Path("runs/pretrain"), steps=3100, eval_every=500)
+    texts: int = 300_000
+    """Texts to make. A run that needs more rows sees them again."""
+    length: int = 64
+    """Tokens of a row, filled with several texts."""
+    problems: int = 256
+    """Problems of each kind in an evaluation."""
+
+
+def run(chosen: Options) -> None:
+    """Trains and writes the model.
+
+    Raises:
+      InputError: the folder cannot be used, or a number is out of range.
+    """
+    config = options.flat(chosen, "pretrain")
+    with runs.claim(chosen.run.folder, config, resume=chosen.run.resume) as folder:
+        model = ModelOptions(model=str(fresh(folder / FRESH, chosen.run.seed)), remat="none")
+        loaded = base.load(model, quiet=True)
+        tokenizer = base.tokenizer(model).backend_tokenizer
+        # Muon takes matrices alone; what it is told here are their axes.
+        matrices = ("all-linear", "embed/.*=in out", "head/.*=in out")
+        tuning = methods.tune(loaded, AdapterOptions(method="full", targets=matrices))
+        exam = Exam.of(list(KINDS), chosen.problems, seed=1, tokenizer=tokenizer)
+        result = fit(
+            Task(
+                name="pretrain",
+                base=loaded,
+                tuning=tuning,
+                loss=losses.next_token(tuning),
+                batches=_batches(chosen, tokenizer),
+                evaluate=lambda trainable: exam.accuracy(
+                    exam.answers(tuning.forward, trainable, tuning.frozen)
+                ),
+                score=lambda metrics: min(metrics.values()),
+            ),
+            folder,
+            optimizer=chosen.optimizer,
+            run=chosen.run,
+            metadata=config,
+        )
+        params, _ = ha.optim.combine(result.trainable, tuning.frozen)
+        rows = [[KINDS[kind], f"{share:.1%}"] for kind, share in result.best.items()]
+        write_model(folder / MODEL, model, params, rows)
+    if not chosen.run.quiet:
+        print(table(["of number families never seen", "right"], rows, right="right"))
+        print(f"the model is in {folder / MODEL}")
+
+
+def configuration(vocabulary: int) -> models.Config:
+    """The embedded model's architecture."""
+    special = {"pad": arithmetic.PAD, "bos": arithmetic.BOS, "eos": arithmetic.EOS}
+    return models.config_from_dict(
+        dict(
+            model_type="llama",
+            vocab_size=vocabulary,
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=128,
+            rms_norm_eps=1e-5,
+            rope_theta=10000.0,
+            tie_word_embeddings=False,
+            **{f"{k}_token_id": arithmetic.SPECIAL.index(token) for k, token in special.items()},
+        )
+    )
+
+
+def fresh(folder: Path, seed: int) -> Path:
+    """The folder of the model before it has learned anything; made if it is not there yet."""
+    tokenizer = arithmetic.tokenizer()
+    if not (folder / "tokenizer.json").exists():
+        model = models.create(configuration(tokenizer.get_vocab_size()), seed=seed)
+        models.export(folder, model, overwrite=True, progress=False)
+        about = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": arithmetic.BOS,
+            "eos_token": arithmetic.EOS,
+            "pad_token": arithmetic.PAD,
+            "unk_token": arithmetic.UNKNOWN,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": model.config.max_length,
+        }
+        write(folder / "tokenizer_config.json", json.dumps(about, indent=2) + "\n")
+        write(folder / "tokenizer.json", tokenizer.to_str(pretty=True) + "\n")
+    return folder
+
+
+def write_model(
+    folder: Path, model: ModelOptions, params: object, rows: list[list[str]]
+) -> None:
+    """Writes the Hugging Face folder: weights in float16, tokenizer, and a model card."""
+    loaded = base.describe(model)
+    models.export(
+        folder,
+        models.with_params(loaded.config, params),
+        source=loaded.folder,
+        dtype="float16",
+        overwrite=True,
+        progress=False,
+    )
+    write(folder / "README.md", CARD.format(table=markdown_table(["", "right"], rows, "right")))
+
+
+CARD = """---
+license: apache-2.0
+language: en
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# A tiny Llama that knows arithmetic of one step
+
+Made by this project for its demo, from scratch and from nothing but synthetic text:
+
+    python -m train pretrain
+
+It completes equations of whole numbers below 100, `31+12=`, chains of them, `43, 43-8=35`, and
+answers one-step word problems, by a number or by an equation. It knows a few hundred words and
+nothing of the world. One family of numbers in eight, such as 12, 31 and 43, was held out of all
+that it learned; on problems of those families alone:
+
+{table}
+
+Its weights, in float16, and its tokenizer are under the Apache License 2.0, as the project is.
+"""
+
+
+def _batches(chosen: Options, tokenizer: Tokenizer) -> Batches:
+    run = chosen.run
+    problems = arithmetic.problems(arithmetic.MIXTURE, chosen.texts, seed=run.seed, held=False)
+    return Batches(
+        arithmetic.examples(problems, tokenizer, answers_alone=True),
+        run.batch_size,
+        pack=chosen.length,
+        seed=run.seed,
+        epochs=run.steps or math.ceil(run.epochs),
+    )
