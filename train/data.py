@@ -233,9 +233,17 @@ def tokenise(
         raise _cache_error(error) from error
     if not len(made):
         raise InputError(f"none of the {len(data)} rows became an example: allow longer ones")
-    truncated = sum(made["truncated"])
+    truncated = sum(made["truncated"][:])
     examples = made.remove_columns("truncated").with_format("numpy")
     return Examples(examples, truncated, len(data) - len(made))
+
+
+def identity(tokenizer: Any) -> str:
+    """A digest of all that a fast tokenizer's numbers depend on, to be part of a key."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    # Set by each call, as it pleases.
+    del state["truncation"], state["padding"]
+    return _digest(state, tokenizer.special_tokens_map, getattr(tokenizer, "chat_template", None))
 
 
 def _parse(where: str, row: Row | None, columns: Mapping[str, Column]) -> dict[str, Any]:
