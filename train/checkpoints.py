@@ -7,6 +7,7 @@ training, and a checkpoint has its name only when it is whole.
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from hyperadapt_jax import paths
 from train.errors import InputError
 
 FOLDER = "checkpoints"
+_REMOVED = ".removed"
 
 
 class Position(NamedTuple):
@@ -54,6 +56,8 @@ class Checkpoints:
             best_fn=_score,
             preservation_policy=policies.AnyPreservationPolicy([last, best]),
             cleanup_tmp_directories=True,
+            # Renamed first: a process that is killed while it removes leaves no half checkpoint.
+            todelete_subdir=_REMOVED,
         )
         with self._explained("opened"):
             self._manager = ocp.CheckpointManager(self._folder, options=options)
@@ -66,6 +70,7 @@ class Checkpoints:
             with self._explained("completed"):
                 self._manager.wait_until_finished()
                 self._manager.close()
+                self._clear()
         except InputError:
             if kind is None:  # else what ended the run is the thing to tell
                 raise
@@ -90,6 +95,7 @@ class Checkpoints:
         names, leaves, _ = paths.flatten(state)
         with self._explained("written"):
             self._manager.check_for_errors()
+            self._clear()
             if step in self.steps:
                 self._manager.wait_until_finished()
                 self._manager.delete(step)
@@ -146,6 +152,11 @@ class Checkpoints:
         """
         with self._explained("written"):
             self._manager.wait_until_finished()
+
+    def _clear(self) -> None:
+        """Frees the space of the checkpoints that are no longer kept."""
+        for old in (self._folder / _REMOVED).glob("*"):
+            shutil.rmtree(old, ignore_errors=True)
 
     @contextlib.contextmanager
     def _explained(self, what: str) -> Iterator[None]:

@@ -46,7 +46,7 @@ class Log:
       folder: the run folder, which exists.
       total_steps: how many optimizer steps the whole run has.
       start_step: the step of the checkpoint from which the run goes on: rows beyond it, which a
-        killed run left, are cut away. At 0 the metrics begin anew.
+        killed run left, are cut away.
       quiet: show warnings alone.
       label: what the bar and the lines begin with, such as ``cola``.
 
@@ -69,7 +69,7 @@ class Log:
 
     def __enter__(self) -> Log:
         file, events = self.folder / METRICS, self.folder / EVENTS
-        resumed = read_metrics(file) if self.start_step and file.exists() else []
+        resumed = read_metrics(file) if file.exists() else []
         kept = [row for row in resumed if row["step"] <= self.start_step]
         write(file, "".join(map(_line, kept)))
         self._row = kept[-1] if kept else None
