@@ -49,16 +49,24 @@ def save(folder, model, scales, base, **options):
     ha.save(folder, scales, params, base_model=str(base), base_config=config, **options)
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def decoder(request, tmp_path_factory):
-    """A base, its vectors, and the folder of the run that left them."""
-    where = tmp_path_factory.mktemp(request.param)
-    model = build(LLAMA, dtype=request.param)
+def train(where, dtype):
+    """A base, its vectors, and a folder with the base and the run that left them."""
+    model = build(LLAMA, dtype=dtype)
     base = models.export(where / "base", model, progress=False)
     (base / "tokenizer.json").write_text("{}")
     scales = vectors(models.functional(model)[1], model.config)
     save(where / "run" / "adapter", model, scales, base)
     return model, scales, where
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("decoder"), "float32")
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def stored(request, tmp_path_factory):
+    return train(tmp_path_factory.mktemp(request.param), request.param)
 
 
 def test_plan_of_llama_3_8b_needs_its_configuration_alone(tmp_path, capsys):
@@ -128,8 +136,8 @@ def refused(capsys, args, reason):
     assert line.startswith("error: ") and reason in line
 
 
-def test_the_exported_model_is_the_merged_one(decoder, tmp_path, capsys):
-    model, scales, where = decoder
+def test_the_exported_model_is_the_merged_one(stored, tmp_path, capsys):
+    model, scales, where = stored
     args = ["export", "--adapter", str(where / "run"), "--folder", str(tmp_path / "merged")]
     assert main(args) == 0
     fn, params = models.functional(model)
@@ -156,8 +164,8 @@ def test_the_exported_model_is_the_merged_one(decoder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_another_dtype_is_rounded_to_once_and_reported(decoder, tmp_path, dtype, capsys):
-    model, scales, where = decoder
+def test_another_dtype_is_rounded_to_once_and_reported(stored, tmp_path, dtype, capsys):
+    model, scales, where = stored
     folder = tmp_path / "merged"
     args = ["export", "--adapter", str(where / "run" / "adapter"), "--folder", str(folder)]
     assert main([*args, "--dtype", dtype]) == 0
@@ -261,8 +269,8 @@ def test_an_adapter_without_a_base_is_asked_for_one(decoder, tmp_path, capsys):
     assert main([*args, "--model", str(where / "base"), "--quiet"]) == 0
 
 
-def test_rank_is_that_of_the_library(decoder, tmp_path, capsys):
-    model, scales, where = decoder
+def test_rank_is_that_of_the_library(stored, tmp_path, capsys):
+    model, scales, where = stored
     args = ["rank", "--adapter", str(where / "run"), "--folder", str(tmp_path / "rank")]
     assert main(args) == 0
     expected = ha.rank.analyse(models.functional(model)[1], scales)
