@@ -81,7 +81,8 @@ class Log:
             # for it for ever.
             self._events = EventsWriter(str(events / "events"), f".{time.time_ns()}")
             start = SessionLog(status=SessionLog.START)  # what lies beyond is void
-            self._events.write_event(Event(step=self.start_step + 1, session_log=start))
+            event = Event(wall_time=time.time(), step=self.start_step + 1, session_log=start)
+            self._events.write_event(event)
         self._recent = np.zeros(3)  # seconds, tokens and steps of late
         self._last = self._said = self._synced = time.monotonic()
         terminal = sys.stderr.isatty()
