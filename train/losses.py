@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -31,5 +33,37 @@ def next_token(tuning: Tuning) -> Loss:
             logits, jnp.where(counts, batch["labels"], 0)
         )
         return jnp.sum(losses, where=counts), jnp.sum(counts, dtype=jnp.float32)
+
+    return loss
+
+
+def logits(
+    tuning: Tuning, trainable: Any, frozen: Any, batch: Batch, key: jax.Array | None = None
+) -> jax.Array:
+    """An encoder's outputs for a batch, ``[B, labels]``; with dropout where there is a key."""
+    types = {"token_types": batch["token_types"]} if "token_types" in batch else {}
+    return tuning.forward(
+        trainable, frozen, batch["tokens"], mask=batch["mask"], rng=key, **types
+    ).logits
+
+
+def classification(tuning: Tuning, *, dropout: bool) -> Loss:
+    """Cross-entropy of an encoder's classes, or the squared error of its one number.
+
+    Args:
+      tuning: what trains, and its forward pass.
+      dropout: train with the model's own dropout.
+
+    Returns:
+      A loss of batches with ``tokens`` and ``mask`` ``[B, T]``, ``label`` and ``weight`` ``[B]``.
+    """
+
+    def loss(trainable, frozen, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        outputs = logits(tuning, trainable, frozen, batch, key if dropout else None)
+        if outputs.shape[-1] == 1:
+            losses = jnp.square(outputs[:, 0] - batch["label"])
+        else:
+            losses = optax.softmax_cross_entropy_with_integer_labels(outputs, batch["label"])
+        return jnp.sum(losses * batch["weight"]), jnp.sum(batch["weight"])
 
     return loss

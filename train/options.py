@@ -150,6 +150,11 @@ class RunOptions:
         if not 0 <= self.seed < 2**31:
             raise InputError(f"seed is {self.seed}: give a number from 0 to 2147483647")
 
+    @property
+    def passes(self) -> int:
+        """Epochs that are enough for all steps."""
+        return self.steps or math.ceil(self.epochs)
+
 
 def parse(recipe: str, cls: type[T], args: Sequence[str]) -> T:
     """Reads a recipe's options.

@@ -10,7 +10,7 @@ from typing import Any
 
 from train import options
 from train.errors import InputError
-from train.report import write, writing
+from train.report import CURVES, markdown_table, write, writing
 
 ADAPTER, REPORT = "adapter", "report.md"
 
@@ -57,3 +57,23 @@ def claim(folder: Path, config: dict[str, Any], *, resume: bool) -> Iterator[Pat
         else:
             write(file, options.dump(config))
         yield folder
+
+
+def report(
+    folder: Path, title: str, plan: str, metrics: tuple[list[str], list[list[str]]]
+) -> None:
+    """Writes ``report.md``: what trained, and what came of it.
+
+    Args:
+      folder: the run folder.
+      title: of the report.
+      plan: the plan's table, as text.
+      metrics: header and rows of a table; the numbers are right-aligned.
+    """
+    header, rows = metrics
+    table = markdown_table(header, rows, right=" ".join(header[1:]))
+    write(
+        folder / REPORT,
+        f"# {title}\n\n{table}\n\n![curves]({CURVES})\n\n## What trained\n\n```\n{plan}\n```\n\n"
+        f"All options are in `{options.CONFIG}`: `--config` reads them back.\n",
+    )

@@ -197,6 +197,11 @@ class EncoderConfig:
         """Whether there is a pooler: the reference leaves it out of RoBERTa classifiers alone."""
         return self.family == "bert" or self.labels is None
 
+    @property
+    def max_length(self) -> int:
+        """Longest sequence, in tokens: RoBERTa's positions begin after that of its padding."""
+        return self.positions - (0 if self.family == "bert" else self.pad_token + 1)
+
 
 Config = DecoderConfig | EncoderConfig
 

@@ -214,7 +214,7 @@ class Encoder(nnx.Module):
         for name, array in given.items():
             if array is not None and array.shape != tokens.shape:
                 raise ValueError(f"{name}: expected {tokens.shape} as tokens, found {array.shape}")
-        room = config.positions - (0 if config.family == "bert" else config.pad_token + 1)
+        room = config.max_length
         if positions is None and tokens.shape[1] > room:
             raise ValueError(f"tokens: {tokens.shape[1]} in a row, the position table holds {room}")
         for_embed, for_layers, for_head = (None,) * 3 if rng is None else jax.random.split(rng, 3)

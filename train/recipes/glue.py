@@ -1,0 +1,123 @@
+"""Fine-tune an encoder on a task of GLUE, measured as GLUE measures it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+
+from train import base, glue, losses, methods, options, runs
+from train.batches import Batches, stream
+from train.errors import InputError
+from train.loop import Task, fit
+from train.options import AdapterOptions, ModelOptions, OptimizerOptions, RunOptions
+
+HEAD = "classifier/.*"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Fine-tune an encoder on a task of GLUE: a new head, and scale vectors on its weights.
+
+    Metrics are GLUE's own, on the development set, before, during and after; the best step's adapter
+    is kept.
+    """
+
+    task: Literal["cola", "sst2", "mrpc", "stsb", "rte", "wnli", "qnli", "qqp", "mnli"]
+    """The task."""
+    data: str = glue.HUB
+    """GLUE's folder, which holds MRPC/train.tsv and the like, or the data set's name on the hub."""
+    max_length: int = 128
+    """Most tokens of a row; longer texts are cut, and counted."""
+    dropout: bool = True
+    """Train with the dropout that the model's config.json asks for."""
+    eval_batch_size: int = 128
+    """Rows that are evaluated at once."""
+    model: ModelOptions
+    adapter: AdapterOptions = AdapterOptions()
+    optimizer: OptimizerOptions = OptimizerOptions(head_lr=1e-3)
+    run: RunOptions
+
+
+def run(chosen: Options) -> None:
+    """Trains, and leaves the best adapter and a report in the run folder.
+
+    Raises:
+      InputError: the model, the data or the folder cannot be used.
+    """
+    config, task = options.flat(chosen, "glue"), glue.TASKS[chosen.task]
+    described = base.describe(chosen.model, task.outputs)
+    if chosen.max_length > described.config.max_length:
+        raise InputError(
+            f"--max-length {chosen.max_length}: the model takes {described.config.max_length}"
+        )
+    if chosen.eval_batch_size < 1:
+        raise InputError(f"--eval-batch-size {chosen.eval_batch_size}: give at least 1")
+    plan = methods.table(described, methods.tune(described, chosen.adapter, head=HEAD))
+    tell = (lambda text: None) if chosen.run.quiet else print
+    tell(plan)
+    with runs.claim(chosen.run.folder, config, resume=chosen.run.resume) as folder:
+        tokenizer = base.tokenizer(chosen.model)
+        examples = {}
+        for split in ("train", *task.dev):
+            rows, dropped = glue.read(task, chosen.data, split)
+            examples[split], cut, _ = glue.tokenise(rows, tokenizer, chosen.max_length)
+            tell(f"{split}: {len(rows):,} rows, {dropped} dropped, {cut} cut to"
+                 f" {chosen.max_length} tokens")  # fmt: skip
+        loaded = base.load(
+            chosen.model, task.outputs, seed=chosen.run.seed, quiet=chosen.run.quiet
+        )
+        tuning = methods.tune(loaded, chosen.adapter, head=HEAD)
+        result = fit(
+            Task(
+                name=chosen.task,
+                base=loaded,
+                tuning=tuning,
+                loss=losses.classification(tuning, dropout=chosen.dropout),
+                batches=Batches(
+                    examples.pop("train"),
+                    chosen.run.batch_size,
+                    seed=chosen.run.seed,
+                    epochs=chosen.run.passes,
+                ),
+                evaluate=evaluation(task, tuning, examples, chosen.eval_batch_size),
+                score=lambda metrics: metrics[glue.best(task)],
+            ),
+            folder,
+            optimizer=chosen.optimizer,
+            run=chosen.run,
+            metadata=config,
+        )
+        runs.report(folder, f"GLUE: {chosen.task}, {chosen.adapter.method}", plan, result.rows)
+    tell(f"\n{result}\nadapter, metrics, curves and report are in {folder}")
+
+
+def evaluation(task: glue.Task, tuning: methods.Tuning, examples: dict, batch_size: int):
+    """A function from what trains to the task's metrics on its development sets.
+
+    Args:
+      task: which.
+      tuning: the model.
+      examples: of each of ``task.dev``.
+      batch_size: rows at once.
+    """
+    logits = jax.jit(lambda *args: losses.logits(tuning, *args))
+    sets = {name: Batches(rows, batch_size, shuffle=False) for name, rows in examples.items()}
+
+    def evaluate(trainable) -> dict[str, float]:
+        found = {}
+        for split, batches in sets.items():
+            outputs, labels = [], []
+            for batch in stream(batches):
+                real = batch.pop("rows") >= 0
+                outputs.append(np.asarray(logits(trainable, tuning.frozen, batch))[real])
+                labels.append(batch["label"][real])
+            outputs = np.concatenate(outputs)
+            predictions = outputs.argmax(-1) if task.labels else outputs[:, 0]
+            found[split] = predictions, np.concatenate(labels)
+        return glue.metrics(task, found)
+
+    return evaluate
