@@ -42,12 +42,12 @@ def main(args: Sequence[str] | None = None) -> int:
     # Orbax and grain tell each save, and the compiler each cache; what matters comes as an error.
     logging.getLogger("absl").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from train import options
-    from train.errors import InputError
-
-    # The library's errors are one line each, and none of them is a fault of this program.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch
+    # From here on, since they take seconds to import.
     import hyperadapt_jax as ha
     from hyperadapt_jax import models
+    from train import options
+    from train.errors import InputError
     from train.loop import Interrupted
 
     refusals = (InputError, ha.PlanError, ha.AdapterError, models.CheckpointError)

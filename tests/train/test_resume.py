@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import multiprocessing
 import os
 import random
@@ -15,15 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.train import tiny
 from train import loop, report
 from train.batches import Batches
 from train.checkpoints import Checkpoints
 from train.runs import ADAPTER
 from train.step import make_optimizer, start
-
-spec = importlib.util.spec_from_file_location("tiny", Path(__file__).with_name("tiny.py"))
-tiny = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny)
 
 STEPS = 60
 # Children that have the imports behind them, and are killed and signalled in place of the tests.
