@@ -17,7 +17,8 @@ class Options:
     """Show what a method would train: weights, axis roles, numbers, bytes, share of the model.
 
     Reads the model's config.json and no weights, so that it takes seconds for a model of any size;
-    of a repository of the hub, nothing else is fetched.
+    of a repository of the hub, nothing else is fetched. What the weights turn out to lack, such as
+    a pooler, a run trains fully beside it.
     """
 
     model: ModelOptions
