@@ -39,8 +39,8 @@ def main(args: Sequence[str] | None = None) -> int:
     name, *rest = args
     if name not in RECIPES:
         return _refused(f"there is no recipe {name!r}: choose one of {', '.join(RECIPES)}")
-    # Orbax and grain tell each save, and the compiler each cache; what matters comes as an error.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Orbax and grain tell of each save, with tracebacks; what matters comes as an exception too.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch
     # From here on, since they take seconds to import.
@@ -91,8 +91,9 @@ def _help() -> str:
             "recipes:",
             *lines,
             "",
-            "python -m train RECIPE --help lists a recipe's options. Exit status: 0 done, 2 something",
-            "given cannot be used, 130 or 143 stopped by Ctrl-C or SIGTERM with everything saved.",
+            "python -m train RECIPE --help lists a recipe's options. Exit status: 0 done,",
+            "2 something given cannot be used, 130 or 143 stopped by Ctrl-C or SIGTERM with",
+            "everything saved.",
         ]
     )
 

@@ -17,6 +17,16 @@ from hyperadapt_jax.models import weights
 from train.errors import InputError
 from train.options import ModelOptions
 
+# Without any of these, transformers makes a tokenizer that knows no word, and says nothing.
+_TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.txt",
+    "vocab.json",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Base:
@@ -57,7 +67,8 @@ def describe(options: ModelOptions, labels: int | None = None) -> Base:
     if labels is not None:
         if not isinstance(config, models.EncoderConfig):
             raise InputError(
-                f"--model {options.model} is a {config.family} decoder: this recipe needs an encoder"
+                f"--model {options.model} is a decoder, {config.family}: this recipe needs an"
+                " encoder"
             )
         config = dataclasses.replace(config, labels=labels)
     fn, params = models.functional(models.abstract(config, **_settings(options)))
@@ -106,16 +117,25 @@ def tokenizer(options: ModelOptions) -> Any:
     """The tokenizer in the model's folder, a fast one of transformers.
 
     Raises:
-      InputError: the folder holds none that can be read.
+      InputError: the folder holds none that can be read, or one with more tokens than the model.
     """
     import transformers
 
     folder = _folder(options)
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
+        raise InputError(f"{folder} holds no tokenizer: copy its files there, as tokenizer.json")
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        found = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever the file's format makes the reader stumble over
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(f"{folder} holds no tokenizer that can be read: {reason[0]}") from error
+    last, size = max(found.get_vocab().values()), models.read_config(folder).vocab_size
+    if last >= size:
+        raise InputError(
+            f"{folder} holds another model's tokenizer: its last token is {last}, and the model"
+            f" knows {size}"
+        )
+    return found
 
 
 def fingerprint(params: Any) -> str:

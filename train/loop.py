@@ -7,7 +7,7 @@ import dataclasses
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from train.batches import Batches, stream
 from train.checkpoints import Checkpoints, Position
 from train.errors import InputError
 from train.methods import Tuning
-from train.options import OptimizerOptions, RunOptions
+from train.options import OptimizerOptions, RunOptions, lasting
 from train.runs import ADAPTER
 from train.step import Loss, make_optimizer, make_step, schedule, start
 
@@ -100,7 +100,12 @@ def total_steps(run: RunOptions, per_epoch: int) -> int:
 
 
 def fit(
-    task: Task, folder: Path, *, optimizer: OptimizerOptions, run: RunOptions, metadata: Any = None
+    task: Task,
+    folder: Path,
+    *,
+    optimizer: OptimizerOptions,
+    run: RunOptions,
+    metadata: Mapping[str, Any] | None = None,
 ) -> Result:
     """Trains, and leaves metrics, curves, checkpoints and the best adapter in the run folder.
 
@@ -112,7 +117,7 @@ def fit(
       folder: the run folder, claimed by this process.
       optimizer: how it trains.
       run: how long and how often.
-      metadata: what to keep with the adapter, such as the configuration.
+      metadata: what to keep with the adapter: the run's options, as `options.flat` gives them.
 
     Raises:
       InputError: the loss was not finite for ``run.patience`` steps in a row; the checkpoint is of
@@ -204,7 +209,7 @@ def fit(
     evaluations = [row for row in report.read_metrics(folder / report.METRICS) if _evaluated(row)]
     before, last = (_evaluated(row) for row in (evaluations[0], evaluations[-1]))
     if not (folder / ADAPTER).exists():
-        write_adapter(folder / ADAPTER, task.base, kept.trainable, metadata)
+        write_adapter(folder / ADAPTER, task.base, kept.trainable, lasting(metadata or {}))
     return Result(kept.trainable, int(kept.step), before, position.metrics or last, last)
 
 

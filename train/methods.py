@@ -136,7 +136,7 @@ def _full(base: Base, options: AdapterOptions, head: str | None, method: Method)
         try:
             re.compile(options.full)
         except re.error as error:
-            raise InputError(f"--full {options.full!r} is no regular expression: {error}") from error
+            raise InputError(f"--full {options.full!r} is no pattern: {error}") from error
         return options.full
     patterns = [*([head] if head else []), *map(re.escape, base.fresh)]
     return "|".join(patterns) or None

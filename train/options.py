@@ -1,8 +1,8 @@
 """The options that recipes share, and how they are read: defaults, a YAML file, the command line.
 
 A recipe's options are one frozen dataclass whose fields are the groups below and options of its
-own. On the command line and in a file they are flat: a field ``row_lr`` of any group is ``--row-lr``
-here and ``row_lr:`` there.
+own. On the command line and in a file they are flat: a field ``row_lr`` of any group is
+``--row-lr`` here and ``row_lr:`` there.
 """
 
 from __future__ import annotations
@@ -210,9 +210,15 @@ def flat(options: Any, recipe: str) -> dict[str, Any]:
     return values
 
 
+def lasting(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that make a run what it is, of what :func:`flat` gave."""
+    return {name: value for name, value in values.items() if name not in _PASSING}
+
+
 def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
     """The first option whose change makes another run of it, or None; both as :func:`flat`."""
-    for name in sorted({*old, *new} - _PASSING):
+    old, new = lasting(old), lasting(new)
+    for name in sorted({*old, *new}):
         if old.get(name) != new.get(name):
             return f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
     return None
@@ -258,16 +264,17 @@ def _as_args(values: Mapping[str, Any], recipe: str, cls: type, file: str | Path
     values = dict(values)
     other = values.pop("recipe", recipe)
     if other != recipe:
-        raise InputError(f"{file} has the options of {other!r}: give it to `python -m train {other}`")
+        raise InputError(f"{file} has options of {other!r}: give it to `python -m train {other}`")
     known, words = _names(cls), []
     for name, value in values.items():
         if name not in known:
-            raise InputError(f"{file}: {recipe} has no option {name!r}; {paths.nearest(name, known)}")
+            near = paths.nearest(name, known)
+            raise InputError(f"{file}: {recipe} has no option {name!r}; {near}")
         flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):
             words.append(flag if value else "--no-" + flag[2:])
         elif isinstance(value, dict):
-            raise InputError(f"{file}: {name} holds options of its own: write them on their own lines")
+            raise InputError(f"{file}: {name} holds options: write them on lines of their own")
         elif isinstance(value, list):
             words += [flag, *map(str, value)]
         else:

@@ -97,7 +97,7 @@ def make_optimizer(
 
 
 def start(tuning: Tuning, optimizer: optax.GradientTransformation, seed: int) -> State:
-    """The state before the first step. It owns its arrays, so that a step may reuse their memory."""
+    """The state before the first step; it owns its arrays, so that a step can reuse them."""
     trainable = jax.tree.map(jnp.array, tuning.trainable)
     key = jax.random.key_data(jax.random.key(seed))
     return State(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), key)
@@ -142,7 +142,8 @@ def make_step(
 
             def add(carry, piece):
                 keyed, batch = piece
-                return jax.tree.map(jnp.add, carry, part(state.trainable, frozen, batch, keyed)), None
+                more = part(state.trainable, frozen, batch, keyed)
+                return jax.tree.map(jnp.add, carry, more), None
 
             zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.trainable))
             keys = jax.random.split(key, accumulate)
@@ -166,7 +167,7 @@ def make_step(
 
 
 def _matrices(params: Any, *, axes: Mapping[str, str]) -> Any:
-    """Which parameters are stacks of matrices for Muon, and their axes; it takes Adam for others."""
+    """The axes of the parameters that are matrices for Muon; the others are left to Adam."""
 
     def numbers(path: str) -> optax.contrib.MuonDimensionNumbers | None:
         roles = axes.get(path, "").split()

@@ -132,7 +132,8 @@ def test_the_last_step_is_evaluated_though_it_is_no_multiple(model, tmp_path):
 
 
 def claim(folder, config=None, **settings):
-    return runs.claim(folder, config or {"recipe": "glue", "lr": 0.1}, **{"resume": False} | settings)
+    settings = {"resume": False, **settings}
+    return runs.claim(folder, config or {"recipe": "glue", "lr": 0.1}, **settings)
 
 
 def test_a_folder_is_claimed_once(tmp_path):

@@ -70,8 +70,8 @@ def test_the_command_line_wins_over_the_file(tmp_path):
     "text, message",
     [
         ("learning_rate: 3", r"some.yaml: recipe has no option 'learning_rate'; nearest: "),
-        ("recipe: glue", r"has the options of 'glue': give it to `python -m train glue`"),
-        ("optimizer: {lr: 3}", r"optimizer holds options of its own"),
+        ("recipe: glue", r"has options of 'glue': give it to `python -m train glue`"),
+        ("optimizer: {lr: 3}", r"optimizer holds options"),
         ("- lr", r"is no list of options: write lines such as"),
         ("lr: [", r"is no YAML"),
         ("1: 2", r"is no list of options"),

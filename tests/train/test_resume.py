@@ -1,4 +1,4 @@
-"""A run that was stopped at any moment and resumed is the run that was never stopped, bit for bit."""
+"""A run that was stopped at any moment and resumed is, bit for bit, one that never stopped."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import signal
 import threading
 import time
 from pathlib import Path
-
-
 
 import pytest
 
@@ -56,7 +54,8 @@ def test_the_adapter_is_the_best_checkpoint(whole):
 
 
 def test_a_checkpoint_holds_no_base(model, whole):
-    size = sum(f.stat().st_size for f in (whole / "checkpoints" / f"{STEPS}").rglob("*") if f.is_file())
+    files = (whole / "checkpoints" / f"{STEPS}").rglob("*")
+    size = sum(file.stat().st_size for file in files if file.is_file())
     # Three numbers for each that trains, and what Orbax writes around them; here that is more.
     assert size < 12 * tiny.task(model).tuning.count + 60_000
 
@@ -78,7 +77,7 @@ def test_a_signal_saves_and_the_rest_is_equal(model, whole, tmp_path, moment, nu
             return super().__getitem__(i)
 
     def evaluate(trainable):
-        if moment == 10 and len(seen := evaluated) == 2:
+        if moment == 10 and len(evaluated) == 2:
             os.kill(os.getpid(), number)
         evaluated.append(1)
         return plain.evaluate(trainable)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Literal
 
 import jax
@@ -22,8 +21,8 @@ HEAD = "classifier/.*"
 class Options:
     """Fine-tune an encoder on a task of GLUE: a new head, and scale vectors on its weights.
 
-    Metrics are GLUE's own, on the development set, before, during and after; the best step's adapter
-    is kept.
+    Metrics are GLUE's own, on the development set, before, during and after; the adapter of the
+    best step is kept.
     """
 
     task: Literal["cola", "sst2", "mrpc", "stsb", "rte", "wnli", "qnli", "qqp", "mnli"]
