@@ -50,9 +50,14 @@ def test_only_families_of_one_side_of_the_split_are_used(task, seed, held):
         for statement in statements(problem) if task in ANSWERED else ():
             assert arithmetic.held_out(family(statement)) == held
         if task not in ANSWERED:
-            # No two numbers of one text can be a family.
             assert not EQUATION.search(problem.text)
-            assert len(re.findall(r"\d+", problem.text)) <= 2
+
+
+def test_what_is_read_stands_beside_what_is_asked():
+    for problem in arithmetic.problems("reading", 100, seed=0, held=False):
+        told = re.findall(r"(\d+)(?: people are)? at the (\w+)", problem.prompt)
+        asked = re.search(r"at the (\w+)\?$", problem.prompt)[1]
+        assert len(told) == 3 and dict((stop, n) for n, stop in told)[asked] == problem.answer
 
 
 def test_a_ride_asks_for_two_steps_of_the_numbers_it_tells():

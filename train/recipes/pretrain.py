@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -171,9 +170,9 @@ def _batches(chosen: Options, tokenizer: Tokenizer) -> Batches:
     run = chosen.run
     problems = arithmetic.problems(arithmetic.MIXTURE, chosen.texts, seed=run.seed, held=False)
     return Batches(
-        arithmetic.examples(problems, tokenizer, answers_alone=True),
+        arithmetic.examples(problems, tokenizer, answers_alone=False),
         run.batch_size,
         pack=chosen.length,
         seed=run.seed,
-        epochs=run.steps or math.ceil(run.epochs),
+        epochs=run.passes,
     )
