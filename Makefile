@@ -13,6 +13,10 @@ pyenv := $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/*/bin/python3)
 interpreters = $(foreach python,$(1),$(shell $(python) -c 'import sys, venv; \
 	print(sys.executable if $(2) <= sys.hexversion < $(3) else "")' 2>/dev/null))
 
+have_python = test -n "$(PYTHON)" || { \
+	echo 'No Python 3.11 or newer with the venv module was found. Install one, or name it:' \
+	'make PYTHON=/path/to/python3' >&2; exit 1; }
+
 supported = $(call interpreters,python3.11 python3.12 python3.13 python3.14 python3 $(pyenv),\
 	0x030b0000,0x04000000)
 PYTHON   ?= $(firstword $(supported))
@@ -21,12 +25,15 @@ PYTHON   ?= $(firstword $(supported))
 offline := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 JAX_PLATFORMS=cpu
 PYTEST  := $(offline) $(bin)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: help test parity lowest bench lint other-python clean
+.PHONY: help demo test parity lowest bench lint other-python clean
 .DELETE_ON_ERROR:
 
 help: ## print this list
-	@echo 'make TARGET [PYTHON=python3.13] [VENV=.venv] [TESTS=tests/core] [WORKERS=2] [BENCH=MODULE]'
+	@echo 'make TARGET [PYTHON=python3.13] [VENV=.venv] [TESTS=tests/core] [WORKERS=2] [DEMO=OPTIONS] [BENCH=MODULE]'
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: $(VENV)/.ready-train ## set up .venv and adapt an embedded model to a new task, in about two minutes
+	HF_HUB_OFFLINE=1 $(bin)/python -m train demo --folder runs/demo-$$(date +%Y%m%d-%H%M%S) $(DEMO)
 
 test: $(VENV)/.ready ## set up .venv and run the whole suite offline, or TESTS; no torch
 	$(PYTEST) $(TESTS)
@@ -57,10 +64,16 @@ clean: ## remove the environments and everything that was built
 
 # A change of the requirements builds the environment anew.
 $(VENV)/.ready: pyproject.toml
-	@test -n "$(PYTHON)" || { echo 'No Python 3.11 or newer with the venv module was found.' \
-	  'Install one, or name it: make PYTHON=/path/to/python3' >&2; exit 1; }
+	@$(have_python)
 	$(PYTHON) -m venv $(if $(wildcard $@),--clear) $(VENV)
 	$(bin)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+# What the command line needs and no more; `make test` then adds to the same environment.
+$(VENV)/.ready-train: pyproject.toml
+	@$(have_python)
+	test -e $(VENV)/.ready || $(PYTHON) -m venv $(VENV)
+	$(bin)/python -m pip install --quiet --editable '.[train,plot]'
 	touch $@
 
 $(VENV)/.ready-torch: $(VENV)/.ready

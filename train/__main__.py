@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 RECIPES = {
     "demo": "adapt an embedded model to a new task and show that it learned: two minutes on a CPU",
@@ -98,5 +99,16 @@ def _help() -> str:
     )
 
 
+def _unraisable(found: Any) -> None:
+    """Leaves out what comes of a failed checkpoint beside the error that is told.
+
+    When one of its arrays cannot be written, the writes of the others still report to the event
+    loop that Orbax has closed by then.
+    """
+    if str(found.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(found)
+
+
 if __name__ == "__main__":
+    sys.unraisablehook = _unraisable
     sys.exit(main())
