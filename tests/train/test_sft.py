@@ -1,0 +1,286 @@
+"""Fine-tuning on instructions, from the command line to the adapter that is measured again."""
+
+import json
+import math
+import re
+
+import datasets
+import jax
+import numpy as np
+import pytest
+import tokenizers
+import transformers
+import yaml
+
+from train import base, chat, methods
+from train.__main__ import main
+from train.options import AdapterOptions, ModelOptions
+from train.recipes import sft
+from train.report import read_metrics
+
+from . import tiny
+
+WORDS = [f"w{i}" for i in range(22)]
+CHAT = (
+    "{% for m in messages %}{{ m.role }} : {{ m.content }} </s> {% endfor %}"
+    "{% if add_generation_prompt %}assistant : {% endif %}"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """What is read is kept with the tests' own files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        yield
+
+
+def model_folder(folder, template=None):
+    """A random two-layer Llama that knows words, with its tokenizer."""
+    special = ["<s>", "</s>", "<unk>", "user", "assistant", ":", "is", "what"]
+    inner = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel(
+            {word: i for i, word in enumerate([*special, *WORDS, "yes", "no"])}, unk_token="<unk>"
+        )
+    )
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    inner.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    tiny.folder(folder)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", chat_template=template
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return model_folder(tmp_path_factory.mktemp("models") / "plain")
+
+
+def answer(word):
+    return "no" if int(word.strip("w")) % 2 else "yes"
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """A file of questions, answered by yes if the number of their last word is even."""
+    rng = np.random.default_rng(0)
+    file = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    lines = []
+    for _ in range(300):
+        words = rng.choice(WORDS, rng.integers(1, 5))
+        row = {"question": " ".join(words), "answer": answer(words[-1]), "words": "none"}
+        lines.append(json.dumps(row))
+    file.write_text("\n".join(lines))
+    return file
+
+
+def words_of(**options):
+    """A command line."""
+    words = []
+    for name, value in options.items():
+        flag = "--" + name.replace("_", "-")
+        words += [flag] if value is True else [flag, str(value)]
+    return words
+
+
+def train(model, source, folder, **options):
+    """The exit status of a short run."""
+    defaults = dict(
+        model=model,
+        data=source,
+        folder=folder,
+        prompt="what is {question}",
+        eval_rows=40,
+        questions=20,
+        max_new_tokens=4,
+        max_length=24,
+        eval_batch_size=16,
+        batch_size=16,
+        remat="none",
+    )
+    options = {**defaults, **options}
+    return main(["sft", *words_of(**{k: v for k, v in options.items() if v is not None})])
+
+
+@pytest.fixture(scope="module")
+def done(model, rows, tmp_path_factory):
+    """The folder of a run that learned."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    options = dict(method="full", lr=2e-2, steps=20, eval_every=20, score="exact", pack=True)
+    assert train(model, rows, folder, **options) == 0
+    return folder
+
+
+def predictions(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def evaluations(folder):
+    rows = read_metrics(folder / "metrics.jsonl")
+    return [row for row in rows if "eval/loss" in row]
+
+
+def test_a_run_learns_to_answer(done):
+    before, *_, last = evaluations(done)
+    assert before["step"] == 0 and last["step"] == 20
+    assert before["eval/accuracy"] < 0.3 and last["eval/accuracy"] > 0.9
+    assert last["eval/loss"] < 0.5 * before["eval/loss"]
+    assert last["eval/perplexity"] == pytest.approx(math.exp(last["eval/loss"]))
+    answers = predictions(done / "predictions.jsonl")
+    assert len(answers) == 20
+    for row in answers:
+        assert row["right"] == (row["answer"] == row["reference"])
+        assert row["reference"] == answer(row["prompt"].split()[-1])
+    best = max(row["eval/accuracy"] for row in evaluations(done))
+    assert sum(row["right"] for row in answers) / 20 == best
+    assert "accuracy" in (done / "report.md").read_text()
+
+
+def test_what_was_learned_is_measured_again(done, tmp_path, capsys):
+    files = dict(metrics=tmp_path / "metrics.json", predictions=tmp_path / "predictions.jsonl")
+    assert main(["evaluate", *words_of(folder=done, **files)]) == 0
+    assert "accuracy" in capsys.readouterr().out
+    metrics = json.loads(files["metrics"].read_text())
+    best = max(evaluations(done), key=lambda row: (row["eval/accuracy"], -row["step"]))
+    assert metrics == {name: best[f"eval/{name}"] for name in metrics} and len(metrics) == 3
+    assert predictions(files["predictions"]) == predictions(done / "predictions.jsonl")
+
+
+def test_other_rows_can_be_measured(done, tmp_path):
+    file, metrics = tmp_path / "other.csv", tmp_path / "metrics.json"
+    file.write_text("answer,question\nno,w3 w1\nyes,w2\nyes,w8 w1\n")
+    options = dict(folder=done, data=file, rows=3, questions=3, metrics=metrics, quiet=True)
+    assert main(["evaluate", *words_of(**options)]) == 0
+    assert json.loads(metrics.read_text())["accuracy"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(rows=5), "--rows: .* held out rows of its own; give --data"),
+        (dict(data="nowhere.jsonl"), "there is no file or folder nowhere.jsonl"),
+        (dict(model="nowhere/at-all"), "nowhere/at-all"),
+        (dict(folder="nowhere"), "nowhere/config.yaml cannot be read"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(done, capsys, options, message):
+    refused(["evaluate", *words_of(**{"folder": done, **options})], message, capsys)
+
+
+def refused(words, message, capsys):
+    assert main(words) == 2
+    error = capsys.readouterr().err.strip()
+    assert re.search(message, error), error
+    assert error.startswith("error: ") and "\n" not in error
+
+
+def test_a_run_of_another_recipe_has_no_questions(done, tmp_path, capsys):
+    config = yaml.safe_load((done / "config.yaml").read_text())
+    for recipe, message in (("glue", "--questions is for runs of sft"), ("rank", "no recipe that")):
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({**config, "recipe": recipe}))
+        refused(["evaluate", *words_of(folder=tmp_path, questions=3)], message, capsys)
+
+
+def test_the_loss_is_the_mean_over_the_answers_tokens(model, rows):
+    options = sft.Options(
+        data=str(rows),
+        prompt="what is {question}",
+        eval_rows=7,
+        questions=0,
+        eval_batch_size=4,
+        model=ModelOptions(model=str(model)),
+        run=sft.RunOptions(folder=model / "run"),
+    )
+    loaded, tokenizer = base.load(options.model, quiet=True), base.tokenizer(options.model)
+    tuning = methods.tune(loaded, AdapterOptions())
+    training, held_out = sft.read(options)
+    assert len(training) == 293 and len(held_out) == 7
+    questions = sft.ask(options, loaded, held_out, tokenizer)
+    assert not questions.prompts
+    found = sft.evaluation(options, tuning, held_out, tokenizer, questions)(tuning.trainable)
+
+    losses = []
+    for row, prompt in zip(held_out, chat.prompts(held_out, options.form, tokenizer), strict=True):
+        answer = [*tokenizer(row["answer"], add_special_tokens=False)["input_ids"], 1]
+        tokens = np.array([[*prompt, *answer]])
+        spoken = jax.nn.log_softmax(loaded.fn(loaded.params, tokens))[0]
+        losses += [-spoken[len(prompt) - 1 + i, token] for i, token in enumerate(answer)]
+    assert found["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_whole_chats_are_learned_by_the_tokenizers_template(tmp_path):
+    model = model_folder(tmp_path / "model", CHAT)
+    turns = [("user", "what is w1"), ("assistant", "w1"), ("user", "w2"), ("assistant", "w2 w3")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps([{"messages": messages}, {"messages": messages[:2]}] * 4))
+    options = dict(prompt=None, eval_data=rows, steps=2, batch_size=4, questions=3, quiet=True)
+    assert train(model, rows, tmp_path / "run", **options) == 0
+    assert [row["eval/perplexity"] > 1 for row in evaluations(tmp_path / "run")] == [True] * 2
+    answers = predictions(tmp_path / "run" / "predictions.jsonl")
+    assert [row["reference"] for row in answers] == ["w2 w3", "w1", "w2 w3"]
+    assert answers[1]["prompt"] == "user : what is w1 </s> assistant :"
+    assert "right" not in answers[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(prompt="{question.text}"), "'{question.text}': {question.text} is no plain column"),
+        (dict(reference="{"), "template '{': "),
+        (
+            dict(prompt="{questions}"),
+            "rows.jsonl:1: there is no column 'questions'; nearest: quest",
+        ),
+        (dict(prompt=None), "rows.jsonl:1: there is no column 'messages'"),
+        (dict(chat=True), "no chat template: give --prompt"),
+        (dict(max_length=65), "--max-length 65: the model takes 64"),
+        (dict(max_length=1), "max_length 1: expected at least 2"),
+        (dict(max_length=2), "none of the 260 rows became an example"),
+        (dict(max_new_tokens=64), "--max-new-tokens 64: the model takes 64 tokens"),
+        (dict(eval_rows=300), "--eval-rows 300 leaves nothing of 300 rows"),
+        (dict(eval_rows=0), "--eval-rows 0: give at least 1"),
+        (dict(questions=0, score="exact"), "--questions 0: give"),
+        (
+            dict(score="last-number", reference="{words}"),
+            "--score last-number finds nothing",
+        ),
+        (dict(data="no/such.jsonl"), "there is no file or folder no/such.jsonl"),
+        (dict(split="dev", data="."), "for the split 'dev'"),
+    ],
+)
+def test_what_cannot_be_learned_is_refused(model, rows, tmp_path, capsys, options, message):
+    source = options.pop("data", rows)
+    status = train(model, source, tmp_path / "run", quiet=True, **options)
+    error = capsys.readouterr().err.strip()
+    assert status == 2 and message in error and "\n" not in error, error
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_encoder_is_refused(shared, rows, tmp_path, capsys):
+    assert train(shared / "weights" / "all-MiniLM-L6-v2", rows, tmp_path / "run") == 2
+    assert "is a bert encoder: this recipe needs a decoder" in capsys.readouterr().err
+
+
+def test_a_pretrained_decoder_learns_text_of_another_kind(shared, tmp_path):
+    """Told stories before, it is to write out how problems are solved; held out are other ones."""
+    options = dict(
+        prompt="{question}\\n",
+        eval_data=shared / "data" / "gsm8k" / "test.jsonl",
+        eval_rows=16,
+        questions=2,
+        max_length=160,
+        lr=3e-2,
+        steps=12,
+        eval_every=12,
+        batch_size=8,
+        quiet=True,
+    )
+    source = shared / "data" / "gsm8k" / "train.jsonl"
+    assert train(shared / "weights" / "stories260K", source, tmp_path / "run", **options) == 0
+    before, after = evaluations(tmp_path / "run")
+    assert 6 < before["eval/loss"] < 8
+    assert after["eval/loss"] < before["eval/loss"] - 1.5

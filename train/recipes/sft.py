@@ -1,0 +1,252 @@
+"""Fine-tune a decoder on instructions and answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import datasets
+import jax
+import numpy as np
+
+from hyperadapt_jax import models
+from train import answers, base, chat, data, losses, methods, options, runs
+from train.answers import Questions, Score
+from train.batches import Batches, stream
+from train.chat import Form, Template
+from train.data import Column, Text
+from train.errors import InputError
+from train.loop import Task, fit
+from train.options import AdapterOptions, ModelOptions, OptimizerOptions, RunOptions
+
+PREDICTIONS = "predictions.jsonl"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Fine-tune a decoder on instructions and answers; the loss is of the answers alone.
+
+    Rows are read as --prompt and --answer say, or are whole chats in a column "messages", shown by
+    the tokenizer's chat template. Held-out rows give the loss before, during and after; the best
+    step's adapter is kept. The model's own answers to some of them go to predictions.jsonl.
+    """
+
+    data: str
+    """Training rows: a .json, .jsonl, .parquet, .csv or .tsv file, a folder of such, or a data set
+    of the hub."""
+    data_config: str | None = None
+    """Configuration of a data set of the hub that has several."""
+    split: str = "train"
+    """Split of a folder or a data set of the hub."""
+    eval_data: str | None = None
+    """Held-out rows; if not given, some of the training rows are held out."""
+    eval_split: str = "test"
+    """Split of --eval-data where that is a folder or a data set of the hub."""
+    eval_rows: int = 500
+    """How many rows are held out; with --eval-data, how many of its first are used."""
+    prompt: str | None = None
+    r"""What the model is given, a text with columns' names in braces: '{question}\n'. If not given,
+    rows are chats in the column "messages"."""
+    answer: str = "{answer}"
+    """What it is to say, likewise; the end-of-text token is added."""
+    chat: bool = False
+    """Show prompt and answer as turns of a chat, by the tokenizer's chat template."""
+    max_length: int = 512
+    """Most tokens of an example; longer ones are cut, and counted."""
+    pack: bool = False
+    """Fill rows of --max-length tokens with several examples, which do not see one another."""
+    eval_batch_size: int = 32
+    """Rows that are evaluated at once."""
+    score: Score = "none"
+    """How the model's own answers are marked at each evaluation: the same text, the last number, or
+    the first of all references that is named. The best step is then the one with most of them."""
+    reference: str | None = None
+    """What is right, as --answer; that itself if not given."""
+    questions: int = 64
+    """How many held-out rows the model answers."""
+    max_new_tokens: int = 128
+    """Most tokens of an answer of the model's own."""
+    model: ModelOptions
+    adapter: AdapterOptions = AdapterOptions()
+    optimizer: OptimizerOptions = OptimizerOptions()
+    run: RunOptions
+
+    @property
+    def form(self) -> Form:
+        """How rows read."""
+        prompt = None if self.prompt is None else Template(self.prompt)
+        return Form(prompt, Template(self.answer), self.chat)
+
+    @property
+    def columns(self) -> dict[str, Column]:
+        """The columns that rows must have."""
+        return self.form.columns | dict.fromkeys(self.right.columns if self.right else (), Text())
+
+    @property
+    def right(self) -> Template | None:
+        """What is right; None for the last turn of a chat."""
+        if self.reference is None and self.prompt is None:
+            return None
+        return Template(self.answer if self.reference is None else self.reference)
+
+
+def run(chosen: Options) -> None:
+    """Trains, and leaves the best adapter, predictions and a report in the run folder.
+
+    Raises:
+      InputError: the model, the data or the folder cannot be used.
+    """
+    config = options.flat(chosen, "sft")
+    tell = (lambda text: None) if chosen.run.quiet else print
+    described = describe(chosen)
+    head = "head/.*" if chosen.adapter.method == "head" else None
+    plan = methods.table(described, methods.tune(described, chosen.adapter, head=head))
+    tell(plan)
+    tokenizer = base.tokenizer(chosen.model)
+    training, held_out = read(chosen)
+    examples, cut, dropped = chat.examples(training, chosen.form, tokenizer, chosen.max_length)
+    tell(f"{len(training):,} training rows: {cut} cut to {chosen.max_length} tokens, {dropped}"
+         f" dropped, since that left no answer; {len(held_out):,} rows held out")  # fmt: skip
+    questions = ask(chosen, described, held_out, tokenizer)
+    if skipped := len(questions.prompts) - len(questions.asked):
+        tell(f"{skipped} of {len(questions.prompts)} questions are not asked: with"
+             " --max-new-tokens they are too long for the model")  # fmt: skip
+    with runs.claim(chosen.run.folder, config, resume=chosen.run.resume) as folder:
+        loaded = base.load(chosen.model, quiet=chosen.run.quiet)
+        tuning = methods.tune(loaded, chosen.adapter, head=head)
+        result = fit(
+            Task(
+                name="sft",
+                base=loaded,
+                tuning=tuning,
+                loss=losses.next_token(tuning),
+                batches=Batches(
+                    examples,
+                    chosen.run.batch_size,
+                    pack=chosen.max_length if chosen.pack else None,
+                    seed=chosen.run.seed,
+                    epochs=chosen.run.passes,
+                ),
+                evaluate=evaluation(chosen, tuning, held_out, tokenizer, questions),
+                score=lambda metrics: metrics.get("accuracy", -metrics["loss"]),
+            ),
+            folder,
+            optimizer=chosen.optimizer,
+            run=chosen.run,
+            metadata=config,
+        )
+        if questions.prompts:
+            found = questions.answers(tuning.forward, result.trainable, tuning.frozen)
+            questions.save(folder / PREDICTIONS, found)
+        runs.report(folder, f"Fine-tuning: {chosen.adapter.method}", plan, result.rows)
+    tell(f"\n{result}\nadapter, metrics, predictions, curves and report are in {folder}")
+
+
+def describe(chosen: Options) -> base.Base:
+    """The model without its weights, known to be a decoder with room for what is asked.
+
+    Raises:
+      InputError: it is not, or an option is out of its range.
+    """
+    for name in ("eval_rows", "eval_batch_size", "max_new_tokens"):
+        if getattr(chosen, name) < 1:
+            flag = name.replace("_", "-")
+            raise InputError(f"--{flag} {getattr(chosen, name)}: give at least 1")
+    if chosen.questions < 0 or (chosen.score != "none" and not chosen.questions):
+        raise InputError(f"--questions {chosen.questions}: give at least 1, or no --score")
+    described = base.describe(chosen.model)
+    config = described.config
+    if not isinstance(config, models.DecoderConfig):
+        raise InputError(
+            f"--model {chosen.model.model} is a {config.family} encoder: this recipe needs a"
+            " decoder"
+        )
+    if chosen.max_length > config.max_length:
+        raise InputError(f"--max-length {chosen.max_length}: the model takes {config.max_length}")
+    if chosen.questions and chosen.max_new_tokens >= config.max_length:
+        raise InputError(
+            f"--max-new-tokens {chosen.max_new_tokens}: the model takes {config.max_length} tokens,"
+            " with the prompt"
+        )
+    return described
+
+
+def read(chosen: Options) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """The training rows and the held-out ones."""
+    columns = chosen.columns
+    rows = data.read(chosen.data, columns, split=chosen.split, config=chosen.data_config)
+    if chosen.eval_data is not None:
+        return rows, read_eval(chosen)
+    if len(rows) <= chosen.eval_rows:
+        raise InputError(
+            f"--eval-rows {chosen.eval_rows} leaves nothing of {len(rows)} rows to train on: give"
+            " fewer, or --eval-data"
+        )
+    order = np.random.default_rng(chosen.run.seed).permutation(len(rows))
+    held_out, training = np.split(order, [chosen.eval_rows])
+    return rows.select(np.sort(training)), rows.select(np.sort(held_out))
+
+
+def read_eval(chosen: Options) -> datasets.Dataset:
+    """The first rows of ``--eval-data``."""
+    rows = data.read(
+        chosen.eval_data, chosen.columns, split=chosen.eval_split, config=chosen.data_config
+    )
+    return rows.select(range(min(len(rows), chosen.eval_rows)))
+
+
+def ask(
+    chosen: Options, described: base.Base, held_out: datasets.Dataset, tokenizer: Any
+) -> Questions:
+    """The questions of the first held-out rows."""
+    rows = held_out.select(range(min(len(held_out), chosen.questions)))
+    if chosen.right is not None:
+        references = [chosen.right.fill(row) for row in rows]
+    else:
+        said = [[t["content"] for t in r["messages"] if t["role"] == "assistant"] for r in rows]
+        references = [turns[-1] for turns in said]
+    questions = Questions(
+        prompts=chat.prompts(rows, chosen.form, tokenizer) if len(rows) else [],
+        references=references,
+        score=chosen.score,
+        tokenizer=tokenizer,
+        stop_tokens=tuple(sorted({tokenizer.eos_token_id, *described.config.eos_tokens})),
+        max_new_tokens=chosen.max_new_tokens,
+        longest=described.config.max_length - chosen.max_new_tokens,
+        rows=chosen.eval_batch_size,
+    )
+    answers.mark(chosen.score, references, references)  # refuses those that cannot be marked
+    return questions
+
+
+def evaluation(
+    chosen: Options,
+    tuning: methods.Tuning,
+    held_out: datasets.Dataset,
+    tokenizer: Any,
+    questions: Questions,
+):
+    """A function from what trains to the metrics of the held-out rows.
+
+    ``loss`` is the mean over the answers' tokens, in nats, ``perplexity`` its exponential, and
+    ``accuracy`` the share of right answers among the model's own, where they are marked.
+    """
+    examples, _, _ = chat.examples(held_out, chosen.form, tokenizer, chosen.max_length)
+    batches = Batches(examples, chosen.eval_batch_size, shuffle=False)
+    loss = jax.jit(losses.next_token(tuning))
+
+    def evaluate(trainable) -> dict[str, float]:
+        total = weight = 0.0
+        for batch in stream(batches):
+            del batch["rows"]
+            part, count = loss(trainable, tuning.frozen, batch, None)
+            total, weight = total + float(part), weight + float(count)
+        mean = total / weight
+        metrics = {"loss": mean, "perplexity": math.exp(min(mean, 700.0))}
+        if questions.score != "none":
+            found = questions.answers(tuning.forward, trainable, tuning.frozen)
+            metrics |= questions.accuracy(found)
+        return metrics
+
+    return evaluate
