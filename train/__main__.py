@@ -45,6 +45,8 @@ def main(args: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch
     # From here on, since they take seconds to import.
+    import jax
+
     import hyperadapt_jax as ha
     from hyperadapt_jax import models
     from train import options
@@ -68,6 +70,13 @@ def main(args: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
     except refusals as error:
         return _refused(str(error))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return _refused(
+            "the device has too little memory: raise --accumulate, lower --batch-size or"
+            " --max-length, or take --remat full or --dtype bfloat16"
+        )
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise

@@ -165,6 +165,8 @@ class Checkpoints:
             yield
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if len(reason) > 200:  # the innermost cause comes last
+                reason = f"{reason[:80]} ... {reason[-100:]}"
             raise InputError(
                 f"a checkpoint in {self._folder} cannot be {what} ({reason})"
             ) from error

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers import models as tokenizer_models
@@ -182,6 +183,21 @@ def test_what_is_no_recipe(capsys):
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
     assert all(f"  {name} " in shown for name in RECIPES)
+
+
+@pytest.mark.parametrize("reason", ["RESOURCE_EXHAUSTED: Out of memory", "INTERNAL: a fault"])
+def test_too_little_memory(command, capsys, monkeypatch, reason):
+    """It says what helps; another error of the runtime is shown as it is."""
+
+    def run(_):
+        raise jax.errors.JaxRuntimeError(reason)
+
+    monkeypatch.setattr("train.recipes.glue.run", run)
+    if "RESOURCE" in reason:
+        assert "raise --accumulate, lower --batch-size" in refused(capsys, *command)
+    else:
+        with pytest.raises(jax.errors.JaxRuntimeError):
+            main(command)
 
 
 # -------------------------------------------------------------------------- a process of its own
