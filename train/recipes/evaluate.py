@@ -8,24 +8,22 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
-
+import hyperadapt_jax as ha
+from hyperadapt_jax import models
 from hyperadapt_jax.tables import table
-from train import base, glue, methods, options
+from train import base, glue, methods, options, runs
 from train.errors import InputError
 from train.exam import Exam
 from train.methods import Tuning
 from train.options import AdapterOptions, ModelOptions
-from train.recipes import sft
 from train.report import write
-from train.trained import Trained, TrainedOptions, find
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     """Measure a run's best adapter again, as the run did, on its held-out data or on other.
 
-    What the run was told, its config.yaml says. Numbers are those of the run if nothing is changed.
+    What the run was told, its config.yaml says; if nothing is changed, its numbers come again.
     """
 
     folder: Path
@@ -36,9 +34,9 @@ class Options:
     split: str | None = None
     """Split of --data where that is a folder or a data set of the hub; for sft."""
     rows: int | None = None
-    """How many of the rows are measured on; for sft."""
+    """How many rows of --data are measured on; for sft."""
     questions: int | None = None
-    """How many of them the model answers; for sft."""
+    """How many of the rows the model answers; for sft."""
     model: str | None = None
     """The base model, where it lies elsewhere now."""
     metrics: Path | None = None
@@ -54,21 +52,20 @@ def run(chosen: Options) -> None:
 
     Raises:
       InputError: there is no run, adapter, base model or data, or an option is not for this run.
-      AdapterError, CheckpointError: the adapter or the base is damaged, or they do not fit.
+      AdapterError: the adapter is damaged, or of another base.
     """
     file = chosen.folder / options.CONFIG
     recipe = options.read_config(file).get("recipe")
     if recipe not in _MEASURES:
         raise InputError(f"{file} is of no recipe that trains: its recipe is {recipe!r}")
-    for name in _SFT if recipe != "sft" else ():
-        if getattr(chosen, name) is not None:
+    for name in ("split", "rows", "questions", "predictions"):
+        if recipe != "sft" and getattr(chosen, name) is not None:
             raise InputError(f"--{name} is for runs of sft, and {chosen.folder} is one of {recipe}")
+    if not (chosen.folder / runs.ADAPTER).is_dir():
+        raise InputError(f"{chosen.folder} has no adapter: let the run come to its end (--resume)")
     module = importlib.import_module(f"train.recipes.{recipe}")
     theirs = options.parse(recipe, module.Options, ["--config", str(file)])
-    trained = find(TrainedOptions(adapter=chosen.folder, model=chosen.model))
-    model = getattr(theirs, "model", ModelOptions(model="", remat="none"))
-    model = dataclasses.replace(model, model=trained.base.name)
-    metrics = _MEASURES[recipe](chosen, theirs, model, trained)
+    metrics = _MEASURES[recipe](chosen, theirs, module)
     if chosen.metrics is not None:
         write(chosen.metrics, json.dumps(metrics, indent=2) + "\n")
     if not chosen.quiet:
@@ -76,64 +73,81 @@ def run(chosen: Options) -> None:
         print(table(["metric", "value"], rows, right="value"))
 
 
-def _tune(theirs: Any, loaded: base.Base, trained: Trained, head: str | None) -> tuple[Tuning, Any]:
+def _model(chosen: Options, model: ModelOptions) -> ModelOptions:
+    return model if chosen.model is None else dataclasses.replace(model, model=chosen.model)
+
+
+def _restore(
+    chosen: Options,
+    model: ModelOptions,
+    adapter: AdapterOptions,
+    *,
+    head: str | None,
+    labels: int | None = None,
+    seed: int = 0,
+) -> tuple[Tuning, Any]:
     """The run's method on its base, and what it trained."""
-    tuning = methods.tune(loaded, theirs, head=head)
-    trainable = {"scales": trained.adapter.scales, "full": trained.adapter.full}
-    if jax.tree.structure(trainable) != jax.tree.structure(tuning.trainable):
-        raise InputError("the adapter has not what its run's configuration trains")
-    return tuning, trainable
+    loaded = base.load(model, labels, seed=seed, quiet=chosen.quiet)
+    config = models.config_to_dict(loaded.config)
+    found = ha.load(chosen.folder / runs.ADAPTER, loaded.params, base_config=config)
+    tuning = methods.tune(loaded, adapter, head=head)
+    trained = {"scales": found.scales, "full": found.full}
+    for part, wanted in tuning.trainable.items():
+        if wanted.keys() != trained[part].keys():
+            raise InputError(
+                f"the adapter in {chosen.folder} is not what its {options.CONFIG} trains"
+            )
+    return tuning, trained
 
 
-def _glue(chosen: Options, theirs: Any, model: ModelOptions, trained: Trained) -> dict[str, float]:
-    from train.recipes.glue import HEAD, evaluation
-
-    task, tokenizer = glue.TASKS[theirs.task], base.tokenizer(model)
-    examples = {}
+def _glue(chosen: Options, theirs: Any, recipe: Any) -> dict[str, float]:
+    task, model = glue.TASKS[theirs.task], _model(chosen, theirs.model)
+    tokenizer, examples = base.tokenizer(model), {}
     for split in task.dev:
         rows, _ = glue.read(task, chosen.data or theirs.data, split)
         examples[split] = glue.tokenise(rows, tokenizer, theirs.max_length).data
-    loaded = base.load(model, task.outputs, quiet=chosen.quiet)
-    tuning, trainable = _tune(theirs.adapter, loaded, trained, HEAD)
-    return evaluation(task, tuning, examples, theirs.eval_batch_size)(trainable)
+    tuning, trained = _restore(
+        chosen, model, theirs.adapter, head=recipe.HEAD, labels=task.outputs, seed=theirs.run.seed
+    )
+    return recipe.evaluation(task, tuning, examples, theirs.eval_batch_size)(trained)
 
 
-def _sft(chosen: Options, theirs: Any, model: ModelOptions, trained: Trained) -> dict[str, float]:
-    changes = {
+def _sft(chosen: Options, theirs: Any, recipe: Any) -> dict[str, float]:
+    if chosen.data is None and theirs.eval_data is None and chosen.rows is not None:
+        raise InputError(f"--rows: {chosen.folder} held out rows of its own; give --data")
+    asked = {
+        "model": _model(chosen, theirs.model),
         "eval_data": chosen.data,
         "eval_split": chosen.split,
         "eval_rows": chosen.rows,
         "questions": chosen.questions,
     }
-    asked = {name: value for name, value in changes.items() if value is not None}
-    if "eval_rows" in asked and not (chosen.data or theirs.eval_data):
-        raise InputError(f"--rows: {chosen.folder} held out rows of its own; give --data")
-    theirs = dataclasses.replace(theirs, **asked)
-    tokenizer = base.tokenizer(model)
-    held_out = sft.read_eval(theirs) if theirs.eval_data is not None else sft.read(theirs)[1]
-    loaded = base.load(model, quiet=chosen.quiet)
-    head = "head/.*" if theirs.adapter.method == "head" else None
-    tuning, trainable = _tune(theirs.adapter, loaded, trained, head)
-    questions = sft.ask(theirs, loaded, held_out, tokenizer)
-    metrics = sft.evaluation(theirs, tuning, held_out, tokenizer, questions)(trainable)
+    given = {name: value for name, value in asked.items() if value is not None}
+    theirs = dataclasses.replace(theirs, **given)
+    described, tokenizer = recipe.describe(theirs), base.tokenizer(theirs.model)
+    held_out = recipe.read_eval(theirs) if theirs.eval_data else recipe.read(theirs)[1]
+    questions = recipe.ask(theirs, described, held_out, tokenizer)
+    tuning, trained = _restore(
+        chosen, theirs.model, theirs.adapter, head=recipe.head(theirs.adapter)
+    )
+    metrics = recipe.evaluation(theirs, tuning, held_out, tokenizer, questions)(trained)
     if chosen.predictions is not None:
-        answers = questions.answers(tuning.forward, trainable, tuning.frozen)
+        answers = questions.answers(tuning.forward, trained, tuning.frozen)
         questions.save(chosen.predictions, answers)
     return metrics
 
 
-def _exam(chosen: Options, theirs: Any, model: ModelOptions, trained: Trained) -> dict[str, float]:
+def _exam(chosen: Options, theirs: Any, recipe: Any) -> dict[str, float]:
     if chosen.data is not None:
-        raise InputError("--data: demo and pretrain make their problems; they read no data")
-    module = importlib.import_module(type(theirs).__module__)
-    loaded, tokenizer = base.load(model, quiet=chosen.quiet), base.tokenizer(model)
-    adapter = getattr(theirs, "adapter", AdapterOptions(method="full"))
+        raise InputError(f"--data: {chosen.folder} is of a recipe that makes its own problems")
+    model = getattr(theirs, "model", None) or ModelOptions(model=str(chosen.folder / "fresh"))
+    model, adapter = _model(chosen, model), getattr(theirs, "adapter", _FULL)
+    tokenizer = base.tokenizer(model).backend_tokenizer
     head = "head/.*" if adapter.method == "head" else None
-    tuning, trainable = _tune(adapter, loaded, trained, head)
-    kinds, inner = list(module.KINDS), tokenizer.backend_tokenizer
-    exam = Exam.of(kinds, theirs.problems, seed=1, tokenizer=inner)
-    return exam.accuracy(exam.answers(tuning.forward, trainable, tuning.frozen))
+    tuning, trained = _restore(chosen, model, adapter, head=head)
+    exam = Exam.of(list(recipe.KINDS), theirs.problems, seed=1, tokenizer=tokenizer)
+    return exam.accuracy(exam.answers(tuning.forward, trained, tuning.frozen))
 
 
+_FULL = AdapterOptions(method="full")  # how the embedded model is made
 _MEASURES = {"glue": _glue, "sft": _sft, "demo": _exam, "pretrain": _exam}
-_SFT = ("split", "rows", "questions", "predictions")

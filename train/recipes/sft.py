@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -100,8 +101,8 @@ def run(chosen: Options) -> None:
     config = options.flat(chosen, "sft")
     tell = (lambda text: None) if chosen.run.quiet else print
     described = describe(chosen)
-    head = "head/.*" if chosen.adapter.method == "head" else None
-    plan = methods.table(described, methods.tune(described, chosen.adapter, head=head))
+    tune = functools.partial(methods.tune, options=chosen.adapter, head=head(chosen.adapter))
+    plan = methods.table(described, tune(described))
     tell(plan)
     tokenizer = base.tokenizer(chosen.model)
     training, held_out = read(chosen)
@@ -114,7 +115,7 @@ def run(chosen: Options) -> None:
              " --max-new-tokens they are too long for the model")  # fmt: skip
     with runs.claim(chosen.run.folder, config, resume=chosen.run.resume) as folder:
         loaded = base.load(chosen.model, quiet=chosen.run.quiet)
-        tuning = methods.tune(loaded, chosen.adapter, head=head)
+        tuning = tune(loaded)
         result = fit(
             Task(
                 name="sft",
@@ -170,6 +171,11 @@ def describe(chosen: Options) -> base.Base:
             " with the prompt"
         )
     return described
+
+
+def head(adapter: AdapterOptions) -> str | None:
+    """The pattern of the head: a decoder's is none that is new, so it trains where it is named."""
+    return "head/.*" if adapter.method == "head" else None
 
 
 def read(chosen: Options) -> tuple[datasets.Dataset, datasets.Dataset]:
