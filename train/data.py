@@ -26,7 +26,7 @@ from hyperadapt_jax import paths
 from train.errors import InputError
 
 _VERSION = 1  # of what the cache holds: raise it when rows or examples are made in another way
-_SPLITS = {"validation": ("validation", "valid", "val", "dev"), "dev": ("dev", "validation", "val")}
+_HELD_OUT = ("validation", "valid", "val", "dev")  # names of one and the same split
 
 Row = Mapping[str, Any]
 
@@ -276,7 +276,7 @@ def _find(source: str | Path, split: str) -> list[Path] | None:
             raise InputError(f"there is no file or folder {path}")
         return None
     files = sorted(f for f in (*path.iterdir(), *path.glob("data/*")) if f.suffix in _READERS)
-    names = "|".join(_SPLITS.get(split, (re.escape(split),)))
+    names = "|".join(_HELD_OUT if split in _HELD_OUT else [re.escape(split)])
     found = [file for file in files if re.match(rf"({names})(?![a-z])", file.name)]
     if len({file.suffix for file in found}) != 1:
         there = ", ".join(file.name for file in files[:9]) or f"no {', '.join(_READERS)}"
