@@ -61,20 +61,18 @@ METHODS: dict[str, Method] = {
 }
 
 
-def tune(base: Base, options: AdapterOptions, *, head: str | None = None) -> Tuning:
+def tune(base: Base, options: AdapterOptions) -> Tuning:
     """Sets a method up on a model, on shapes alone or on arrays.
 
     Args:
       base: the model; where it was only described, nothing is allocated.
       options: which method and which weights.
-      head: pattern of a new head's paths, which train fully unless ``options.full`` says
-        otherwise.
 
     Raises:
       InputError: a target that matches nothing or cannot be meant; nothing would train.
     """
     method = METHODS[options.method]
-    full = _full(base, options, head, method)
+    full = _full(base, options, method)
     try:
         targets = _targets(base.config, options.targets)
         exclude = list(options.exclude) or None
@@ -92,7 +90,7 @@ def tune(base: Base, options: AdapterOptions, *, head: str | None = None) -> Tun
         raise InputError(f"--targets {' '.join(options.targets)}: {error}") from error
     if not jax.tree.leaves(trainable):
         raise InputError(
-            f"--method {options.method} trains nothing here: the model has no head of its own;"
+            f"--method {options.method} trains nothing here: the model has no head apart;"
             " choose another method, or name parameters with --full"
         )
     axes = {weight.path: weight.axes for weight in both.weights}
@@ -128,8 +126,11 @@ def _targets(config: models.Config, texts: Sequence[str]) -> list[tuple[str, str
     return pairs
 
 
-def _full(base: Base, options: AdapterOptions, head: str | None, method: Method) -> str | None:
-    """The pattern of the parameters that train fully."""
+def _full(base: Base, options: AdapterOptions, method: Method) -> str | None:
+    """The pattern of the parameters that train fully.
+
+    A classifier's head is new, and trains with every method; a decoder's was trained with it.
+    """
     if method.everything:
         return ".*"
     if options.full is not None:
@@ -138,7 +139,11 @@ def _full(base: Base, options: AdapterOptions, head: str | None, method: Method)
         except re.error as error:
             raise InputError(f"--full {options.full!r} is no pattern: {error}") from error
         return options.full
-    patterns = [*([head] if head else []), *map(re.escape, base.fresh)]
+    patterns = [re.escape(path) for path in base.fresh]
+    if getattr(base.config, "labels", None) is not None:
+        patterns.append("classifier/.*")
+    elif options.method == "head" and not getattr(base.config, "tied", True):
+        patterns.append("head/.*")
     return "|".join(patterns) or None
 
 

@@ -50,7 +50,7 @@ class AdapterOptions:
 
     method: Literal["hyperadapt", "row", "col", "full", "head"] = "hyperadapt"
     """Both scale vectors of each weight, the output-side or the input-side ones alone, every
-    parameter of the model, or none beside the new head."""
+    parameter of the model, or the head alone."""
     targets: tuple[str, ...] = ("all-linear",)
     """Which weights are scaled: qv, qkvo, qkvud or all-linear, or "PATTERN=ROLES" pairs such as
     ".*/(q|v)/kernel=stack in out"."""

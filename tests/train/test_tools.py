@@ -17,6 +17,7 @@ from train.recipes import rank
 LLAMA = dict(
     model_type="llama", vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=3,
     num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
+    tie_word_embeddings=True,
 )  # fmt: skip
 BERT = dict(
     model_type="bert", vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
@@ -118,7 +119,7 @@ def test_plan_fetches_the_configuration_alone(tmp_path, monkeypatch, capsys):
     (["--model", "{llama}", "--targets", "qx"], "preset 'qx': expected one of qv"),
     (["--model", "{llama}", "--targets", "nothing=in out"], "'nothing' matches none"),
     (["--model", "{llama}", "--method", "head"], "trains nothing here"),
-    (["--model", "{llama}", "--labels", "2"], "is a llama decoder"),
+    (["--model", "{llama}", "--labels", "2"], "is a decoder, llama"),
     (["--model", "{llama}", "--labels", "0"], "--labels is 0"),
 ])  # fmt: skip
 def test_plan_refuses(tmp_path, monkeypatch, capsys, args, reason):

@@ -82,7 +82,6 @@ def _restore(
     model: ModelOptions,
     adapter: AdapterOptions,
     *,
-    head: str | None,
     labels: int | None = None,
     seed: int = 0,
 ) -> tuple[Tuning, Any]:
@@ -90,7 +89,7 @@ def _restore(
     loaded = base.load(model, labels, seed=seed, quiet=chosen.quiet)
     config = models.config_to_dict(loaded.config)
     found = ha.load(chosen.folder / runs.ADAPTER, loaded.params, base_config=config)
-    tuning = methods.tune(loaded, adapter, head=head)
+    tuning = methods.tune(loaded, adapter)
     trained = {"scales": found.scales, "full": found.full}
     for part, wanted in tuning.trainable.items():
         if wanted.keys() != trained[part].keys():
@@ -107,7 +106,7 @@ def _glue(chosen: Options, theirs: Any, recipe: Any) -> dict[str, float]:
         rows, _ = glue.read(task, chosen.data or theirs.data, split)
         examples[split] = glue.tokenise(rows, tokenizer, theirs.max_length).data
     tuning, trained = _restore(
-        chosen, model, theirs.adapter, head=recipe.HEAD, labels=task.outputs, seed=theirs.run.seed
+        chosen, model, theirs.adapter, labels=task.outputs, seed=theirs.run.seed
     )
     return recipe.evaluation(task, tuning, examples, theirs.eval_batch_size)(trained)
 
@@ -127,9 +126,7 @@ def _sft(chosen: Options, theirs: Any, recipe: Any) -> dict[str, float]:
     described, tokenizer = recipe.describe(theirs), base.tokenizer(theirs.model)
     held_out = recipe.read_eval(theirs) if theirs.eval_data else recipe.read(theirs)[1]
     questions = recipe.ask(theirs, described, held_out, tokenizer)
-    tuning, trained = _restore(
-        chosen, theirs.model, theirs.adapter, head=recipe.head(theirs.adapter)
-    )
+    tuning, trained = _restore(chosen, theirs.model, theirs.adapter)
     metrics = recipe.evaluation(theirs, tuning, held_out, tokenizer, questions)(trained)
     if chosen.predictions is not None:
         answers = questions.answers(tuning.forward, trained, tuning.frozen)
@@ -143,8 +140,7 @@ def _exam(chosen: Options, theirs: Any, recipe: Any) -> dict[str, float]:
     model = getattr(theirs, "model", None) or ModelOptions(model=str(chosen.folder / "fresh"))
     model, adapter = _model(chosen, model), getattr(theirs, "adapter", _FULL)
     tokenizer = base.tokenizer(model).backend_tokenizer
-    head = "head/.*" if adapter.method == "head" else None
-    tuning, trained = _restore(chosen, model, adapter, head=head)
+    tuning, trained = _restore(chosen, model, adapter)
     exam = Exam.of(list(recipe.KINDS), theirs.problems, seed=1, tokenizer=tokenizer)
     return exam.accuracy(exam.answers(tuning.forward, trained, tuning.frozen))
 

@@ -14,8 +14,6 @@ from train.errors import InputError
 from train.loop import Task, fit
 from train.options import AdapterOptions, ModelOptions, OptimizerOptions, RunOptions
 
-HEAD = "classifier/.*"
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
@@ -55,7 +53,7 @@ def run(chosen: Options) -> None:
         )
     if chosen.eval_batch_size < 1:
         raise InputError(f"--eval-batch-size {chosen.eval_batch_size}: give at least 1")
-    plan = methods.table(described, methods.tune(described, chosen.adapter, head=HEAD))
+    plan = methods.table(described, methods.tune(described, chosen.adapter))
     tell = (lambda text: None) if chosen.run.quiet else print
     tell(plan)
     with runs.claim(chosen.run.folder, config, resume=chosen.run.resume) as folder:
@@ -69,7 +67,7 @@ def run(chosen: Options) -> None:
         loaded = base.load(
             chosen.model, task.outputs, seed=chosen.run.seed, quiet=chosen.run.quiet
         )
-        tuning = methods.tune(loaded, chosen.adapter, head=HEAD)
+        tuning = methods.tune(loaded, chosen.adapter)
         result = fit(
             Task(
                 name=chosen.task,

@@ -37,8 +37,7 @@ def run(options: Options) -> None:
     if options.labels is not None and options.labels < 1:
         raise InputError(f"--labels is {options.labels}: give at least 1")
     described = base.describe(_config_alone(options.model), options.labels)
-    head = None if options.labels is None else "classifier/.*"
-    print(methods.table(described, methods.tune(described, options.adapter, head=head)))
+    print(methods.table(described, methods.tune(described, options.adapter)))
 
 
 def _config_alone(options: ModelOptions) -> ModelOptions:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -101,8 +100,7 @@ def run(chosen: Options) -> None:
     config = options.flat(chosen, "sft")
     tell = (lambda text: None) if chosen.run.quiet else print
     described = describe(chosen)
-    tune = functools.partial(methods.tune, options=chosen.adapter, head=head(chosen.adapter))
-    plan = methods.table(described, tune(described))
+    plan = methods.table(described, methods.tune(described, chosen.adapter))
     tell(plan)
     tokenizer = base.tokenizer(chosen.model)
     training, held_out = read(chosen)
@@ -115,7 +113,7 @@ def run(chosen: Options) -> None:
              " --max-new-tokens they are too long for the model")  # fmt: skip
     with runs.claim(chosen.run.folder, config, resume=chosen.run.resume) as folder:
         loaded = base.load(chosen.model, quiet=chosen.run.quiet)
-        tuning = tune(loaded)
+        tuning = methods.tune(loaded, chosen.adapter)
         result = fit(
             Task(
                 name="sft",
@@ -171,11 +169,6 @@ def describe(chosen: Options) -> base.Base:
             " with the prompt"
         )
     return described
-
-
-def head(adapter: AdapterOptions) -> str | None:
-    """The pattern of the head: a decoder's is none that is new, so it trains where it is named."""
-    return "head/.*" if adapter.method == "head" else None
 
 
 def read(chosen: Options) -> tuple[datasets.Dataset, datasets.Dataset]:
