@@ -10,7 +10,7 @@ from typing import Any
 
 from train import options
 from train.errors import InputError
-from train.report import CURVES, markdown_table, write, writing
+from train.report import CURVES, METRICS, markdown_table, write, writing
 
 ADAPTER, REPORT = "adapter", "report.md"
 
@@ -18,6 +18,8 @@ ADAPTER, REPORT = "adapter", "report.md"
 @contextlib.contextmanager
 def claim(folder: Path, config: dict[str, Any], *, resume: bool) -> Iterator[Path]:
     """Opens a run folder and writes its ``config.yaml``; no other process can, until it is left.
+
+    Where an error comes before the first metrics, the folder is free for another try.
 
     Args:
       folder: new, empty, or, to resume, of a run of the same configuration.
@@ -56,7 +58,12 @@ def claim(folder: Path, config: dict[str, Any], *, resume: bool) -> Iterator[Pat
             raise InputError(f"--folder {folder} is not empty, and holds no run: choose another")
         else:
             write(file, options.dump(config))
-        yield folder
+        try:
+            yield folder
+        except BaseException:
+            if not (folder / METRICS).exists():  # refused before it began: as if never tried
+                file.unlink(missing_ok=True)
+            raise
 
 
 def report(

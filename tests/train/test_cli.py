@@ -142,7 +142,7 @@ def test_data_that_cannot_be_used(command, capsys, tmp_path, rows, message):
     data = write_glue(tmp_path / "bad", rows)
     assert message in refused(capsys, *command, "--data", str(data))
     # Nothing was trained, so the folder can be used once the data is right.
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_a_missing_column(command, capsys, tmp_path):

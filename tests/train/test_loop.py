@@ -149,6 +149,19 @@ def test_a_folder_is_claimed_once(tmp_path):
         pass
 
 
+def test_a_folder_is_free_again_where_nothing_was_done(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        with claim(tmp_path / "run"):
+            raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError):
+        with claim(tmp_path / "run", {"recipe": "sft"}) as folder:
+            (folder / report.METRICS).touch()
+            raise ZeroDivisionError
+    with pytest.raises(InputError, match="holds a run already"):
+        with claim(tmp_path / "run"):
+            pass
+
+
 def test_a_changed_option_is_named(tmp_path):
     with claim(tmp_path / "run"):
         pass

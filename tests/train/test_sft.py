@@ -4,7 +4,6 @@ import json
 import math
 import re
 
-import datasets
 import jax
 import numpy as np
 import pytest
@@ -25,14 +24,6 @@ CHAT = (
     "{% for m in messages %}{{ m.role }} : {{ m.content }} </s> {% endfor %}"
     "{% if add_generation_prompt %}assistant : {% endif %}"
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """What is read is kept with the tests' own files."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        yield
 
 
 def model_folder(folder, template=None):
