@@ -1,4 +1,4 @@
-"""What the tests of this folder share: programs compiled once, also by children; a cache of data."""
+"""What the tests of this folder share: programs compiled once, and a cache of rows."""
 
 import jax
 import pytest
