@@ -13,6 +13,7 @@ from hyperadapt_jax import models
 from hyperadapt_jax.tables import table
 from train import arithmetic, base, losses, methods, options, runs
 from train.batches import Batches
+from train.errors import InputError
 from train.exam import Exam
 from train.loop import Task, fit
 from train.options import AdapterOptions, ModelOptions, OptimizerOptions, RunOptions
@@ -43,6 +44,11 @@ class Options:
     """Tokens of a row, filled with several texts."""
     problems: int = 256
     """Problems of each kind in an evaluation."""
+
+    def __post_init__(self):
+        for name in ("texts", "problems"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} {getattr(self, name)}: give at least 1")
 
 
 def run(chosen: Options) -> None:
