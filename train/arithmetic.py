@@ -428,8 +428,7 @@ def examples(
     Args:
       problems: what to learn.
       tokenizer: as `tokenizer` makes it.
-      answers_alone: learn the answer and its end, not the prompt. Else its words as well, but not
-        its digits: nothing foretells them.
+      answers_alone: learn the answer and its end, not the prompt.
 
     Returns:
       For each problem ``tokens`` and ``labels``, the token after each, int32 of one length; what is
@@ -443,14 +442,13 @@ def examples(
     [-100, -100, -100, -100, -100, -100, 8, 7, 2]
     """
     eos = tokenizer.token_to_id(EOS)
-    digits = [tokenizer.token_to_id(digit) for digit in string.digits]
     asked = prompts(problems, tokenizer)
     answered = encode(tokenizer, [problem.answer for problem in problems])
     rows = []
     for prompt, answer in zip(asked, answered, strict=True):
         tokens = np.array([*prompt, *answer, eos], np.int32)
         labels = tokens[1:].copy()
-        given = labels[: len(prompt) - 1]
-        given[answers_alone | np.isin(given, digits)] = IGNORE
+        if answers_alone:
+            labels[: len(prompt) - 1] = IGNORE
         rows.append({"tokens": tokens[:-1], "labels": labels})
     return rows

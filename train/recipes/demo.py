@@ -39,9 +39,9 @@ class Options:
 
     model: ModelOptions = ModelOptions(model=str(TINY), remat="none")
     adapter: AdapterOptions = AdapterOptions()
-    optimizer: OptimizerOptions = OptimizerOptions(lr=3e-2)
-    run: RunOptions = RunOptions(folder=Path("runs/demo"), steps=500, eval_every=100)
-    texts: int = 16_000
+    optimizer: OptimizerOptions = OptimizerOptions(lr=1.5e-2, b2=0.98)
+    run: RunOptions = RunOptions(folder=Path("runs/demo"), steps=750, eval_every=150)
+    texts: int = 24_000
     """Problems to learn from. A run that needs more sees them again."""
     problems: int = 512
     """Problems of each kind to measure on, before and after."""
