@@ -316,8 +316,8 @@ TASKS: dict[str, Task] = {
     for task in (equation, equations, story, story_equation, reading, sentence, numeral, ride)
 }
 
-# Percent of the pre-training texts. Without chained equations, or without numbers to be found among
-# others, the demo's task is not learned.
+# Percent of the pre-training texts. Problems of two steps build on equations that go on from the
+# last result and on numbers found among others; no such problem is among these.
 MIXTURE: dict[str, int] = {
     "equation": 16,
     "equations": 16,

@@ -108,8 +108,8 @@ def run(chosen: Options) -> None:
 
 REPORT = """# Demo: {method}
 
-{learned}; the adapter is that of step {step}. No number family of these problems was used in any
-training, neither the base model's nor the adapter's.
+{learned}; the adapter is that of step {step}.
+No number family of these problems was used in any training, the base model's or the adapter's.
 
 {table}
 
