@@ -53,8 +53,8 @@ def test_the_committed_one_ran_from_top_to_bottom(notebook):
 
 
 def test_the_committed_one_shows_that_the_model_learned(notebook):
-    (text,) = (printed(cell) for cell in code(notebook) if "new task: " in cell.source)
-    before, after = re.search(r"new task: +([\d.]+)% before, +([\d.]+)% after", text).groups()
+    (text,) = (printed(cell) for cell in code(notebook) if "% before" in printed(cell))
+    before, after = re.search(r"ride +([\d.]+)% before, +([\d.]+)% after", text).groups()
     assert float(before) < 5 and float(after) > 80
 
 
