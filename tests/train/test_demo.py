@@ -159,6 +159,10 @@ def test_pretraining_writes_a_folder_that_others_can_read(tmp_path):
     fn, params = models.functional(models.load(folder / "model", progress=False))
     _, fresh = models.functional(models.load(folder / "fresh", progress=False))
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), params, fresh)))
+    assert main(words("evaluate --quiet --metrics", folder / "again.json", "--folder", folder)) == 0
+    rows = [row for row in read_metrics(folder / "metrics.jsonl") if "eval/story" in row]
+    again = {f"eval/{k}": v for k, v in json.loads((folder / "again.json").read_text()).items()}
+    assert again in [{k: v for k, v in row.items() if k != "step"} for row in rows]
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")
     assert tokenizer.decode(tokenizer("31+12=43")["input_ids"]) == "<bos> 31+12=43"
     assert fn(params, np.ones((1, 3), np.int32)).shape == (1, 3, len(tokenizer))
