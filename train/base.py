@@ -14,7 +14,7 @@ import numpy as np
 
 from hyperadapt_jax import models, paths
 from hyperadapt_jax.models import weights
-from train.errors import InputError
+from train.errors import InputError, first_line
 from train.options import ModelOptions
 
 # Without any of these, transformers makes a tokenizer that knows no word, and says nothing.
@@ -127,8 +127,8 @@ def tokenizer(options: ModelOptions) -> Any:
     try:
         found = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever the file's format makes the reader stumble over
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"{folder} holds no tokenizer that can be read: {reason[0]}") from error
+        reason = first_line(error)
+        raise InputError(f"{folder} holds no tokenizer that can be read: {reason}") from error
     last, size = max(found.get_vocab().values()), models.read_config(folder).vocab_size
     if last >= size:
         raise InputError(

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from hyperadapt_jax import paths
-from train.errors import InputError
+from train.errors import InputError, first_line
 
 FOLDER = "checkpoints"
 _REMOVED = ".removed"
@@ -164,7 +164,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             if len(reason) > 200:  # the innermost cause comes last
                 reason = f"{reason[:80]} ... {reason[-100:]}"
             raise InputError(

@@ -23,7 +23,7 @@ import pyarrow
 import pyarrow.parquet
 
 from hyperadapt_jax import paths
-from train.errors import InputError
+from train.errors import InputError, first_line
 
 _VERSION = 1  # of what the cache holds: raise it when rows or examples are made in another way
 _HELD_OUT = ("validation", "valid", "val", "dev")  # names of one and the same split
@@ -182,7 +182,8 @@ def read(
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, InputError):
             raise error.__cause__ from None
-        raise InputError(f"{name} cannot be read: {_line(error.__cause__ or error)}") from error
+        reason = first_line(error.__cause__ or error)
+        raise InputError(f"{name} cannot be read: {reason}") from error
     except OSError as error:
         raise _cache_error(error) from error
 
@@ -298,7 +299,7 @@ def _load(name: str, config: str | None, split: str) -> datasets.Dataset:
         where = name if config is None else f"{name}, {config}"
         raise InputError(
             f"{where}, split {split!r}: there is no such file or folder, and the hub's data set"
-            f" cannot be read: {_line(error)}"
+            f" cannot be read: {first_line(error)}"
         ) from error
 
 
@@ -316,7 +317,7 @@ def _reading(file: Path) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as error:
-        raise InputError(f"{file} is not UTF-8 text: {_line(error)}") from error
+        raise InputError(f"{file} is not UTF-8 text: {first_line(error)}") from error
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror or error}") from error
 
@@ -344,7 +345,7 @@ def _decode(text: str, file: Path, line: int) -> Any:
         line += error.lineno - 1
         raise InputError(f"{file}:{line}: not JSON, at column {error.colno}: {error.msg}") from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{file}:{line}: not JSON: {_line(error)}") from None
+        raise InputError(f"{file}:{line}: not JSON: {first_line(error)}") from None
 
 
 def _parquet(file: Path, *_: Any) -> Iterator[tuple[str, Row]]:
@@ -357,7 +358,7 @@ def _parquet(file: Path, *_: Any) -> Iterator[tuple[str, Row]]:
                         number += 1
                         yield f"{file}: row {number}", row
         except pyarrow.ArrowException as error:
-            raise InputError(f"{file} is no parquet file: {_line(error)}") from error
+            raise InputError(f"{file} is no parquet file: {first_line(error)}") from error
 
 
 def _csv(file: Path, header: Sequence[str] | None, short: bool) -> Iterator[tuple[str, Row | None]]:
@@ -421,15 +422,9 @@ def _shown(value: Any) -> str:
     return text if len(text) < 40 else text[:37] + "..."
 
 
-def _line(error: BaseException) -> str:
-    """An error's first line."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
 def _cache_error(error: OSError) -> InputError:
     where = error.filename or datasets.config.HF_DATASETS_CACHE
-    why = error.strerror or _line(error)
+    why = error.strerror or first_line(error)
     return InputError(f"the cache {where} cannot be used: {why}; HF_DATASETS_CACHE names another")
 
 

@@ -55,6 +55,10 @@ class Exam:
             )
         return self.tokenizer.decode_batch(found)
 
+    def measure(self, forward: Callable[..., Any], *trees: Any) -> dict[str, float]:
+        """The accuracy of what the model answers; see `answers`."""
+        return self.accuracy(self.answers(forward, *trees))
+
     def accuracy(self, answers: Sequence[str]) -> dict[str, float]:
         """The share of right answers, by kind of problem."""
         right: dict[str, list[bool]] = {}

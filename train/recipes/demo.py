@@ -79,8 +79,8 @@ def run(chosen: Options) -> None:
                 tuning=tuning,
                 loss=losses.next_token(tuning),
                 batches=_batches(chosen, tokenizer),
-                evaluate=lambda trainable: watched.accuracy(
-                    watched.answers(tuning.forward, trainable, tuning.frozen)
+                evaluate=lambda trainable: watched.measure(
+                    tuning.forward, trainable, tuning.frozen
                 ),
                 score=lambda metrics: metrics["ride"],
             ),

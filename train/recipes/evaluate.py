@@ -142,7 +142,7 @@ def _exam(chosen: Options, theirs: Any, recipe: Any) -> dict[str, float]:
     tokenizer = base.tokenizer(model).backend_tokenizer
     tuning, trained = _restore(chosen, model, adapter)
     exam = Exam.of(list(recipe.KINDS), theirs.problems, seed=1, tokenizer=tokenizer)
-    return exam.accuracy(exam.answers(tuning.forward, trained, tuning.frozen))
+    return exam.measure(tuning.forward, trained, tuning.frozen)
 
 
 _FULL = AdapterOptions(method="full")  # how the embedded model is made

@@ -8,7 +8,7 @@ from pathlib import Path
 import huggingface_hub
 
 from train import base, methods
-from train.errors import InputError
+from train.errors import InputError, first_line
 from train.options import AdapterOptions, ModelOptions
 
 
@@ -49,10 +49,9 @@ def _config_alone(options: ModelOptions) -> ModelOptions:
             options.model, "config.json", revision=options.revision
         )
     except Exception as error:  # the client's own, the network's, the file system's: one answer
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
             f"--model {options.model} is no folder, and its config.json is not to be had from the"
-            f" hub: {reason} Check the name, the network (HF_HUB_OFFLINE) and, for a gated"
-            " repository, the login (HF_TOKEN)"
+            f" hub: {first_line(error)} Check the name, the network (HF_HUB_OFFLINE) and, for a"
+            " gated repository, the login (HF_TOKEN)"
         ) from error
     return dataclasses.replace(options, model=str(Path(file).parent))

@@ -73,8 +73,8 @@ def run(chosen: Options) -> None:
                 tuning=tuning,
                 loss=losses.next_token(tuning),
                 batches=_batches(chosen, tokenizer),
-                evaluate=lambda trainable: exam.accuracy(
-                    exam.answers(tuning.forward, trainable, tuning.frozen)
+                evaluate=lambda trainable: exam.measure(
+                    tuning.forward, trainable, tuning.frozen
                 ),
                 score=lambda metrics: min(metrics.values()),
             ),
