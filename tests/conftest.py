@@ -12,8 +12,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Most tests compile far longer than they compute; the others ask for the fixture `optimised`.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import hypothesis  # noqa: E402
+import jax  # noqa: E402
 import pytest  # noqa: E402
 
 # An example may compile a program, so none has a deadline; in CI every run draws the same ones.
@@ -26,6 +29,19 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("hyperadapt")
+
+
+@pytest.fixture(scope="module")
+def optimised():
+    """Programs are compiled as users' are: for tests of their bits, and for those that run long."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.read(name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(name.upper(), "0")
+        jax.config.update(name, False)
+        jax.clear_caches()
+        yield
+    jax.config.update(name, before)
 
 
 @pytest.fixture(scope="session")

@@ -72,9 +72,8 @@ def pairs(config: decoder.Decoder) -> dict[str, dict[str, tuple[Callable, Any]]]
     }
 
 
-def measure(config: decoder.Decoder, repeats: int) -> dict[str, dict[str, list[float]]]:
+def measure(every: dict[str, dict[str, Any]], repeats: int) -> dict[str, dict[str, list[float]]]:
     """Seconds of each repeat, ``{what: {"base": [...], "adapted": [...]}}``, after a first one."""
-    every = pairs(config)
     seconds = {what: {which: [] for which in pair} for what, pair in every.items()}
     for repeat in range(repeats + 1):
         for what, pair in every.items():
@@ -109,7 +108,7 @@ def main(argv: list[str]) -> None:
     for scan in (True, False):
         config = dataclasses.replace(decoder.SMALL, layers=args.layers, remat=args.remat, scan=scan)
         kind = f"{args.layers} layers, {'scanned' if scan else 'unrolled'}"
-        data["seconds"][kind] = measured = measure(config, args.repeats)
+        data["seconds"][kind] = measured = measure(pairs(config), args.repeats)
         for what, seconds in measured.items():
             base, adapted = (1e3 * statistics.median(seconds[k]) for k in (BASE, ADAPTED))
             print(f"| {kind} | {what} | {base:.0f} | {adapted:.0f} | {adapted / base:.2f} |")

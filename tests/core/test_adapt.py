@@ -13,6 +13,8 @@ from jax import lax
 import hyperadapt_jax as ha
 from tests.core.oracle import bits, check_adapt, draw, error, loss, random_scales
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 X = draw(1, 5, 8)
 BTD = draw(2, 2, 5, 8)
 SQUARE = {"w": draw(3, 8, 8)}

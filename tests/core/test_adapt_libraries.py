@@ -11,6 +11,8 @@ from jax import lax
 import hyperadapt_jax as ha
 from tests.core.oracle import check_adapt, draw
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 X = draw(1, 2, 5, 8)
 IMAGE = draw(2, 2, 6, 5, 8)
 TOKENS = jnp.array([[1, 4, 0], [8, 2, 2]])

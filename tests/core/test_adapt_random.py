@@ -3,10 +3,13 @@
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
+import pytest
 from hypothesis import assume, given, settings
 from jax import lax
 
 from tests.core.oracle import check_adapt, draw
+
+pytestmark = pytest.mark.usefixtures("optimised")
 
 SIZES = st.sampled_from([1, 2, 3, 5])
 

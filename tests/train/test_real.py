@@ -8,6 +8,8 @@ import pytest
 from train import report
 from train.__main__ import main
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 
 @pytest.mark.slow
 def test_minilm_begins_to_learn_mrpc(shared, tmp_path, capsys):
@@ -15,7 +17,7 @@ def test_minilm_begins_to_learn_mrpc(shared, tmp_path, capsys):
     words = [
         "glue", "--task", "mrpc", "--model", str(shared / "weights/all-MiniLM-L6-v2"),
         "--data", str(shared / "data/glue"), "--folder", str(folder),
-        "--steps", "16", "--batch-size", "16", "--max-length", "64", "--seed", "1",
+        "--steps", "16", "--batch-size", "16", "--max-length", "32", "--seed", "1",
     ]  # fmt: skip
     assert main(words) == 0
     shown = capsys.readouterr().out
