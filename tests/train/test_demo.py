@@ -19,6 +19,7 @@ from train.report import read_metrics
 pytestmark = pytest.mark.usefixtures("optimised")
 
 TINY = demo.TINY
+SHORT = "demo --steps 4 --eval-every 2 --texts 64 --problems 3 --quiet --folder"
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +79,7 @@ def test_an_exam_marks_each_kind_apart():
 def short(tmp_path_factory):
     """The folder of a short run of the demo."""
     folder = tmp_path_factory.mktemp("demo") / "run"
-    command = "demo --steps 4 --eval-every 2 --texts 64 --problems 3 --quiet --folder"
-    assert main(words(command, folder)) == 0
+    assert main(words(SHORT, folder)) == 0
     return folder
 
 
@@ -116,18 +116,18 @@ def test_the_adapter_answers_in_plain_library_code_as_the_report_says(short, emb
 
 def test_a_finished_run_tells_the_same_again_and_another_one_is_refused(short, capsys):
     before = (short / "report.md").read_text()
-    command = "demo --steps 4 --eval-every 2 --texts 64 --problems 3 --quiet --folder"
-    assert main(words(command, short)) == 2
+    assert main(words(SHORT, short)) == 2
     assert "--resume" in capsys.readouterr().err
-    assert main(words(command, short, "--resume")) == 0
+    assert main(words(SHORT, short, "--resume")) == 0
     assert (short / "report.md").read_text() == before
 
 
-def test_another_method_runs_too(tmp_path, capsys):
-    command = "demo --steps 1 --texts 32 --problems 2 --lr 1e-3 --method head"
-    assert main(words(command, "--folder", tmp_path / "run")) == 0
+@pytest.mark.parametrize("method, numbers", [("full", 904_576), ("head", 25_728)])
+def test_other_methods_run_too(tmp_path, capsys, method, numbers):
+    command = "demo --steps 1 --texts 32 --problems 2 --lr 1e-3 --method"
+    assert main(words(command, method, "--folder", tmp_path / "run")) == 0
     shown = capsys.readouterr().out
-    assert "two-step problems" in shown and "25,728 of 904,576 numbers trained" in shown
+    assert "two-step problems" in shown and f"{numbers:,} of 904,576 numbers trained" in shown
     assert not (tmp_path / "run" / "rank.png").exists()  # no vectors, no rank
 
 

@@ -25,7 +25,7 @@ def test_minilm_begins_to_learn_mrpc(shared, tmp_path, capsys):
     assert "train: 3,667 rows" in shown and "dev: 408 rows" in shown
     rows = report.read_metrics(folder / report.METRICS)
     losses = [row["loss"] for row in rows if "loss" in row]
-    assert np.mean(losses[-6:]) < np.mean(losses[:6])
+    assert np.mean(losses[-6:]) < np.mean(losses[:6]) - 0.02
     last = rows[-1]
     # Of the development set, 279 of 408 pairs are paraphrases.
     assert last["eval/accuracy"] >= 279 / 408
