@@ -35,8 +35,9 @@ from hyperadapt_jax.targets import Target
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_TYPE, FORMAT_VERSION = "HYPERADAPT", 1
 
-# Fields that say how a checkpoint was loaded, not which one it is.
-_LOADING = {"dtype", "torch_dtype", "param_dtype", "transformers_version", "_name_or_path"}
+# Fields that say how a checkpoint was loaded or where its text ends, not which one it is.
+_LOADING = {"dtype", "torch_dtype", "param_dtype", "transformers_version", "_name_or_path",
+            "eos_token_id", "eos_tokens"}  # fmt: skip
 
 
 class AdapterError(ValueError):
@@ -137,7 +138,8 @@ def load(folder: str | os.PathLike, params: Any, *, base_config: Any = None) -> 
       params: the base parameters, arrays or ``jax.ShapeDtypeStruct``, in any dtype. Vectors are
         sharded like the axes of their weight. None: no comparison with the base, for the algebra.
       base_config: the base's configuration, to compare with the saved one. Fields that say how it
-        was loaded (dtype, library version) do not count, and None counts as absent.
+        was loaded (dtype, library version) or where its text ends do not count, and None counts as
+        absent.
 
     Raises:
       AdapterError: a file that is missing, truncated, altered, linked from elsewhere or written by
@@ -154,7 +156,8 @@ def load(folder: str | os.PathLike, params: Any, *, base_config: Any = None) -> 
         if base_config is not None:
             if config["base_config"] is None:
                 raise AdapterError(f"{folder} was saved without base_config: load it without")
-            _compare(config["base_config"], _identity(base_config), f"{folder}: base_config")
+            saved = _identity(config["base_config"])
+            _compare(saved, _identity(base_config), f"{folder}: base_config")
         if params is not None:
             shapes = {**config["base_weights"], **config["full"]}
             _compare(shapes, _shapes(params, shapes), f"{folder}: the base")

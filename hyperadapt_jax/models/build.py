@@ -19,7 +19,6 @@ from hyperadapt_jax.models.config import (
     Config,
     DecoderConfig,
     EncoderConfig,
-    config_from_dict,
     config_to_dict,
     read_config,
 )
@@ -253,7 +252,7 @@ def export(
     if source is not None:
         theirs = weights.read_json(source, "config.json")
         # The original file says more, as the tokenizer's numbers and the labels' names.
-        if config_from_dict(theirs, where=f"{source}/config.json") == config:
+        if read_config(weights.resolve(source)) == config:
             raw = theirs
     return weights.export(
         folder,

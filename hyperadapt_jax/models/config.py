@@ -121,7 +121,7 @@ class DecoderConfig:
       fused: query, key and value are one matrix, gate and up another.
       tied: the head is the embedding.
       bos_token: first token of a sequence, or None.
-      eos_tokens: tokens that end a sequence.
+      eos_tokens: tokens that end a sequence: of `generate`, the ``stop_tokens``.
       pad_token: token of padding, or None.
     """
 
@@ -281,6 +281,10 @@ class _Fields:
 def read_config(path: str | pathlib.Path) -> Config:
     """Read a model's configuration from its folder or from a ``config.json``.
 
+    Where a ``generation_config.json`` lies next to it, a decoder's ``eos_tokens`` are those of that
+    file, as transformers has it: chat models name the end of a turn there alone. Its other fields
+    are defaults of generation, which takes its options from the call.
+
     Args:
       path: a folder that holds ``config.json``, or the file itself.
 
@@ -289,19 +293,29 @@ def read_config(path: str | pathlib.Path) -> Config:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: the file is no JSON object, or a field is missing, unknown or unsupported.
+      ValueError: a file is no JSON object, or a field is missing, unknown or unsupported.
     """
     path = pathlib.Path(path)
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; expected a Hugging Face model folder")
+    config = config_from_dict(_read_object(file), where=str(file))
+    generation = file.with_name("generation_config.json")
+    if isinstance(config, DecoderConfig) and generation.is_file():
+        fields = _Fields(_read_object(generation), str(generation))
+        if eos_tokens := _tokens(fields, "eos_token_id"):
+            config = dataclasses.replace(config, eos_tokens=eos_tokens)
+    return config
+
+
+def _read_object(file: pathlib.Path) -> dict[str, Any]:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file}: not valid JSON: {error}") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{file}: expected a JSON object, found {type(raw).__name__}")
-    return config_from_dict(raw, where=str(file))
+    return raw
 
 
 def config_from_dict(raw: Mapping[str, Any], *, where: str = "config.json") -> Config:
@@ -413,7 +427,8 @@ def _windows(fields: _Fields, family: str, layers: int) -> tuple[int | None, ...
     if family == "llama":
         fields.expect("sliding_window")
         return (None,) * layers
-    default = 4096 if family == "mistral" and "sliding_window" not in fields.rest else None
+    # A missing field means the family's default, and null no window.
+    default = 4096 if family != "phi3" and "sliding_window" not in fields.rest else None
     window = fields.positive("sliding_window", default=default)
     if family in ("mistral", "phi3"):
         return (window,) * layers

@@ -120,6 +120,18 @@ def test_a_base_in_another_dtype_is_the_same_base(saved):
     same(load(folder, base(jnp.bfloat16), base_config=config).scales, scales)
 
 
+def test_a_base_whose_text_ends_elsewhere_is_the_same_base(tmp_path, saved, monkeypatch):
+    _, params, scales = saved
+    given, other = ({"hidden_size": 3, "eos_token_id": ends} for ends in (2, [2, 9]))
+    save(tmp_path / "new", scales, params, base_config=given)
+    monkeypatch.setattr(adapter_io, "_LOADING", {"dtype"})  # as it was written at first
+    save(tmp_path / "old", scales, params, base_config=given)
+    monkeypatch.undo()
+    assert "eos_token_id" in json.loads((tmp_path / "old" / CONFIG).read_text())["base_config"]
+    for folder in ("new", "old"):
+        same(load(tmp_path / folder, params, base_config=other).scales, scales)
+
+
 def test_counters_and_random_keys_are_no_part_of_the_base(saved):
     folder, params, scales = saved
     params = {**params, "rng": jax.random.key(0), "step": jnp.zeros(3, jnp.uint32)}

@@ -61,6 +61,22 @@ def test_the_source_gives_what_the_configuration_does_not_hold(tmp_path: pathlib
     assert models.read_config(out).labels == 5
 
 
+def test_where_generation_ends_is_read_and_kept(tmp_path: pathlib.Path) -> None:
+    source = models.export(tmp_path / "source", make("llama2"))
+    raw = json.loads((source / "config.json").read_text()) | {"torchscript": False}
+    (source / "config.json").write_text(json.dumps(raw))
+    generation = {"eos_token_id": [2, 9], "temperature": 0.6}
+    (source / "generation_config.json").write_text(json.dumps(generation))
+    model = models.load(source)
+    assert model.config.eos_tokens == (2, 9)
+    out = models.export(tmp_path / "out", model, source=source)
+    assert json.loads((out / "config.json").read_text()) == raw
+    assert json.loads((out / "generation_config.json").read_text()) == generation
+    # Without the source, the written configuration says it itself.
+    alone = models.export(tmp_path / "alone", model)
+    assert models.read_config(out) == models.read_config(alone) == model.config
+
+
 def _with_labels(source: pathlib.Path, folder: pathlib.Path, labels: int) -> models.Encoder:
     """A model with a new head on the encoder of a folder."""
     model = models.load(source)

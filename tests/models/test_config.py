@@ -122,6 +122,59 @@ def test_a_file_is_read_and_a_bad_one_is_named(tmp_path: pathlib.Path) -> None:
         models.read_config(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("generation", "expected"),
+    [
+        ({"eos_token_id": [7, 2]}, (7, 2)),
+        ({"eos_token_id": 7, "suppress_tokens": [1], "do_sample": True}, (7,)),
+        ({"eos_token_id": None}, (2,)),
+        ({"eos_token_id": []}, (2,)),
+        ({"temperature": 0.6}, (2,)),
+    ],
+)
+def test_generation_config_names_the_tokens_that_end_a_text(
+    generation: dict[str, Any], expected: tuple[int, ...], tmp_path: pathlib.Path
+) -> None:
+    raw = cases.CASES["llama2"].config
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert models.read_config(tmp_path) == models.config_from_dict(raw)
+    (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    config = models.read_config(tmp_path)
+    assert config.eos_tokens == expected
+    assert models.read_config(tmp_path / "config.json") == config
+    assert models.config_from_dict(models.config_to_dict(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "generation_config.json: not valid JSON"),
+        ("", "generation_config.json: not valid JSON"),
+        ("[2]", "generation_config.json: expected a JSON object, found list"),
+        ('{"eos_token_id": "</s>"}', "generation_config.json: field 'eos_token_id'.*token number"),
+        ('{"eos_token_id": [2, 3.0]}', "generation_config.json: field 'eos_token_id'"),
+        ('{"eos_token_id": true}', "generation_config.json: field 'eos_token_id'"),
+    ],
+)
+def test_a_bad_generation_config_is_named(text: str, message: str, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(cases.CASES["llama2"].config))
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        models.read_config(tmp_path)
+    # An encoder generates nothing, whatever lies next to it.
+    (tmp_path / "config.json").write_text(json.dumps(cases.CASES["bert"].config))
+    assert models.read_config(tmp_path) == models.config_from_dict(cases.CASES["bert"].config)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+def test_a_window_that_is_switched_on_without_a_size_has_the_familys(name: str) -> None:
+    raw = cases.CASES[name].config | {"use_sliding_window": True, "max_window_layers": 1}
+    assert models.config_from_dict(raw).windows == (None, 4096, 4096)
+    assert models.config_from_dict(raw | {"sliding_window": None}).windows == (None,) * 3
+    types = ["sliding_attention", "full_attention", "full_attention"]
+    assert models.config_from_dict(raw | {"layer_types": types}).windows == (4096, None, None)
+
+
 def test_the_switches_of_each_family() -> None:
     def read(name: str) -> Any:
         return models.config_from_dict(cases.CASES[name].config)
