@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -16,11 +17,15 @@ from hyperadapt_jax.models.layers import (
     Linear,
     RMSNorm,
     apply_rope,
+    attend,
+    check_range,
     rope_tables,
 )
 from hyperadapt_jax.models.weights import Tensor
 
 Array = jax.Array
+
+BLOCK = 128  # queries that meet a cache at once: the memory of their scores is linear in the keys
 
 
 class Cache(NamedTuple):
@@ -31,24 +36,24 @@ class Cache(NamedTuple):
       values: ``[L, B, S, K, H]``, or None before the first call.
       valid: whether a slot holds a token and not padding, ``[B, S]``.
       length: slots in use, a scalar.
-      span: tokens that the longest sequence will have in the end, a scalar: stretched rotary
-        positions are chosen by it, once, since the keys kept are already rotated.
+      good_until: tokens of the longest sequence up to which keys and values hold, a scalar: beyond
+        it every layer rotates by other frequencies, and all tokens have to be given again, to an
+        empty cache. None where they hold forever.
     """
 
     keys: Array | None
     values: Array | None
     valid: Array
     length: Array
-    span: Array
+    good_until: Array | None = None
 
 
-def open_cache(batch: int, slots: int, span: Array | int | None = None) -> Cache:
+def open_cache(batch: int, slots: int) -> Cache:
     """An empty cache; the model allocates keys and values in its own dtype at the first call.
 
     Args:
       batch: B.
       slots: tokens it can hold for each row, S, padding included.
-      span: tokens that the longest sequence will have in the end; ``slots`` if not given.
 
     Returns:
       The cache.
@@ -58,19 +63,25 @@ def open_cache(batch: int, slots: int, span: Array | int | None = None) -> Cache
         values=None,
         valid=jnp.zeros((batch, slots), bool),
         length=jnp.zeros((), jnp.int32),
-        span=jnp.asarray(slots if span is None else span, jnp.int32),
     )
 
 
+class _Tokens(NamedTuple):
+    """What an attention mask is made of."""
+
+    index: Array  # [T], order in the row
+    groups: tuple[Array, ...]  # [B, T] each: a token sees those that equal it in all of them
+
+
 class _Context(NamedTuple):
-    """What every layer needs beside the stream: rotary tables and who may see whom."""
+    """What every layer needs beside the stream: rotary tables and the attention mask's parts."""
 
     cos: Array
     sin: Array
-    query_index: Array | None = None  # [T], for a mask made of arrays
-    key_index: Array | None = None  # [S]
-    visible: Array | None = None  # [B, 1, T, S]
+    queries: _Tokens | None = None  # None where the mask is causal alone
+    keys: _Tokens | None = None
     write_at: Array | None = None  # slot of the first new token
+    fresh: bool = False  # the cache was empty: the new keys are all there are
 
 
 class Layer(nnx.Module):
@@ -137,27 +148,31 @@ class Layer(nnx.Module):
         q = apply_rope(q, context.cos, context.sin)
         k = apply_rope(k, context.cos, context.sin)
         if kept is not None:
-            at = (index, 0, context.write_at, 0, 0)
+            zero = jnp.zeros((), jnp.int32)
+            at = (index, zero, context.write_at, zero, zero)
             kept = tuple(
                 jax.lax.dynamic_update_slice(old, new[None], at)
                 for old, new in zip(kept, (k, v), strict=True)
             )
-            k, v = (jax.lax.dynamic_index_in_dim(a, index, keepdims=False) for a in kept)
-        if context.visible is None:
-            y = jax.nn.dot_product_attention(
-                q, k, v,
-                is_causal=True,
-                local_window_size=None if window is None else (window - 1, 0),
-                implementation=self.attention,
+            if not context.fresh:
+                k, v = (jax.lax.dynamic_index_in_dim(a, index, keepdims=False) for a in kept)
+        # Flash kernels have nothing to save where one query meets a cache.
+        alone = kept is not None and q.shape[1] == 1
+        implementation = None if alone else self.attention
+
+        def attention(q: Array, queries: _Tokens) -> Array:
+            mask = _visible(queries, context.keys, window)
+            return attend(q, k, v, mask=mask, implementation=implementation)
+
+        if context.queries is None:
+            local = None if window is None else (window - 1, 0)
+            y = attend(
+                q, k, v, is_causal=True, local_window_size=local, implementation=implementation
             )
+        elif kept is None:
+            y = attention(q, context.queries)
         else:
-            mask = context.visible
-            if window is not None:
-                distance = context.query_index[:, None] - context.key_index
-                mask = mask & (distance < window)
-            # Flash kernels have nothing to save where one query meets a cache.
-            implementation = self.attention if kept is None else None
-            y = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
+            y = _in_blocks(attention, q, context.queries)
         x = x + self.o(y.reshape(*y.shape[:2], -1))
         y = self.mlp_norm(x)
         if config.fused:
@@ -191,9 +206,9 @@ class Decoder(nnx.Module):
       dtype: dtype of the computation; logits are float32 always.
       param_dtype: dtype of the parameters; ``dtype`` if not given.
       remat: what the backward pass finds stored, by name: ``none``, ``dots`` or ``full``.
-      attention: implementation of `jax.nn.dot_product_attention`, in calls without a cache: None
-        for its own choice, ``xla``, or ``cudnn`` for the flash kernels of an NVIDIA GPU (bfloat16
-        or float16).
+      attention: implementation of `jax.nn.dot_product_attention`, but for single tokens that meet
+        a cache: None for its own choice, ``xla``, or ``cudnn`` for the flash kernels of an NVIDIA
+        GPU (bfloat16 or float16).
       rngs: source of the initial parameters, stream ``params``.
 
     Raises:
@@ -238,7 +253,8 @@ class Decoder(nnx.Module):
         Args:
           tokens: token numbers, ``[B, T]`` integers.
           mask: True at tokens, False at padding, ``[B, T]``. Padding on the right alone needs
-            none: a token sees only those before it.
+            none, since a token sees only those before it, but where the rotary frequencies depend
+            on the length (``dynamic``, ``longrope``): there it would count.
           segment_ids: number of the sequence that a token belongs to, ``[B, T]``, where several
             are packed in one row; a token sees its own alone.
           positions: place of each token in its sequence, ``[B, T]``; counted from ``mask`` and
@@ -250,7 +266,8 @@ class Decoder(nnx.Module):
           ``[B, 1, V]``, and the cache with these tokens added.
 
         Raises:
-          ValueError: shapes do not fit, or packed segments meet a cache.
+          ValueError: shapes do not fit, packed segments meet a cache, or (outside ``jit``) a token
+            is outside the vocabulary; under ``jit`` its row's logits are NaN.
         """
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(
@@ -259,6 +276,7 @@ class Decoder(nnx.Module):
         for name, array in (("mask", mask), ("segment_ids", segment_ids), ("positions", positions)):
             if array is not None and array.shape != tokens.shape:
                 raise ValueError(f"{name}: expected {tokens.shape} as tokens, found {array.shape}")
+        check_range("tokens", tokens, self.config.vocab_size)
         if cache is None:
             context = self._training_context(tokens, mask, segment_ids, positions)
             x, _ = self._run(self.embed(tokens, self.dtype), context, None)
@@ -312,19 +330,13 @@ class Decoder(nnx.Module):
         index = jnp.arange(length, dtype=jnp.int32)
         if positions is None:
             positions = _positions(index, mask, segment_ids, batch)
-        tables = rope_tables(
-            self.config.rope, self.config.head_dim, positions, jnp.max(positions, initial=0) + 1
-        )
+        tables = rope_tables(self.config.rope, self.config.head_dim, positions)
         if mask is None and segment_ids is None and len(set(self.config.windows)) == 1:
             return _Context(*tables)
-        visible = (index[:, None] >= index)[None, None]
-        if segment_ids is not None:
-            visible = visible & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
-        if mask is not None:
-            # Padding sees padding, so that no row of the softmax is empty.
-            mask = mask.astype(bool)
-            visible = visible & (mask[:, None, :, None] == mask[:, None, None, :])
-        return _Context(*tables, query_index=index, key_index=index, visible=visible)
+        # Padding sees padding, so that no row of the softmax is empty.
+        groups = (segment_ids, None if mask is None else mask.astype(bool))
+        seen = _Tokens(index, tuple(group for group in groups if group is not None))
+        return _Context(*tables, queries=seen, keys=seen)
 
     def _extend(
         self, tokens: Array, mask: Array | None, positions: Array | None, cache: Cache
@@ -336,23 +348,58 @@ class Decoder(nnx.Module):
         if positions is None:
             before = jnp.sum(cache.valid, axis=1, dtype=jnp.int32)[:, None]
             positions = before + jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
-        valid = jax.lax.dynamic_update_slice(cache.valid, mask, (0, cache.length))
-        query_index = cache.length + jnp.arange(length, dtype=jnp.int32)
-        key_index = jnp.arange(slots, dtype=jnp.int32)
+        valid = jax.lax.dynamic_update_slice_in_dim(cache.valid, mask, cache.length, axis=1)
+        queries = _Tokens(cache.length + jnp.arange(length, dtype=jnp.int32), (mask,))
+        fresh = cache.keys is None
         context = _Context(
-            *rope_tables(config.rope, config.head_dim, positions, cache.span),
-            query_index=query_index,
-            key_index=key_index,
-            visible=(query_index[:, None] >= key_index)
-            & (mask[:, None, :, None] == valid[:, None, None, :]),
+            *rope_tables(config.rope, config.head_dim, positions),
+            queries=queries,
+            keys=queries if fresh else _Tokens(jnp.arange(slots, dtype=jnp.int32), (valid,)),
             write_at=cache.length,
+            fresh=fresh,
         )
-        if cache.keys is None:
+        if fresh:
             empty = jnp.zeros(
                 (config.layers, batch, slots, config.kv_heads, config.head_dim), self.dtype
             )
             cache = cache._replace(keys=empty, values=empty)
+            if config.family == "phi3" and config.rope.kind == "longrope":
+                # As the reference: it computes all anew at the first token beyond, in Phi alone.
+                original = jnp.asarray(config.rope.original_length, jnp.int32)
+                cache = cache._replace(good_until=original)
         return cache._replace(valid=valid, length=cache.length + length), context
+
+
+def _visible(queries: _Tokens, keys: _Tokens, window: Array | int | None) -> Array:
+    """The attention mask: True where a query sees a key, ``[B or 1, 1, T, S]``."""
+    distance = queries.index[:, None] - keys.index
+    visible = distance >= 0
+    if window is not None:
+        visible = visible & (distance < window)
+    visible = visible[None, None]
+    for theirs, group in zip(queries.groups, keys.groups, strict=True):
+        visible = visible & (theirs[:, None, :, None] == group[:, None, None, :])
+    return visible
+
+
+def _in_blocks(
+    attention: Callable[[Array, _Tokens], Array], q: Array, queries: _Tokens
+) -> Array:
+    """Attention of ``q: [B, T, N, H]``, a block of queries after another, ``[B, T, N, H]``."""
+    batch, length = q.shape[:2]
+    if length <= BLOCK:
+        return attention(q, queries)
+    blocks = -(-length // BLOCK)
+
+    def cut(x: Array, axis: int) -> Array:
+        x = jnp.pad(x, [(0, (blocks * BLOCK - length) * (i == axis)) for i in range(x.ndim)])
+        x = x.reshape(*x.shape[:axis], blocks, BLOCK, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x, axis, 0)
+
+    groups = tuple(cut(group, 1) for group in queries.groups)
+    xs = cut(q, 1), _Tokens(cut(queries.index, 0), groups)
+    y = jax.lax.map(lambda block: attention(*block), xs)
+    return jnp.moveaxis(y, 0, 1).reshape(batch, blocks * BLOCK, *q.shape[2:])[:, :length]
 
 
 def _positions(

@@ -15,6 +15,8 @@ from hyperadapt_jax.models.layers import (
     Embedding,
     LayerNorm,
     Linear,
+    attend,
+    check_range,
     dropout,
     dropout_attention,
 )
@@ -101,7 +103,7 @@ class Layer(nnx.Module):
             for y in (self.q(x), self.k(x), self.v(x))
         )
         if for_weights is None or config.attention_dropout == 0.0:
-            y = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=self.attention)
+            y = attend(q, k, v, mask=mask, implementation=self.attention)
         else:
             y = dropout_attention(q, k, v, mask, config.attention_dropout, for_weights)
         y = self.o(y.reshape(x.shape))
@@ -198,7 +200,8 @@ class Encoder(nnx.Module):
           An `EncoderOutput`.
 
         Raises:
-          ValueError: shapes do not fit, or the row is longer than the position table.
+          ValueError: shapes do not fit, the row is longer than the position table, or (outside
+            ``jit``) a number is outside its table; under ``jit`` such a number gives NaN.
         """
         config = self.config
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
@@ -217,6 +220,11 @@ class Encoder(nnx.Module):
         room = config.max_length
         if positions is None and tokens.shape[1] > room:
             raise ValueError(f"tokens: {tokens.shape[1]} in a row, the position table holds {room}")
+        check_range("tokens", tokens, config.vocab_size)
+        if positions is not None:
+            check_range("positions", positions, config.positions)
+        if token_types is not None:
+            check_range("token_types", token_types, config.token_types)
         for_embed, for_layers, for_head = (None,) * 3 if rng is None else jax.random.split(rng, 3)
         if token_types is None:
             token_types = jnp.zeros_like(tokens)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,22 +13,30 @@ import jax.numpy as jnp
 import numpy as np
 
 from hyperadapt_jax.models.decoder import Cache, open_cache
+from hyperadapt_jax.models.layers import check_range
 
 Array = jax.Array
 
 
-class Sampling(NamedTuple):
-    """How the next token is drawn; numbers, so that a change compiles nothing anew.
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("temperature", "top_p"),
+    meta_fields=("top_k",),
+)
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. Another temperature or ``top_p`` compiles nothing anew.
 
     Attributes:
       temperature: divides the logits.
-      top_k: how many of the likeliest tokens may be drawn.
-      top_p: tokens are drawn from the likeliest ones that together have this probability.
+      top_k: how many of the likeliest tokens may be drawn; None for all.
+      top_p: tokens are drawn from the likeliest ones that together have this probability; None for
+        all, which saves sorting the vocabulary.
     """
 
     temperature: Array | float = 1.0
-    top_k: Array | int = np.iinfo(np.int32).max
-    top_p: Array | float = 1.0
+    top_k: int | None = None
+    top_p: Array | float | None = None
 
 
 def generate(
@@ -57,14 +67,15 @@ def generate(
       top_k: draw from this many of the likeliest tokens; all if not given.
       top_p: draw from the likeliest tokens that together have this probability, in (0, 1]; all if
         not given.
-      stop_tokens: tokens that end a row.
+      stop_tokens: tokens that end a row, as a `DecoderConfig` has them in ``eos_tokens``.
       seed: of the draws.
 
     Returns:
       The new tokens of each row, up to and with its stop token.
 
     Raises:
-      ValueError: a prompt is empty, or a number is out of its range.
+      ValueError: a prompt is empty or has a token outside the vocabulary, or a number is out of
+        its range.
 
     >>> from hyperadapt_jax import models
     >>> config = models.config_from_dict(dict(model_type="llama", vocab_size=9, hidden_size=8,
@@ -74,33 +85,34 @@ def generate(
     >>> [len(row) for row in rows]
     [5, 5]
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens}: expected at least 1")
+    max_new_tokens = _positive("max_new_tokens", max_new_tokens)
     if not (np.isfinite(temperature) and temperature >= 0.0):
         raise ValueError(f"temperature={temperature}: expected a number from 0 on")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k={top_k}: expected at least 1")
+    if top_k is not None:
+        top_k = _positive("top_k", top_k)
     if top_p is not None and not 0.0 < top_p <= 1.0:
         raise ValueError(f"top_p={top_p}: expected a number in (0, 1]")
-    for number, prompt in enumerate(prompts):
-        if len(prompt) == 0:
-            raise ValueError(f"prompts[{number}] is empty: begin it with the model's first token")
     if len(prompts) == 0:
         return []
+    prompts = [_prompt(number, prompt) for number, prompt in enumerate(prompts)]
     tokens, mask = _pad_left(prompts)
+    slots = _bucket(max_new_tokens)
+    vocabulary = _logits.eval_shape(fn, trees, tokens, mask, slots=slots).shape[-1]
+    for number, prompt in enumerate(prompts):
+        check_range(f"prompts[{number}]", prompt, vocabulary)
     sampling = None
     if temperature > 0.0:
         sampling = Sampling(
-            np.float32(temperature),
-            np.int32(Sampling().top_k if top_k is None else top_k),
-            np.float32(1.0 if top_p is None else top_p),
+            np.maximum(np.float32(temperature), np.finfo(np.float32).tiny),
+            top_k,
+            None if top_p is None or top_p == 1.0 else np.float32(top_p),
         )
     new, counts = _decode(
         fn,
         trees,
         tokens,
         mask,
-        slots=_bucket(max_new_tokens),
+        slots=slots,
         limit=np.int32(max_new_tokens),
         sampling=sampling,
         stop_tokens=np.asarray(stop_tokens, np.int32),
@@ -141,7 +153,6 @@ def decode(
     batch, length = tokens.shape
     limit = jnp.asarray(slots if limit is None else limit, jnp.int32)
     stop_tokens = jnp.asarray(stop_tokens, jnp.int32)
-    longest = jnp.max(jnp.sum(mask, axis=1, dtype=jnp.int32))
 
     def choose(logits: Array, step: Array | int) -> Array:
         if sampling is None:
@@ -156,8 +167,7 @@ def decode(
         done: Array
         counts: Array
 
-    cache = open_cache(batch, length + slots, span=longest + limit)
-    logits, cache = fn(*trees, tokens, mask=mask, cache=cache)
+    logits, cache = fn(*trees, tokens, mask=mask, cache=open_cache(batch, length + slots))
     first = choose(logits, 0)
     start = State(
         step=jnp.ones((), jnp.int32),
@@ -171,6 +181,19 @@ def decode(
     def more(state: State) -> Array:
         return (state.step < limit) & ~jnp.all(state.done)
 
+    def refill(state: State) -> State:
+        """Give all tokens anew, and step back by one: `advance` gives the last again."""
+        written = jnp.broadcast_to(jnp.arange(slots) < state.step, (batch, slots))
+        _, cache = fn(
+            *trees,
+            jnp.concatenate([tokens, state.new.astype(tokens.dtype)], axis=1),
+            mask=jnp.concatenate([mask, written], axis=1),
+            cache=open_cache(batch, length + slots),
+        )
+        last = length + state.step - 1
+        valid = cache.valid.at[:, last].set(False)
+        return state._replace(cache=cache._replace(valid=valid, length=last))
+
     def advance(state: State) -> State:
         logits, cache = fn(*trees, state.last[:, None], cache=state.cache)
         token = jnp.where(state.done, 0, choose(logits, state.step))
@@ -178,11 +201,15 @@ def decode(
             step=state.step + 1,
             cache=cache,
             last=token,
-            new=jax.lax.dynamic_update_slice(state.new, token[:, None], (0, state.step)),
+            new=jax.lax.dynamic_update_slice_in_dim(state.new, token[:, None], state.step, axis=1),
             done=state.done | jnp.isin(token, stop_tokens),
             counts=state.counts + ~state.done,
         )
 
+    if cache.good_until is not None:
+        room = cache.good_until - jnp.max(jnp.sum(mask, axis=1, dtype=jnp.int32))
+        start = jax.lax.while_loop(lambda s: more(s) & (s.step <= room), advance, start)
+        start = jax.lax.cond(more(start) & (room >= 0), refill, lambda s: s, start)
     end = jax.lax.while_loop(more, advance, start)
     return end.new, end.counts
 
@@ -190,19 +217,36 @@ def decode(
 _decode = functools.partial(jax.jit, static_argnames=("fn", "slots"))(decode)
 
 
+@functools.partial(jax.jit, static_argnames=("fn", "slots"))
+def _logits(
+    fn: Callable[..., Any], trees: tuple[Any, ...], tokens: Array, mask: Array, *, slots: int
+) -> Array:
+    """The first logits of `decode`: their shape tells the vocabulary."""
+    batch, length = tokens.shape
+    return fn(*trees, tokens, mask=mask, cache=open_cache(batch, length + slots))[0]
+
+
 def _draw(logits: Array, sampling: Sampling, rng: Array) -> Array:
     """One token of each row of ``logits: [B, V]``, in the order temperature, top-k, top-p."""
-    order = jnp.argsort(logits, axis=-1, descending=True)
-    sorted_logits = jnp.take_along_axis(logits, order, axis=-1) / sampling.temperature
-    rank = jnp.arange(logits.shape[-1])
-    sorted_logits = jnp.where(rank < sampling.top_k, sorted_logits, -jnp.inf)
-    probabilities = jax.nn.softmax(sorted_logits, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    # The likeliest token stays whatever rounding does to the sum before it.
-    kept = (before < sampling.top_p) | (rank == 0)
+    # From the largest on, so that no temperature makes them infinite.
+    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / sampling.temperature
+    order = None
+    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
+        logits, order = jax.lax.top_k(logits, sampling.top_k)
+    elif sampling.top_p is not None:
+        order = jnp.argsort(logits, axis=-1, descending=True)
+        logits = jnp.take_along_axis(logits, order, axis=-1)
+    if sampling.top_p is not None:
+        probabilities = jax.nn.softmax(logits, axis=-1)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        # The likeliest token stays whatever rounding does to the sum before it.
+        kept = (before < sampling.top_p) | (jnp.arange(logits.shape[-1]) == 0)
+        logits = jnp.where(kept, logits, -jnp.inf)
     rngs = jax.random.split(rng, logits.shape[0])
-    draw = jax.vmap(jax.random.categorical)(rngs, jnp.where(kept, sorted_logits, -jnp.inf))
-    return jnp.take_along_axis(order, draw[:, None], axis=-1)[:, 0].astype(jnp.int32)
+    draw = jax.vmap(jax.random.categorical)(rngs, logits)
+    if order is not None:
+        draw = jnp.take_along_axis(order, draw[:, None], axis=-1)[:, 0]
+    return draw.astype(jnp.int32)
 
 
 def _bucket(length: int) -> int:
@@ -211,6 +255,28 @@ def _bucket(length: int) -> int:
         return 16
     step = 1 << ((length - 1).bit_length() - 3)
     return -(-length // step) * step
+
+
+def _positive(name: str, value: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"{name}={value}: expected a whole number of at least 1")
+    return number
+
+
+def _prompt(number: int, prompt: Sequence[int]) -> np.ndarray:
+    """The tokens of a row, ``[T]``."""
+    if len(prompt) == 0:
+        raise ValueError(f"prompts[{number}] is empty: begin it with the model's first token")
+    tokens = np.asarray(prompt)
+    if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(
+            f"prompts[{number}]: expected token numbers, found {tokens.dtype} {tokens.shape}"
+        )
+    return tokens
 
 
 def _pad_left(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:

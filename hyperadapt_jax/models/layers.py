@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -92,8 +92,10 @@ class Embedding(nnx.Module):
         self.embedding = nnx.Param((_INIT_STDDEV * draw).astype(param_dtype))
 
     def __call__(self, ids: Array, dtype: jnp.dtype) -> Array:
-        """Rows of the table, ``[..., width]``; a number past its end gives NaN, not a wrong row."""
-        return jnp.take(self.embedding[...], ids, axis=0, mode="fill").astype(dtype)
+        """Rows of the table, ``[..., width]``; a number outside it gives NaN, not a wrong row."""
+        table = jnp.asarray(self.embedding[...])
+        rows = table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        return rows.astype(dtype)
 
     def attend(self, x: Array) -> Array:
         """Products of ``x: [..., width]`` with every row in float32, ``[..., rows]``."""
@@ -136,15 +138,14 @@ class LayerNorm(nnx.Module):
         return y.astype(x.dtype)
 
 
-def rope_tables(rope: Rope, head_dim: int, positions: Array, length: Array) -> tuple[Array, Array]:
+def rope_tables(rope: Rope, head_dim: int, positions: Array) -> tuple[Array, Array]:
     """Cosines and sines of the rotary angles.
 
     Args:
-      rope: base and scaling of the frequencies.
+      rope: base and scaling of the frequencies. ``dynamic`` and ``longrope`` choose theirs by the
+        tokens that the longest sequence has so far, which its last position tells.
       head_dim: H.
       positions: place of each token in its sequence, ``[B, T]``.
-      length: tokens of the longest sequence, a scalar: ``dynamic`` and ``longrope`` choose their
-        frequencies by it.
 
     Returns:
       ``(cos, sin)``, each ``[B, T, R / 2]`` in float32, where R is the rotated part of H.
@@ -155,12 +156,13 @@ def rope_tables(rope: Rope, head_dim: int, positions: Array, length: Array) -> t
     rotated = int(head_dim * rope.fraction)
     exponents = np.arange(0, rotated, 2, dtype=np.float64) / rotated
     wavelengths = rope.theta**exponents  # tokens per radian
+    length = jnp.max(positions, initial=0) + 1
     if rope.kind == "linear":
         frequencies = jnp.asarray(1.0 / (rope.factor * wavelengths), jnp.float32)
     elif rope.kind == "llama3":
         frequencies = jnp.asarray(_llama3(rope, 1.0 / wavelengths), jnp.float32)
     elif rope.kind == "dynamic":
-        excess = jnp.maximum(length / rope.original_length, 1.0)
+        excess = jnp.maximum(length.astype(jnp.float32) / rope.original_length, 1.0)
         stretch = (rope.factor * excess - (rope.factor - 1.0)) ** (rotated / (rotated - 2))
         frequencies = 1.0 / (rope.theta * stretch) ** jnp.asarray(exponents, jnp.float32)
     elif rope.kind == "longrope":
@@ -192,6 +194,74 @@ def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
     return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
+
+
+def attend(query: Array, key: Array, value: Array, **options: Any) -> Array:
+    """`jax.nn.dot_product_attention`, also in float16 on a CPU.
+
+    There XLA has no product of float16 that sums in float32, so the whole is computed in that.
+
+    Args:
+      query: ``[B, T, N, H]``.
+      key: ``[B, S, K, H]``.
+      value: ``[B, S, K, H]``.
+      **options: as `jax.nn.dot_product_attention` takes them.
+
+    Returns:
+      ``[B, T, N, H]``.
+    """
+    attention = functools.partial(jax.nn.dot_product_attention, **options)
+    if query.dtype != jnp.float16 or options.get("implementation") == "cudnn":
+        return attention(query, key, value)
+
+    def widened(*operands: Array) -> Array:
+        return attention(*(x.astype(jnp.float32) for x in operands)).astype(query.dtype)
+
+    return jax.lax.platform_dependent(query, key, value, cpu=widened, default=attention)
+
+
+def check_attention(implementation: str | None, dtype: jnp.dtype, head_dim: int) -> None:
+    """Refuse an attention that this machine cannot compute, before anything is loaded or compiled.
+
+    Args:
+      implementation: as `jax.nn.dot_product_attention` takes it.
+      dtype: of the computation.
+      head_dim: H.
+
+    Raises:
+      ValueError: there is no cuDNN, or its flash kernels are not for this dtype or head.
+    """
+    heads = jax.ShapeDtypeStruct((1, 2, 1, head_dim), dtype)
+    attention = functools.partial(
+        jax.nn.dot_product_attention, is_causal=True, implementation=implementation
+    )
+    try:
+        jax.eval_shape(attention, heads, heads, heads)
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"attention={implementation!r} does not work here with {dtype} and heads of"
+            f" {head_dim}: {reason}"
+        ) from error
+
+
+def check_range(name: str, numbers: Array, size: int) -> None:
+    """Refuse numbers outside a table, where they are known: not under ``jit``.
+
+    Args:
+      name: what to call them in an error.
+      numbers: integers of any shape.
+      size: rows of the table.
+
+    Raises:
+      ValueError: a number is negative, or ``size`` or more.
+    """
+    if isinstance(numbers, jax.core.Tracer) or not getattr(numbers, "is_fully_addressable", True):
+        return
+    numbers = np.asarray(numbers)
+    outside = numbers[(numbers < 0) | (numbers >= size)]
+    if outside.size:
+        raise ValueError(f"{name}: {outside[0]} is outside the table, which has {size} rows")
 
 
 def dropout(x: Array, rate: float, rng: Array | None) -> Array:

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from hyperadapt_jax import models
+from hyperadapt_jax.models import decoder
+from hyperadapt_jax.models.layers import check_attention
 from tests.models import cases
 
 
@@ -20,24 +22,55 @@ def make(name: str, **options):
     return config, fn, cases.random_params(config)
 
 
-@pytest.mark.parametrize("name", [*cases.DECODERS, "phi4-mini-long"])
-def test_a_cache_changes_no_logits(name: str) -> None:
+@pytest.mark.parametrize("blocks", ["one block", "blocks"])
+@pytest.mark.parametrize("name", [n for n in cases.DECODERS if n != "llama-dynamic"])
+def test_a_cache_changes_no_logits(name: str, blocks: str, monkeypatch) -> None:
     config, fn, params = make(name)
     inputs = cases.batch(config, "left")
     tokens, mask = jnp.asarray(inputs["tokens"]), jnp.asarray(inputs["mask"])
-    run = cases.jit(fn)
+    if blocks == "blocks":
+        monkeypatch.setattr(decoder, "BLOCK", 4)
+    run = cases.jit(lambda *args, **kwargs: fn(*args, **kwargs))  # traced anew: no BLOCK is kept
     full = run(params, tokens, mask=mask)
-    # Frequencies that depend on the length are those of the longest sequence to come.
-    cache = models.open_cache(*tokens.shape, span=mask.sum(1).max())
+    cache = models.open_cache(*tokens.shape)
     head = 6
     logits, cache = run(params, tokens[:, :head], mask=mask[:, :head], cache=cache)
     assert logits.shape == (len(tokens), 1, config.vocab_size)
     np.testing.assert_allclose(logits[:, 0], full[:, head - 1], atol=2e-5)
-    for at in range(head, tokens.shape[1]):
-        logits, cache = run(params, tokens[:, at : at + 1], cache=cache)
-        np.testing.assert_allclose(logits[:, 0], full[:, at], atol=2e-5)
+    logits, cache = run(params, tokens[:, head:-1], cache=cache)
+    np.testing.assert_allclose(logits[:, 0], full[:, -2], atol=2e-5)
+    logits, cache = run(params, tokens[:, -1:], cache=cache)
+    np.testing.assert_allclose(logits[:, 0], full[:, -1], atol=2e-5)
     assert cache.length == tokens.shape[1]
     assert cache.keys.shape[:4] == (config.layers, *tokens.shape, config.kv_heads)
+
+
+def test_the_memory_of_a_long_prompt_is_linear() -> None:
+    config, fn, params = make("llama2")
+
+    def prefill(params, tokens):
+        return fn(params, tokens, cache=models.open_cache(1, 2 * tokens.shape[1]))
+
+    def scratch(length: int) -> int:
+        tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
+        compiled = cases.jit(prefill).lower(params, tokens).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert scratch(4096) < 2.5 * scratch(2048) < 4 * config.heads * 2048**2
+
+
+@pytest.mark.parametrize("name", ["phi4-mini-short", "llama-dynamic"])
+def test_padding_does_not_stretch_the_frequencies(name: str) -> None:
+    config, fn, params = make(name)
+    tokens = cases.batch(config, "none")["tokens"]
+    wide = np.pad(tokens, ((0, 0), (0, 32)))
+    mask = np.arange(wide.shape[1]) < tokens.shape[1]
+    mask = np.broadcast_to(mask, wide.shape)
+    run = cases.jit(fn)
+    plain = run(params, tokens)
+    for options in ({"mask": mask}, {"positions": mask.cumsum(1) - 1}):
+        np.testing.assert_allclose(run(params, wide, **options)[:, :11], plain, atol=2e-5)
+    assert np.abs(run(params, wide)[:, :11] - plain).max() > 1e-3
 
 
 @pytest.mark.parametrize("name", ["llama3", "mistral", "qwen2-sliding"])
@@ -156,11 +189,60 @@ def test_the_table_covers_every_parameter_once() -> None:
         assert sorted(paths) == sorted(tensor.path for tensor in models.tensors(config))
 
 
-def test_a_token_outside_the_vocabulary_gives_nan_and_not_a_wrong_row() -> None:
+@pytest.mark.parametrize("outside", [23, 99, -1, -23])
+def test_a_token_outside_the_vocabulary_is_refused_or_gives_nan(outside: int) -> None:
     _, fn, params = make("llama2")
-    logits = cases.jit(fn)(params, jnp.asarray([[3, 99], [3, 4]]))
+    tokens = np.asarray([[3, outside], [3, 4]])
+    logits = cases.jit(fn)(params, tokens)
     assert np.isnan(logits[0]).any(axis=-1).tolist() == [True, True]
     assert np.isfinite(logits[1]).all()
+    for known in (tokens, jnp.asarray(tokens)):
+        with pytest.raises(ValueError, match=f"tokens: {outside} is outside.*23 rows"):
+            fn(params, known)
+        with pytest.raises(ValueError, match=f"tokens: {outside} is outside.*23 rows"):
+            fn(params, known, cache=models.open_cache(2, 4))
+
+
+def test_float16_is_computed_on_a_cpu() -> None:
+    config, fn, params = make("llama3")
+    half, _ = models.functional(models.abstract(config, dtype="float16"))
+    tokens = cases.batch(config, "none")["tokens"]
+    exact = cases.jit(fn)(params, tokens)
+    options = ({}, {"mask": np.ones_like(tokens, bool)}, {"cache": models.open_cache(2, 16)})
+    for option in options:
+        rough = cases.jit(half)(params, tokens, **option)
+        rough = rough[0] if "cache" in option else rough
+        wanted = exact[:, -rough.shape[1] :]
+        assert np.abs(wanted - rough).mean() < 0.005 * np.abs(wanted).mean()
+    gradient = jax.grad(lambda p: jnp.sum(jnp.sin(half(p, tokens))))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(cases.jit(gradient)(params)))
+
+
+@pytest.mark.parametrize("name", ["llama3", "llama-dynamic", "phi4-mini-short", "qwen2-sliding"])
+def test_64_bit_types_change_nothing(name: str) -> None:
+    config, fn, params = make(name)
+    tokens = cases.batch(config, "none")["tokens"]
+    plain = cases.jit(fn)(params, tokens)
+    text = models.generate(fn, params, prompts=tokens.tolist(), max_new_tokens=7)
+    with jax.enable_x64(True):
+        logits = cases.jit(fn)(params, tokens)
+        assert logits.dtype == jnp.float32
+        np.testing.assert_allclose(logits, plain, atol=2e-5)
+        assert models.generate(fn, params, prompts=tokens.tolist(), max_new_tokens=7) == text
+        drawn = models.generate(
+            fn, params, prompts=[[3]], max_new_tokens=7, temperature=1.0, top_k=5, top_p=0.9
+        )
+    assert [len(row) for row in drawn] == [7]
+
+
+def test_an_attention_that_cannot_be_computed_here_is_refused() -> None:
+    check_attention(None, jnp.dtype("float32"), 8)
+    check_attention("xla", jnp.dtype("bfloat16"), 8)
+    with pytest.raises(ValueError, match="attention='flash' does not work.*float32.*heads of 8"):
+        check_attention("flash", jnp.dtype("float32"), 8)
+    if jax.default_backend() != "gpu":
+        with pytest.raises(ValueError, match=r"attention='cudnn' does not work here.*cuDNN[^\n]*$"):
+            check_attention("cudnn", jnp.dtype("bfloat16"), 64)
 
 
 def test_wrong_calls_are_refused() -> None:

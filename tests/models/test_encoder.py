@@ -128,6 +128,22 @@ def test_a_row_longer_than_the_position_table_is_refused() -> None:
             fn(params, jnp.full((1, room + 1), 3))
 
 
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_numbers_outside_their_tables_are_refused_or_give_nan(name: str) -> None:
+    config, run, params = make(name)
+    fn, _ = models.functional(models.abstract(config))
+    tokens = cases.batch(config, "none")["tokens"]
+    for field, rows in (("tokens", 23), ("positions", 20), ("token_types", 2)):
+        for outside in (rows, -1):
+            numbers = np.zeros_like(tokens)
+            numbers[0, 3] = outside
+            given = {"tokens": tokens, field: numbers}
+            with pytest.raises(ValueError, match=f"{field}: {outside} is outside.*{rows} rows"):
+                fn(params, given.pop("tokens"), **given)
+            sequence = run(params, **({"tokens": tokens} | {field: numbers})).sequence
+            assert np.isnan(sequence[0]).any() and np.isfinite(sequence[1]).all()
+
+
 def test_bfloat16_gives_float32_logits() -> None:
     config, fn, params = make("roberta-classifier", dtype="bfloat16", remat="dots")
     tokens = cases.batch(config, "none")["tokens"]

@@ -43,6 +43,43 @@ def test_greedy_text_with_a_cache_equals_that_without(name: str) -> None:
         assert row == without_cache(fn, params, prompt, 9)
 
 
+@pytest.mark.parametrize("length", [7, 16, 18])  # below the first frequencies' limit, at it, beyond
+def test_a_longrope_text_depends_on_the_tokens_there_are(length: int) -> None:
+    config, fn, params = make("phi4-mini-short")
+    assert config.rope.original_length == 16
+    prompt = [3 + i % 20 for i in range(length)]
+    expected = without_cache(fn, params, prompt, 13)
+    for new in (3, 13, 40):
+        (row,) = models.generate(fn, params, prompts=[prompt], max_new_tokens=new)
+        assert row[:13] == expected[:new]
+    stop = expected[10]
+    (row,) = models.generate(
+        fn, params, prompts=[prompt], max_new_tokens=40, stop_tokens=[stop]
+    )
+    assert row == expected[: expected.index(stop) + 1]
+
+
+def test_an_adapted_longrope_text_goes_on_beyond_the_first_frequencies() -> None:
+    config, fn, params = make("phi4-mini-short")
+    scales = cases.random_scales(config, params)
+    adapted, merged = (
+        models.generate(*model, prompts=PROMPTS, max_new_tokens=15)
+        for model in (
+            (ha.adapt(fn, materialise="error"), params, scales),
+            (fn, ha.merge(params, scales)),
+        )
+    )
+    assert adapted == merged
+
+
+def test_a_dynamic_text_does_not_depend_on_the_most_new_tokens() -> None:
+    _, fn, params = make("llama-dynamic")
+    few, many = (
+        models.generate(fn, params, prompts=PROMPTS, max_new_tokens=new) for new in (5, 20)
+    )
+    assert few == [row[:5] for row in many]
+
+
 @pytest.mark.parametrize("name", ["llama3", "qwen2", "phi3"])
 def test_an_adapted_function_continues_as_merged_weights_do(name: str) -> None:
     config, fn, params = make(name)
@@ -102,7 +139,7 @@ class Script:
         first = 16  # the prompts' bucket
         at = jnp.clip(new - first, 0, self.rows.shape[1] - 1)
         jax.debug.callback(lambda at: self.steps.append(int(at)), at)
-        logits = 9.0 * jax.nn.one_hot(jnp.asarray(self.rows)[:, at], 10)[:, None]
+        logits = 9.0 * jax.nn.one_hot(jnp.asarray(self.rows)[:, at], 13)[:, None]
         return logits, cache._replace(length=new)
 
 
@@ -147,6 +184,11 @@ def test_sampling_of_one_token_is_greedy() -> None:
         for options in ({}, {"temperature": 2.0, "top_k": 1}, {"temperature": 2.0, "top_p": 1e-6})
     )
     assert greedy == one == little
+    for temperature in (1e-30, 1e-60):
+        cold = models.generate(
+            fn, params, prompts=PROMPTS, max_new_tokens=8, temperature=temperature
+        )
+        assert cold == greedy
 
 
 def test_sampling_depends_on_its_seed_alone() -> None:
@@ -167,6 +209,8 @@ def test_sampling_depends_on_its_seed_alone() -> None:
         (models.Sampling(top_k=2), [4 / 7, 3 / 7, 0, 0]),
         (models.Sampling(top_p=0.65), [4 / 7, 3 / 7, 0, 0]),
         (models.Sampling(top_p=0.75), [4 / 9, 3 / 9, 2 / 9, 0]),
+        (models.Sampling(top_k=9), [0.4, 0.3, 0.2, 0.1]),
+        (models.Sampling(top_k=9, top_p=0.75), [4 / 9, 3 / 9, 2 / 9, 0]),
         (models.Sampling(temperature=0.5), [16 / 30, 9 / 30, 4 / 30, 1 / 30]),
         (models.Sampling(temperature=0.5, top_k=3, top_p=0.8), [16 / 25, 9 / 25, 0, 0]),
     ],
@@ -182,8 +226,33 @@ def test_draws_follow_the_distribution(sampling, expected) -> None:
 
 
 @pytest.mark.parametrize(
+    ("sampling", "sorts"),
+    [
+        (models.Sampling(), False),
+        (models.Sampling(top_k=3), False),
+        (models.Sampling(top_k=3, top_p=0.5), False),
+        (models.Sampling(top_p=0.5), True),
+    ],
+)
+def test_the_vocabulary_is_sorted_for_top_p_alone(sampling, sorts) -> None:
+    logits = jax.ShapeDtypeStruct((2, 50), jnp.float32)
+    jaxpr = jax.make_jaxpr(_draw)(logits, sampling, jax.random.key(0))
+    assert ("sort[" in str(jaxpr)) == sorts
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"prompts": [[1], [2, 13]]}, r"prompts\[1\]: 13 is outside.*13 rows"),
+        ({"prompts": [[-1]]}, r"prompts\[0\]: -1 is outside"),
+        ({"prompts": [[2**40]]}, r"prompts\[0\]: 1099511627776 is outside"),
+        ({"prompts": [[1.5]]}, r"prompts\[0\]: expected token numbers, found float64"),
+        ({"prompts": ["ab"]}, r"prompts\[0\]: expected token numbers"),
+        ({"prompts": [[[1]]]}, r"prompts\[0\]: expected token numbers.*\(1, 1\)"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens=2.5"),
+        ({"top_k": 1.5, "temperature": 1.0}, "top_k=1.5"),
+        ({"temperature": float("inf")}, "temperature=inf"),
+        ({"top_p": float("nan")}, "top_p=nan"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"temperature": -1.0}, "temperature=-1"),
         ({"temperature": float("nan")}, "temperature=nan"),
