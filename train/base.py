@@ -14,6 +14,7 @@ import numpy as np
 
 from hyperadapt_jax import models, paths
 from hyperadapt_jax.models import weights
+from hyperadapt_jax.models.layers import check_attention
 from train.errors import InputError, first_line
 from train.options import ModelOptions
 
@@ -90,9 +91,15 @@ def load(
       A :class:`Base`.
 
     Raises:
-      InputError: as :func:`describe`, or a file that is missing or damaged.
+      InputError: as :func:`describe`, a file that is missing or damaged, or an attention that this
+        machine cannot compute.
     """
     described = describe(options, labels)
+    config = described.config
+    try:
+        check_attention(options.attention, jnp.dtype(options.dtype), config.head_dim)
+    except ValueError as error:
+        raise InputError(f"--attention: {error}; leave it out") from error
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:

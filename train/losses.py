@@ -25,9 +25,11 @@ def next_token(tuning: Tuning) -> Loss:
     """
 
     def loss(trainable, frozen, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # Unpacked, a token sees those before it alone, and no label follows the padding.
-        packed = {name: batch[name] for name in ("segment_ids", "positions") if name in batch}
-        logits = tuning.forward(trainable, frozen, batch["tokens"], **packed)
+        # Unpacked, a token sees those before it alone, and no label follows the padding: it needs
+        # no mask. But where rotary frequencies depend on the length, padding must not count.
+        places = {"positions": jnp.cumsum(batch["mask"], axis=1, dtype=jnp.int32) - 1}
+        places |= {name: batch[name] for name in ("segment_ids", "positions") if name in batch}
+        logits = tuning.forward(trainable, frozen, batch["tokens"], **places)
         counts = batch["labels"] != IGNORE
         losses = optax.softmax_cross_entropy_with_integer_labels(
             logits, jnp.where(counts, batch["labels"], 0)

@@ -145,7 +145,8 @@ def make_step(
                 more = part(state.trainable, frozen, batch, keyed)
                 return jax.tree.map(jnp.add, carry, more), None
 
-            zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.trainable))
+            zero = jnp.zeros((), jnp.float32)  # whatever the default dtype is
+            zeros = (zero, zero, jax.tree.map(jnp.zeros_like, state.trainable))
             keys = jax.random.split(key, accumulate)
             (total, weight, grads), _ = jax.lax.scan(add, zeros, (keys, parts))
         mean = jnp.where(weight > 0, 1 / jnp.maximum(weight, 1e-30), 0.0)

@@ -11,7 +11,7 @@ import pytest
 import hyperadapt_jax as ha
 from hyperadapt_jax import models
 from tests.train import tiny
-from train import base, methods
+from train import base, losses, methods
 from train.batches import Batches
 from train.options import AdapterOptions, OptimizerOptions
 from train.step import make_optimizer, make_step, schedule, start
@@ -84,6 +84,35 @@ def test_a_batch_split_differently_gives_the_same_gradient(accumulate):
     split, in_parts = one_step(tuned, batch, accumulate=accumulate)
     close(whole.trainable, split.trainable)
     assert metrics == pytest.approx(in_parts, rel=1e-5)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_64_bit_types_change_no_step(accumulate):
+    tuned, batch = tuning(), batch_of(tiny.examples(4), 4, lengths=[16])
+    optimizer = make_optimizer(OPTIONS, tuned, 10)
+    plain, metrics = one_step(tuned, batch, accumulate=accumulate, optimizer=optimizer)
+    with jax.enable_x64(True):
+        wide, again = one_step(tuned, batch, accumulate=accumulate, optimizer=optimizer)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(wide.trainable)} == {"float32"}
+    close(plain.trainable, wide.trainable)
+    assert metrics == pytest.approx(again, rel=1e-5)
+
+
+def test_padding_does_not_stretch_the_rotary_positions():
+    """Where frequencies depend on the length, it is that of the longest example, not its row."""
+    raw = tiny.CONFIG | {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}
+    config = models.config_from_dict(raw | {"max_position_embeddings": 8})
+    fn, params = models.functional(models.create(config, seed=1))
+    params = jax.tree.map(lambda x: 3 * x, params)
+    tuned = methods.tune(base.Base("random", config, fn, params, (), None), AdapterOptions())
+    loss = jax.jit(losses.next_token(tuned))
+    examples = tiny.examples(3)
+    longest = max(len(example["tokens"]) for example in examples)
+    tight, wide = (
+        loss(tuned.trainable, tuned.frozen, batch_of(examples, 3, lengths=[length]), None)
+        for length in (longest, 48)
+    )
+    close(tight, wide)
 
 
 def test_padding_and_filling_change_nothing():
