@@ -72,16 +72,18 @@ class Rope:
 
     Attributes:
       theta: base of the frequencies.
-      kind: ``default``, ``linear``, ``dynamic``, ``llama3`` or ``longrope``.
+      kind: ``default``, ``linear``, ``dynamic``, ``llama3``, ``yarn`` or ``longrope``.
       fraction: part of each head that is rotated, in (0, 1].
       factor: how far the context is stretched (all kinds but the first).
       original_length: context length of pre-training, in tokens (``dynamic``, ``llama3``,
-        ``longrope``).
-      low_frequency_factor: ``llama3``: wavelengths above ``original_length / this`` are stretched.
-      high_frequency_factor: ``llama3``: wavelengths below ``original_length / this`` are kept.
+        ``yarn``, ``longrope``).
+      low_frequency_factor: ``llama3``, ``yarn``: wavelengths above ``original_length / this`` are
+        stretched.
+      high_frequency_factor: ``llama3``, ``yarn``: wavelengths below ``original_length / this`` are
+        kept.
       short_factors: ``longrope``: divisors of the frequencies up to ``original_length``.
       long_factors: ``longrope``: divisors of the frequencies beyond it.
-      amplitude: ``longrope``: factor on the sines and cosines.
+      amplitude: ``yarn``, ``longrope``: factor on the sines and cosines.
     """
 
     theta: float = 10000.0
@@ -461,7 +463,7 @@ def _rope(fields: _Fields, family: str, head_dim: int, max_length: int) -> Rope:
     inner = _Fields(scaling, f"{fields.where}: rope_scaling")
     legacy_kind = inner.rest.pop("type", None)
     kind = inner.take("rope_type", str, legacy_kind or "default")
-    kinds = {"default", "linear", "dynamic", "llama3", "longrope"}
+    kinds = {"default", "linear", "dynamic", "llama3", "yarn", "longrope"}
     if family == "phi3":
         kind = "longrope" if kind == "su" else kind
         kinds = {"default", "longrope"}
@@ -480,7 +482,7 @@ def _rope(fields: _Fields, family: str, head_dim: int, max_length: int) -> Rope:
             f"rotates {rotated} of {head_dim} dimensions of a head; expected an even part of them",
         )
     rope = Rope(theta=theta, kind=kind, fraction=fraction)
-    if kind in ("linear", "dynamic", "llama3"):
+    if kind in ("linear", "dynamic", "llama3", "yarn"):
         rope = dataclasses.replace(rope, factor=inner.positive("factor", float))
     if kind == "dynamic" and rotated < 4:
         raise inner.error("rope_type", kind, f"needs four rotated dimensions, found {rotated}")
@@ -499,6 +501,8 @@ def _rope(fields: _Fields, family: str, head_dim: int, max_length: int) -> Rope:
             raise inner.error(
                 "high_freq_factor", rope.high_frequency_factor, "must be above low_freq_factor"
             )
+    if kind == "yarn":
+        rope = _yarn(inner, rope, max_length)
     if kind == "longrope":
         rope = _longrope(inner, rope, rotated // 2, max_length, outer_original)
     # Without stretching, the length of pre-training has no effect.
@@ -508,6 +512,26 @@ def _rope(fields: _Fields, family: str, head_dim: int, max_length: int) -> Rope:
     if inner.rest:
         name, value = next(iter(inner.rest.items()))
         raise inner.error(name, value, f"not understood for rope_type {kind!r}")
+    return rope
+
+
+def _yarn(fields: _Fields, rope: Rope, max_length: int) -> Rope:
+    def inferred(weight: float = 1.0) -> float:
+        return 1.0 + 0.1 * weight * math.log(rope.factor) if rope.factor > 1.0 else 1.0
+
+    weights = [fields.take(name, float, None) for name in ("mscale", "mscale_all_dim")]
+    amplitude = inferred(weights[0]) / inferred(weights[1]) if all(weights) else inferred()
+    fields.rest.pop("attn_factor", None)  # a name that the reference does not read either
+    fields.expect("truncate", True)
+    rope = dataclasses.replace(
+        rope,
+        original_length=fields.positive("original_max_position_embeddings", default=max_length),
+        low_frequency_factor=fields.positive("beta_slow", float, 1.0),
+        high_frequency_factor=fields.positive("beta_fast", float, 32.0),
+        amplitude=fields.positive("attention_factor", float, amplitude),
+    )
+    if rope.theta <= 1.0:
+        raise fields.error("rope_theta", rope.theta, "expected more than one for rope_type 'yarn'")
     return rope
 
 
@@ -640,6 +664,13 @@ def _rope_scaling(rope: Rope) -> dict[str, Any] | None:
             "original_max_position_embeddings": rope.original_length,
         }
     scaling["factor"] = rope.factor
+    if rope.kind == "yarn":
+        scaling |= {
+            "beta_slow": rope.low_frequency_factor,
+            "beta_fast": rope.high_frequency_factor,
+            "attention_factor": rope.amplitude,
+            "original_max_position_embeddings": rope.original_length,
+        }
     if rope.kind == "llama3":
         scaling |= {
             "low_freq_factor": rope.low_frequency_factor,

@@ -150,8 +150,9 @@ def rope_tables(rope: Rope, head_dim: int, positions: Array) -> tuple[Array, Arr
     Returns:
       ``(cos, sin)``, each ``[B, T, R / 2]`` in float32, where R is the rotated part of H.
 
-    Sources: arXiv 2104.09864 (rotary positions), 2306.15595 (linear), 2402.13753 (longrope); the
-    ``llama3`` and ``dynamic`` rules are those of transformers' ``modeling_rope_utils``.
+    Sources: arXiv 2104.09864 (rotary positions), 2306.15595 (linear), 2309.00071 (yarn), 2402.13753
+    (longrope); the ``llama3`` and ``dynamic`` rules are those of transformers'
+    ``modeling_rope_utils``.
     """
     rotated = int(head_dim * rope.fraction)
     exponents = np.arange(0, rotated, 2, dtype=np.float64) / rotated
@@ -161,6 +162,8 @@ def rope_tables(rope: Rope, head_dim: int, positions: Array) -> tuple[Array, Arr
         frequencies = jnp.asarray(1.0 / (rope.factor * wavelengths), jnp.float32)
     elif rope.kind == "llama3":
         frequencies = jnp.asarray(_llama3(rope, 1.0 / wavelengths), jnp.float32)
+    elif rope.kind == "yarn":
+        frequencies = jnp.asarray(_yarn(rope, 1.0 / wavelengths), jnp.float32)
     elif rope.kind == "dynamic":
         excess = jnp.maximum(length.astype(jnp.float32) / rope.original_length, 1.0)
         stretch = (rope.factor * excess - (rope.factor - 1.0)) ** (rotated / (rotated - 2))
@@ -184,6 +187,20 @@ def _llama3(rope: Rope, frequencies: np.ndarray) -> np.ndarray:
     low, high = rope.low_frequency_factor, rope.high_frequency_factor
     kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
     return kept * frequencies + (1.0 - kept) * frequencies / rope.factor
+
+
+def _yarn(rope: Rope, frequencies: np.ndarray) -> np.ndarray:
+    """Stretch long wavelengths, keep short ones, and go from one to the other by dimension."""
+    rotated = 2 * len(frequencies)
+
+    def dimension(turns: float) -> float:
+        wavelength = rope.original_length / (2 * math.pi * turns)
+        return rotated * math.log(wavelength) / (2 * math.log(rope.theta))
+
+    low = max(math.floor(dimension(rope.high_frequency_factor)), 0)
+    high = min(math.ceil(dimension(rope.low_frequency_factor)), rotated - 1)
+    stretched = np.clip((np.arange(rotated // 2) - low) / ((high - low) or 0.001), 0.0, 1.0)
+    return stretched * frequencies / rope.factor + (1.0 - stretched) * frequencies
 
 
 def apply_rope(x: Array, cos: Array, sin: Array) -> Array:

@@ -105,6 +105,16 @@ CASES: dict[str, Case] = {
         _decoder("qwen3", "Qwen3", head_dim=8, tie_word_embeddings=True, attention_bias=True),
         "left",
     ),
+    "qwen3-yarn": Case(
+        _decoder(
+            "qwen3", "Qwen3", head_dim=16, rope_theta=50.0,
+            rope_scaling={
+                "rope_type": "yarn", "factor": 4.0, "beta_fast": 3.0, "attn_factor": 0.9,
+                "original_max_position_embeddings": 16,
+            },
+        ),
+        "right",
+    ),
     "phi3": Case(
         _decoder("phi3", "Phi3", sliding_window=5, original_max_position_embeddings=64), "right"
     ),

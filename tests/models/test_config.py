@@ -61,7 +61,7 @@ def test_a_field_that_would_make_another_model_is_named(
 @pytest.mark.parametrize(
     ("scaling", "message"),
     [
-        ({"rope_type": "yarn", "factor": 4.0}, "rope_type.*yarn.*not supported"),
+        ({"rope_type": "ntk", "factor": 4.0}, "rope_type.*ntk.*not supported"),
         ({"rope_type": "linear"}, "factor.*missing"),
         ({"rope_type": "linear", "factor": 2.0, "beta_fast": 32}, "beta_fast.*not understood"),
         ({"rope_type": "default", "factor": 2.0}, "factor.*expected 1.0"),
