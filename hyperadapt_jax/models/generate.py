@@ -97,7 +97,8 @@ def generate(
     prompts = [_prompt(number, prompt) for number, prompt in enumerate(prompts)]
     tokens, mask = _pad_left(prompts)
     slots = _bucket(max_new_tokens)
-    vocabulary = _logits.eval_shape(fn, trees, tokens, mask, slots=slots).shape[-1]
+    prefill = _prefill.trace(fn, trees, tokens, mask, slots=tokens.shape[1] + slots)
+    vocabulary = prefill.out_info[0].shape[-1]
     for number, prompt in enumerate(prompts):
         check_range(f"prompts[{number}]", prompt, vocabulary)
     sampling = None
@@ -120,6 +121,14 @@ def generate(
     )
     new, counts = jax.device_get((new, counts))
     return [row[:count].tolist() for row, count in zip(new, counts, strict=True)]
+
+
+@functools.partial(jax.jit, static_argnames=("fn", "slots"))
+def _prefill(
+    fn: Callable[..., Any], trees: tuple[Any, ...], tokens: Array, mask: Array, *, slots: int
+) -> tuple[Array, Cache]:
+    """The last place's logits, and the cache after ``tokens: [B, T]``; traced once for a shape."""
+    return fn(*trees, tokens, mask=mask, cache=open_cache(tokens.shape[0], slots))
 
 
 def decode(
@@ -167,7 +176,7 @@ def decode(
         done: Array
         counts: Array
 
-    logits, cache = fn(*trees, tokens, mask=mask, cache=open_cache(batch, length + slots))
+    logits, cache = _prefill(fn, trees, tokens, mask, slots=length + slots)
     first = choose(logits, 0)
     start = State(
         step=jnp.ones((), jnp.int32),
@@ -184,12 +193,9 @@ def decode(
     def refill(state: State) -> State:
         """Give all tokens anew, and step back by one: `advance` gives the last again."""
         written = jnp.broadcast_to(jnp.arange(slots) < state.step, (batch, slots))
-        _, cache = fn(
-            *trees,
-            jnp.concatenate([tokens, state.new.astype(tokens.dtype)], axis=1),
-            mask=jnp.concatenate([mask, written], axis=1),
-            cache=open_cache(batch, length + slots),
-        )
+        seen = jnp.concatenate([tokens, state.new.astype(tokens.dtype)], axis=1)
+        seen_mask = jnp.concatenate([mask, written], axis=1)
+        _, cache = _prefill(fn, trees, seen, seen_mask, slots=length + slots)
         last = length + state.step - 1
         valid = cache.valid.at[:, last].set(False)
         return state._replace(cache=cache._replace(valid=valid, length=last))
@@ -215,15 +221,6 @@ def decode(
 
 
 _decode = functools.partial(jax.jit, static_argnames=("fn", "slots"))(decode)
-
-
-@functools.partial(jax.jit, static_argnames=("fn", "slots"))
-def _logits(
-    fn: Callable[..., Any], trees: tuple[Any, ...], tokens: Array, mask: Array, *, slots: int
-) -> Array:
-    """The first logits of `decode`: their shape tells the vocabulary."""
-    batch, length = tokens.shape
-    return fn(*trees, tokens, mask=mask, cache=open_cache(batch, length + slots))[0]
 
 
 def _draw(logits: Array, sampling: Sampling, rng: Array) -> Array:
