@@ -42,7 +42,8 @@ _BLOCK = 16 * 2**20  # bytes of a tensor that the host holds at a time
 _SMALL = (
     8 * 2**20
 )  # bytes up to which a copy on the host costs less than a compiled one on a device
-# The dtypes of weights, as the format writes them; others are those of a quantised checkpoint.
+_STRIP = 32  # rows of a matrix that the host transposes at a time
+# The dtypes of weights, as the format writes them; others are those of a quantized checkpoint.
 _CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _DELAY = 2.0  # seconds of work before a progress bar shows
@@ -438,6 +439,29 @@ def _sharding(
 # -------------------------------------------------------------------------------------------- load
 
 
+def _transposed(matrix: np.ndarray) -> np.ndarray:
+    """A transposed copy of a matrix, by strips of rows, so that both sides stay in the cache."""
+    # As integers of the same size, which numpy moves as it is: it converts dtypes not its own.
+    bits = np.dtype(f"u{matrix.dtype.itemsize}")
+    result = np.empty(matrix.shape[::-1], bits)
+    for row in range(0, len(matrix), _STRIP):
+        result[:, row : row + _STRIP] = matrix[row : row + _STRIP].view(bits).T
+    return result.view(matrix.dtype)
+
+
+def _on_host(devices: Iterable[Any]) -> bool:
+    """Whether the devices' memory is the host's, where numpy moves numbers faster than XLA."""
+    return all(device.platform == "cpu" for device in devices)
+
+
+def _empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Host memory that begins as XLA wants it, so that a CPU device takes it over uncopied."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
 @functools.partial(jax.jit, donate_argnums=0, static_argnames="transpose")
 def _write_device(buffer: Array, block: Array, start: tuple[int, ...], *, transpose: bool) -> Array:
     """Puts a block of a stored tensor in its place, in the layout and dtype of the parameter."""
@@ -446,14 +470,10 @@ def _write_device(buffer: Array, block: Array, start: tuple[int, ...], *, transp
     return jax.lax.dynamic_update_slice(buffer, block, start)
 
 
-def _write_host(
-    buffer: np.ndarray, block: np.ndarray, start: tuple[int, ...], *, transpose: bool
-) -> np.ndarray:
-    """The same in host memory."""
-    block = block.T if transpose else block
+def _write_host(buffer: np.ndarray, block: np.ndarray, start: tuple[int, ...]) -> None:
+    """The same in host memory, for a block in the parameter's layout."""
     block = block.reshape((1,) * (buffer.ndim - block.ndim) + block.shape)
     buffer[tuple(slice(a, a + n) for a, n in zip(start, block.shape, strict=True))] = block
-    return buffer
 
 
 def _without_mesh() -> contextlib.AbstractContextManager[Any]:
@@ -497,8 +517,10 @@ def _assemble(
 
     local = shape if sharding is None else sharding.shard_shape(shape)
     small = math.prod(local) * jnp.dtype(dtype).itemsize <= _SMALL
-    if small:
-        buffers = {key: [np.empty(local, dtype)] for key in shards}
+    used = jnp.zeros(()).devices() if sharding is None else sharding.device_set
+    on_host = small or _on_host(used)
+    if on_host:
+        buffers = {key: [_empty(local, dtype)] for key in shards}
     else:
         buffers = {
             key: [jnp.zeros(local, dtype, device=device) for device in devices]
@@ -516,8 +538,9 @@ def _assemble(
                 prefix = tuple(layer - start for start, _ in stack)
                 for start, block in _blocks(view, index[::turn], part.itemsize):
                     start = (*prefix, *start[::turn])
-                    if small:
-                        _write_host(buffers[key][0], block, start, transpose=tensor.transpose)
+                    if on_host:
+                        block = _transposed(block) if tensor.transpose else block
+                        _write_host(buffers[key][0], block, start)
                         continue
                     block = block.astype(jax.dtypes.canonicalize_dtype(block.dtype), copy=False)
                     buffers[key] = [
@@ -529,7 +552,7 @@ def _assemble(
                     # A queue of blocks on their way to the devices would be held by the host.
                     jax.block_until_ready(buffers[key])
         advance(part.bytes)
-    if small:
+    if on_host:
         buffers = {
             key: [jax.device_put(buffers[key][0], device) for device in devices]
             for key, devices in shards.items()
@@ -643,6 +666,8 @@ def _fetch(
     array: Array, layer: int | None, shape: tuple[int, ...], *, transpose: bool, dtype: Any
 ) -> np.ndarray:
     """The stored form of a parameter, or of one of its layers, gathered on the host."""
+    if transpose and _on_host(array.devices()):
+        return _transposed(_fetch(array, layer, shape[::-1], transpose=False, dtype=dtype))
     if len(array.addressable_shards) == 1:
         with _without_mesh():
             return np.asarray(_piece(array, layer, transpose=transpose, dtype=dtype))

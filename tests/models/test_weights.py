@@ -115,10 +115,11 @@ def assert_equal(tree, reference, dtype="float32"):
 
 @pytest.fixture(params=["host", "device"])
 def route(request, monkeypatch):
-    """Assembly on the host, as for small parameters, and on the device in many blocks."""
+    """Assembly in many blocks: on the host, as for a CPU, and on the device, as elsewhere."""
+    monkeypatch.setattr(weights, "_BLOCK", 100)
     if request.param == "device":
         monkeypatch.setattr(weights, "_SMALL", -1)
-        monkeypatch.setattr(weights, "_BLOCK", 100)
+        monkeypatch.setattr(weights, "_on_host", lambda devices: False)
     return request.param
 
 
