@@ -8,31 +8,45 @@ configuration is never read as another model.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import pathlib
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 from hyperadapt_jax.models.layers import ACTIVATIONS
+from hyperadapt_jax.models.weights import read_json
 
-# Fields that change neither the parameters nor the function of a model, and why.
+# Fields that change neither the parameters nor the function of a model, and why. So do fields that
+# are null, and those that begin with an underscore.
 IGNORED_FIELDS: dict[str, str] = {
     **dict.fromkeys(
-        ("transformers_version", "_name_or_path", "name_or_path", "auto_map", "tokenizer_class",
+        ("transformers_version", "name_or_path", "auto_map", "tokenizer_class",
          "prefix", "finetuning_task", "task_specific_params", "unsloth_fixed", "unsloth_version",
-         "transformers.js_config"),
+         "transformers.js_config", "internal_version", "language", "license", "name", "model_name"),
         "says where the checkpoint came from; remote code is never run",
     ),
     **dict.fromkeys(
         ("dtype", "torch_dtype", "torchscript", "tf_legacy_loss", "use_bfloat16",
-         "_attn_implementation", "_attn_implementation_autoset", "attn_implementation",
-         "pretraining_tp", "chunk_size_feed_forward", "gradient_checkpointing", "use_cache"),
+         "attn_implementation", "use_flash_attn", "use_flash_attention_2", "fp16", "bf16", "fp32",
+         "pretraining_tp", "chunk_size_feed_forward", "gradient_checkpointing", "use_cache",
+         "xla_device"),
         "says how torch computes or stores, not what",
     ),
     **dict.fromkeys(
-        ("return_dict", "output_attentions", "output_hidden_states", "output_past"),
+        ("return_dict", "use_return_dict", "output_attentions", "output_hidden_states",
+         "output_past"),
         "says what torch returns",
+    ),
+    **dict.fromkeys(
+        ("max_sequence_length", "model_max_length", "seq_length", "max_seq_length"),
+        "says how long the texts of training were; max_position_embeddings alone is read",
+    ),
+    "dual_chunk_attention_config":
+        "is read by servers of long contexts alone: the reference has no such attention",
+    **dict.fromkeys(
+        ("sentence_transformers", "sbert_ce_default_activation_function"),
+        "says what sentence-transformers does with the outputs",
     ),
     **dict.fromkeys(
         ("directionality", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers",
@@ -40,9 +54,15 @@ IGNORED_FIELDS: dict[str, str] = {
         "was written into the first multilingual BERT files and is read by no implementation",
     ),
     **dict.fromkeys(
-        ("label2id", "problem_type", "sep_token_id", "decoder_start_token_id",
+        ("label2id", "id2label", "num_labels", "classifier_dropout", "problem_type",
          "initializer_range", "initializer_factor"),
-        "concerns the loss, the tokenizer or a new checkpoint's start",
+        "concerns the loss, a head that the model lacks, or a new checkpoint's start",
+    ),
+    **dict.fromkeys(
+        ("sep_token_id", "cls_token_id", "mask_token_id", "unk_token_id", "decoder_start_token_id",
+         "eos_token_ids", "bos_token", "eos_token", "pad_token", "unk_token", "sep_token",
+         "cls_token", "mask_token"),
+        "concerns the tokenizer, whose own files are read",
     ),
     **dict.fromkeys(
         ("max_length", "min_length", "do_sample", "early_stopping", "num_beams", "temperature",
@@ -62,8 +82,23 @@ _DECODERS = {
     "qwen3": "Qwen3ForCausalLM",
     "phi3": "Phi3ForCausalLM",
 }
-_ENCODERS = {"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta"}
-_ENCODER_HEADS = ("Model", "ForMaskedLM", "ForPreTraining", "ForSequenceClassification")
+_ENCODERS = {
+    "bert": "Bert",
+    "roberta": "Roberta",
+    "xlm-roberta": "XLMRoberta",
+    "camembert": "Camembert",
+}
+# Of the heads, that of ForSequenceClassification is read; under another, the encoder alone.
+_CLASSIFIER = "ForSequenceClassification"
+_ENCODER_HEADS = (
+    "Model", "ForMaskedLM", "ForPreTraining", "ForNextSentencePrediction", "ForQuestionAnswering",
+    "ForTokenClassification", "ForMultipleChoice", _CLASSIFIER,
+)
+_MOST_LAYERS = 10_000  # a configuration holds a window for each: no file may ask for gigabytes
+_LARGEST = 2**31 - 1  # sizes and token numbers are 32-bit integers
+# NVIDIA's exporter leaves config.json as it was, and says here that the weights are quantized.
+_QUANTIZATION_FILE = "hf_quant_config.json"
+_GENERATION_FILE = "generation_config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +206,7 @@ class EncoderConfig:
       attention_dropout: probability on attention weights.
       head_dropout: probability before the classification head.
       labels: outputs of the classification head (1 for regression), or None without a head.
+      pooled: without a head, there is a pooler; not every checkpoint has one.
     """
 
     family: str
@@ -188,6 +224,7 @@ class EncoderConfig:
     attention_dropout: float = 0.1
     head_dropout: float = 0.1
     labels: int | None = None
+    pooled: bool = True
 
     @property
     def head_dim(self) -> int:
@@ -196,8 +233,8 @@ class EncoderConfig:
 
     @property
     def pooler(self) -> bool:
-        """Whether there is a pooler: the reference leaves it out of RoBERTa classifiers alone."""
-        return self.family == "bert" or self.labels is None
+        """Whether there is a pooler: with a head, in BERT alone."""
+        return self.pooled if self.labels is None else self.family == "bert"
 
     @property
     def max_length(self) -> int:
@@ -209,6 +246,10 @@ Config = DecoderConfig | EncoderConfig
 
 _REQUIRED = object()
 
+# How a value of any size or depth looks in an error of one line.
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 3, 80, 80, 40
+
 
 class _Fields:
     """The fields of one ``config.json``, each of which has to be taken before `finish`."""
@@ -218,7 +259,7 @@ class _Fields:
         self.where = where
 
     def error(self, name: str, value: Any, reason: str) -> ValueError:
-        return ValueError(f"{self.where}: field {name!r} = {value!r}: {reason}")
+        return ValueError(f"{self.where}: field {name!r} = {_SHORT.repr(value)}: {reason}")
 
     def take(self, name: str, kind: type, default: Any = _REQUIRED) -> Any:
         """The value of a field, of the given type; null stands for a missing field."""
@@ -227,18 +268,28 @@ class _Fields:
             if default is _REQUIRED:
                 raise ValueError(f"{self.where}: field {name!r} is missing")
             return default
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        fits = {int: whole, float: whole or isinstance(value, float)}
+        if not fits.get(kind, isinstance(value, kind)):
             raise self.error(name, value, f"expected {kind.__name__}")
-        if kind is float and not math.isfinite(value):
+        if kind is int and abs(value) > _LARGEST:
+            raise self.error(name, value, f"expected at most {_LARGEST}")
+        if kind is not float:
+            return value
+        if not _finite(value):
             raise self.error(name, value, "expected a finite number")
-        return value
+        return float(value)
 
     def positive(self, name: str, kind: type = int, default: Any = _REQUIRED) -> Any:
         value = self.take(name, kind, default)
         if value is not None and value <= 0:
             raise self.error(name, value, "expected a positive number")
+        return value
+
+    def epsilon(self, name: str, default: float) -> float:
+        value = self.take(name, float, default)
+        if value < 0:
+            raise self.error(name, value, "expected zero or more")
         return value
 
     def probability(self, name: str, default: float) -> float:
@@ -268,11 +319,16 @@ class _Fields:
                      "tie_encoder_decoder"):
             self.expect(name, False)
         self.expect("pruned_heads", {})
-        self.expect("cross_attention_hidden_size")
         self.expect("quantization_config")
-        if self.rest:
-            name, value = next(iter(self.rest.items()))
-            others = ", ".join(sorted(self.rest)[:8])
+        # Null is no value, and an underscore marks what a library notes for itself.
+        rest = {
+            name: value
+            for name, value in self.rest.items()
+            if value is not None and not name.startswith("_")
+        }
+        if rest:
+            name, value = next(iter(rest.items()))
+            others = ", ".join(sorted(rest)[:8])
             raise self.error(
                 name, value,
                 f"not understood, so the model could differ from the reference (all such fields: "
@@ -295,29 +351,42 @@ def read_config(path: str | pathlib.Path) -> Config:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: a file is no JSON object, or a field is missing, unknown or unsupported.
+      ValueError: a file is no JSON object, a field is missing, unknown or unsupported, or a file
+        next to it says that the weights are quantized.
     """
     path = pathlib.Path(path)
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; expected a Hugging Face model folder")
-    config = config_from_dict(_read_object(file), where=str(file))
-    generation = file.with_name("generation_config.json")
-    if isinstance(config, DecoderConfig) and generation.is_file():
-        fields = _Fields(_read_object(generation), str(generation))
+    raw = read_json(file.parent, file.name)
+    if (file.parent / _QUANTIZATION_FILE).exists():
+        _check_unquantized(file.parent)
+    config = config_from_dict(raw, where=str(file))
+    generation = file.with_name(_GENERATION_FILE)
+    if isinstance(config, DecoderConfig) and generation.exists():
+        fields = _Fields(read_json(file.parent, _GENERATION_FILE), str(generation))
         if eos_tokens := _tokens(fields, "eos_token_id"):
             config = dataclasses.replace(config, eos_tokens=eos_tokens)
     return config
 
 
-def _read_object(file: pathlib.Path) -> dict[str, Any]:
+def _check_unquantized(folder: pathlib.Path) -> None:
+    fields = _Fields(read_json(folder, _QUANTIZATION_FILE), str(folder / _QUANTIZATION_FILE))
+    fields.rest = fields.take("quantization", dict)
+    # The cache of keys and values may be quantized at will: it is no part of the checkpoint.
+    if "quant_algo" not in fields.rest:
+        raise ValueError(f"{fields.where}: field 'quantization' does not say its 'quant_algo'")
+    fields.expect("quant_algo")
+
+
+def _finite(value: Any) -> bool:
+    """Whether a value is a finite number that fits a float, as no integer of 400 digits does."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: not valid JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"{file}: expected a JSON object, found {type(raw).__name__}")
-    return raw
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def config_from_dict(raw: Mapping[str, Any], *, where: str = "config.json") -> Config:
@@ -335,8 +404,8 @@ def config_from_dict(raw: Mapping[str, Any], *, where: str = "config.json") -> C
 
     >>> config_from_dict({"model_type": "mamba"})
     Traceback (most recent call last):
-    ValueError: config.json: field 'model_type' = 'mamba': not supported; one of bert, llama, \
-mistral, phi3, qwen2, qwen3, roberta, xlm-roberta
+    ValueError: config.json: field 'model_type' = 'mamba': not supported; one of bert, camembert, \
+llama, mistral, phi3, qwen2, qwen3, roberta, xlm-roberta
     """
     fields = _Fields(raw, where)
     family = fields.choice("model_type", {**_DECODERS, **_ENCODERS})
@@ -351,7 +420,7 @@ mistral, phi3, qwen2, qwen3, roberta, xlm-roberta
     if family in _DECODERS:
         config = _decoder(fields, family)
     else:
-        classifies = any(a.endswith("ForSequenceClassification") for a in architectures)
+        classifies = any(a.endswith(_CLASSIFIER) for a in architectures)
         config = _encoder(fields, family, classifies)
     fields.finish()
     return config
@@ -365,9 +434,22 @@ def _tokens(fields: _Fields, name: str) -> tuple[int, ...]:
     return tuple(values)
 
 
+def _layers(fields: _Fields) -> int:
+    layers = fields.positive("num_hidden_layers")
+    if layers > _MOST_LAYERS:
+        raise fields.error("num_hidden_layers", layers, f"expected at most {_MOST_LAYERS}")
+    return layers
+
+
+def _token(fields: _Fields, name: str) -> int | None:
+    """A token's number, or None: files of the first Llama say -1 for a token that there is not."""
+    value = fields.take(name, int, None)
+    return None if value is None or value < 0 else value
+
+
 def _decoder(fields: _Fields, family: str) -> DecoderConfig:
     width = fields.positive("hidden_size")
-    layers = fields.positive("num_hidden_layers")
+    layers = _layers(fields)
     heads = fields.positive("num_attention_heads")
     kv_heads = fields.positive("num_key_value_heads", default=heads)
     if heads % kv_heads:
@@ -410,7 +492,7 @@ def _decoder(fields: _Fields, family: str) -> DecoderConfig:
         head_dim=head_dim,
         max_length=max_length,
         activation=fields.choice("hidden_act", ACTIVATIONS, "silu"),
-        norm_epsilon=fields.take("rms_norm_eps", float, 1e-5 if family == "phi3" else 1e-6),
+        norm_epsilon=fields.epsilon("rms_norm_eps", 1e-5 if family == "phi3" else 1e-6),
         rope=_rope(fields, family, head_dim, max_length),
         windows=_windows(fields, family, layers),
         qkv_bias=attention_bias or family == "qwen2",
@@ -419,9 +501,9 @@ def _decoder(fields: _Fields, family: str) -> DecoderConfig:
         qk_norm=family == "qwen3",
         fused=family == "phi3",
         tied=fields.take("tie_word_embeddings", bool, False),
-        bos_token=fields.take("bos_token_id", int, None),
+        bos_token=_token(fields, "bos_token_id"),
         eos_tokens=_tokens(fields, "eos_token_id"),
-        pad_token=fields.take("pad_token_id", int, None),
+        pad_token=_token(fields, "pad_token_id"),
     )
 
 
@@ -441,7 +523,8 @@ def _windows(fields: _Fields, family: str, layers: int) -> tuple[int | None, ...
     if types is None:
         sliding = [window is not None and layer >= first for layer in range(layers)]
     else:
-        if len(types) != layers or not set(types) <= {"full_attention", "sliding_attention"}:
+        kinds = ("full_attention", "sliding_attention")
+        if len(types) != layers or any(kind not in kinds for kind in types):
             raise fields.error(
                 "layer_types", types,
                 f"expected {layers} times 'full_attention' or 'sliding_attention'",
@@ -461,8 +544,8 @@ def _rope(fields: _Fields, family: str, head_dim: int, max_length: int) -> Rope:
     scaling = fields.take("rope_scaling", dict, None)
     scaling = {**(fields.take("rope_parameters", dict, None) or {}), **(scaling or {})}
     inner = _Fields(scaling, f"{fields.where}: rope_scaling")
-    legacy_kind = inner.rest.pop("type", None)
-    kind = inner.take("rope_type", str, legacy_kind or "default")
+    legacy_kind = inner.take("type", str, "default")
+    kind = inner.take("rope_type", str, legacy_kind)
     kinds = {"default", "linear", "dynamic", "llama3", "yarn", "longrope"}
     if family == "phi3":
         kind = "longrope" if kind == "su" else kind
@@ -475,11 +558,11 @@ def _rope(fields: _Fields, family: str, head_dim: int, max_length: int) -> Rope:
     fraction = inner.positive("partial_rotary_factor", float, fraction or 1.0)
     if fraction != 1.0 and family != "phi3":
         raise inner.error("partial_rotary_factor", fraction, f"{family} rotates whole heads")
-    rotated = int(head_dim * fraction)
-    if rotated > head_dim or rotated % 2:
+    rotated = int(head_dim * fraction) if fraction <= 1.0 else 0
+    if rotated < 2 or rotated % 2:
         raise inner.error(
             "partial_rotary_factor", fraction,
-            f"rotates {rotated} of {head_dim} dimensions of a head; expected an even part of them",
+            f"expected to rotate an even part of the {head_dim} dimensions of a head",
         )
     rope = Rope(theta=theta, kind=kind, fraction=fraction)
     if kind in ("linear", "dynamic", "llama3", "yarn"):
@@ -542,14 +625,14 @@ def _longrope(
     original = original or inner_original
     stretch = fields.positive("factor", float, max_length / original)
     amplitude = 1.0
+    if original < 2:
+        raise fields.error("original_max_position_embeddings", original, "expected two or more")
     if stretch > 1.0:
         amplitude = math.sqrt(1.0 + math.log(stretch) / math.log(original))
     factors = []
     for name in ("short_factor", "long_factor"):
         values = fields.take(name, list)
-        if len(values) != frequencies or not all(
-            isinstance(v, (int, float)) and not isinstance(v, bool) and v > 0 for v in values
-        ):
+        if len(values) != frequencies or not all(_finite(v) and v > 0 for v in values):
             raise fields.error(name, values, f"expected {frequencies} positive numbers")
         factors.append(tuple(float(v) for v in values))
     return dataclasses.replace(
@@ -568,8 +651,15 @@ def _encoder(fields: _Fields, family: str, classifies: bool) -> EncoderConfig:
     if width % heads:
         raise fields.error("num_attention_heads", heads, f"does not divide hidden_size {width}")
     fields.expect("position_embedding_type", "absolute")
-    names = fields.take("id2label", dict, {"0": "", "1": ""})
-    labels = fields.positive("num_labels", default=len(names))
+    # As in the reference, the names count where both are given.
+    names = fields.take("id2label", dict, None)
+    labels = fields.positive("num_labels", default=2) if names is None else len(names)
+    if labels == 0:
+        raise fields.error("id2label", names, "expected a name for each label")
+    pad_token = fields.take("pad_token_id", int, 0 if family == "bert" else 1)
+    positions = fields.positive("max_position_embeddings", default=512)
+    if pad_token < 0 or (family != "bert" and positions <= pad_token + 1):
+        raise fields.error("pad_token_id", pad_token, "expected the number of a token")
     dropout = fields.probability("hidden_dropout_prob", 0.1)
     # The pooler and the head own no token prediction: whether that one is tied has no effect.
     fields.rest.pop("tie_word_embeddings", None)
@@ -580,13 +670,13 @@ def _encoder(fields: _Fields, family: str, classifies: bool) -> EncoderConfig:
         vocab_size=fields.positive("vocab_size"),
         width=width,
         mlp_width=fields.positive("intermediate_size"),
-        layers=fields.positive("num_hidden_layers"),
+        layers=_layers(fields),
         heads=heads,
-        positions=fields.positive("max_position_embeddings", default=512),
+        positions=positions,
         token_types=fields.positive("type_vocab_size", default=2),
         activation=fields.choice("hidden_act", ACTIVATIONS, "gelu"),
-        norm_epsilon=fields.take("layer_norm_eps", float, 1e-12),
-        pad_token=fields.take("pad_token_id", int, 0 if family == "bert" else 1),
+        norm_epsilon=fields.epsilon("layer_norm_eps", 1e-12),
+        pad_token=pad_token,
         dropout=dropout,
         attention_dropout=fields.probability("attention_probs_dropout_prob", 0.1),
         head_dropout=fields.probability("classifier_dropout", dropout),
@@ -681,7 +771,7 @@ def _rope_scaling(rope: Rope) -> dict[str, Any] | None:
 
 
 def _encoder_to_dict(config: EncoderConfig) -> dict[str, Any]:
-    head = "Model" if config.labels is None else "ForSequenceClassification"
+    head = "Model" if config.labels is None else _CLASSIFIER
     raw: dict[str, Any] = {
         "architectures": [_ENCODERS[config.family] + head],
         "model_type": config.family,

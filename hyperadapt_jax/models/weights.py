@@ -209,9 +209,9 @@ def read_json(folder: str | os.PathLike[str], name: str) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is no valid JSON: {error}") from error
+        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{file} holds {type(value).__name__}, not a JSON object")
+        raise CheckpointError(f"{file}: expected a JSON object, found {type(value).__name__}")
     return value
 
 

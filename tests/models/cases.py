@@ -141,6 +141,10 @@ CASES: dict[str, Case] = {
         _encoder("roberta", "RobertaForSequenceClassification", type_vocab_size=1, **_LABELS),
         "right",
     ),
+    "camembert-classifier": Case(
+        _encoder("camembert", "CamembertForSequenceClassification", pad_token_id=2, **_LABELS),
+        "right",
+    ),
     "xlm-roberta-regression": Case(
         _encoder(
             "xlm-roberta", "XLMRobertaForSequenceClassification", hidden_act="relu",

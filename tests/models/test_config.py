@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 from typing import Any
 
 import pytest
@@ -90,10 +91,30 @@ def test_both_spellings_of_rope_scaling_are_read_alike() -> None:
     assert read[0].rope == models.Rope(theta=7.0, kind="linear", factor=2.0)
 
 
-def test_fields_without_effect_are_passed_over() -> None:
-    base = cases.CASES["qwen2"].config
-    more = {"torch_dtype": "bfloat16", "use_cache": False, "max_window_layers": 2, "top_p": 0.9}
+@pytest.mark.parametrize(
+    ("case", "more"),
+    [
+        ("qwen2", {"torch_dtype": "bfloat16", "use_cache": False, "max_window_layers": 2}),
+        ("qwen2", {"top_p": 0.9, "dual_chunk_attention_config": {"chunk_size": 8}}),
+        ("llama2", {"_name_or_path": "/a", "_model_name_or_path": "b", "_anything": [1, {"a": 2}]}),
+        ("llama2", {"mlp_only_layers": None, "quantization_config": None, "unheard_of": None}),
+        ("llama2", {"max_sequence_length": 2048, "unk_token_id": 0, "internal_version": "7b-v2"}),
+        ("mistral", {"id2label": {"0": "A"}, "label2id": {"A": 0}, "_num_labels": 1}),
+        ("phi3", {"num_labels": 2, "classifier_dropout": 0.1, "unk_token": "<unk>"}),
+        ("bert", {"sentence_transformers": {"version": "4.0"}, "_num_labels": 5}),
+        ("bert", {"sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity"}),
+        ("roberta", {"language": "english", "name": "Roberta", "use_return_dict": True}),
+    ],
+)
+def test_fields_without_effect_are_passed_over(case: str, more: dict[str, Any]) -> None:
+    base = cases.CASES[case].config
     assert models.config_from_dict(base | more) == models.config_from_dict(base)
+
+
+def test_a_token_that_there_is_not_may_be_called_minus_one() -> None:
+    raw = cases.CASES["llama2"].config | {"pad_token_id": -1, "bos_token_id": -1}
+    config = models.config_from_dict(raw)
+    assert config.pad_token is config.bos_token is None
 
 
 def test_labels_give_a_head_only_to_a_classifier() -> None:
@@ -103,6 +124,21 @@ def test_labels_give_a_head_only_to_a_classifier() -> None:
     assert models.config_from_dict(raw | {"architectures": ["BertForMaskedLM"]}).labels is None
     short = {name: value for name, value in raw.items() if name not in ("id2label", "label2id")}
     assert models.config_from_dict(short).labels == 2
+    assert models.config_from_dict(short | {"num_labels": 4}).labels == 4
+    # As in the reference, the names count.
+    assert models.config_from_dict(raw | {"num_labels": 4, "_num_labels": 5}).labels == 3
+
+
+@pytest.mark.parametrize(
+    "head", ["ForQuestionAnswering", "ForTokenClassification", "ForMultipleChoice", "ForMaskedLM"]
+)
+@pytest.mark.parametrize(("case", "name"), [("bert", "Bert"), ("roberta", "Roberta")])
+def test_under_another_head_there_is_the_encoder(case: str, name: str, head: str) -> None:
+    raw = cases.CASES[case].config
+    read = models.config_from_dict(raw | {"architectures": [name + head]})
+    assert read == models.config_from_dict(raw)
+    with pytest.raises(ValueError, match="architectures"):
+        models.config_from_dict(raw | {"architectures": ["Electra" + head]})
 
 
 def test_a_file_is_read_and_a_bad_one_is_named(tmp_path: pathlib.Path) -> None:
@@ -148,8 +184,8 @@ def test_generation_config_names_the_tokens_that_end_a_text(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "generation_config.json: not valid JSON"),
-        ("", "generation_config.json: not valid JSON"),
+        ("{", "generation_config.json is not valid JSON"),
+        ("", "generation_config.json is not valid JSON"),
         ("[2]", "generation_config.json: expected a JSON object, found list"),
         ('{"eos_token_id": "</s>"}', "generation_config.json: field 'eos_token_id'.*token number"),
         ('{"eos_token_id": [2, 3.0]}', "generation_config.json: field 'eos_token_id'"),
@@ -173,6 +209,144 @@ def test_a_window_that_is_switched_on_without_a_size_has_the_familys(name: str) 
     assert models.config_from_dict(raw | {"sliding_window": None}).windows == (None,) * 3
     types = ["sliding_attention", "full_attention", "full_attention"]
     assert models.config_from_dict(raw | {"layer_types": types}).windows == (4096, None, None)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'{"a":' * 100_000,
+        b'{"model_type": ' + b"[" * 5_000 + b"]" * 5_000 + b"}",
+        b'{"model_type": "llama", "vocab_size": 1, "vocab_size": 2}',
+        '{"model_type": "ll\u00e4ma"}'.encode("latin-1"),
+        b'\xef\xbb\xbf{"model_type": "llama"}',
+        b'{"model_type": "llama", "vocab_size": ' + b"9" * 5_000 + b"}",
+        b'{"model_type": "llama", "hidden_size": NaN}',
+        b'{"model_type": "llama", "hidden_size": 1e999}',
+        b"null",
+        b"",
+    ],
+    ids=lambda text: repr(text[:40]),
+)
+def test_a_bad_file_is_an_error_of_one_line(tmp_path: pathlib.Path, text: bytes) -> None:
+    (tmp_path / "config.json").write_bytes(text)
+    with pytest.raises(ValueError, match=r"config\.json") as caught:
+        models.read_config(tmp_path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+# Values of no field, and numbers that no size of a model can be.
+WRONG = ["x", [], ["x"], {}, {"a": 1}, [["x"]], 10**400, -(10**400), 10**12, float("nan"), -1.5]
+
+
+@pytest.mark.parametrize("case", ["llama3", "phi4-mini-long", "qwen2-sliding", "qwen3-yarn", "roberta"])
+def test_a_bad_value_is_an_error_that_names_its_field(case: str) -> None:
+    """Whatever stands in a field, the configuration is read or refused, in one line and at once."""
+    raw = cases.CASES[case].config
+    scaling = raw.get("rope_scaling") or {}
+    places = [(name, raw | {name: value}) for name in raw for value in WRONG]
+    for name in (*scaling, "type", "rope_type", "rope_theta"):
+        for value in WRONG if scaling else ():
+            places.append((name, raw | {"rope_scaling": scaling | {name: value}}))
+    more = ("layer_types", "rope_theta", "partial_rotary_factor", "head_dim", "rms_norm_eps")
+    places += [(name, raw | {name: value}) for name in more for value in WRONG]
+    refused = 0
+    for name, broken in places:
+        try:
+            models.config_from_dict(broken)
+        except ValueError as error:
+            refused += 1
+            message = str(error)
+            assert message.startswith("config.json") and "\n" not in message
+            assert len(message) < 600, name
+    assert refused > len(places) / 2
+
+
+@pytest.mark.parametrize(
+    ("case", "fields", "message"),
+    [
+        ("llama2", {"num_hidden_layers": 10**9}, "num_hidden_layers.*at most 10000"),
+        ("bert", {"num_hidden_layers": 10**9}, "num_hidden_layers.*at most 10000"),
+        ("llama2", {"vocab_size": 2**31}, "vocab_size.*at most"),
+        ("llama2", {"rms_norm_eps": -1.0}, "rms_norm_eps.*zero or more"),
+        ("bert", {"layer_norm_eps": -1e-5}, "layer_norm_eps.*zero or more"),
+        ("qwen2", {"layer_types": ["full_attention", ["x"], {}]}, "layer_types"),
+        ("llama2", {"rope_scaling": {"type": ["linear"]}}, "'type'.*expected str"),
+        ("llama2", {"rope_theta": 10**400}, "rope_theta.*finite"),
+        ("phi3", {"partial_rotary_factor": 1e308}, "partial_rotary_factor"),
+        ("phi3", {"partial_rotary_factor": 0.01}, "partial_rotary_factor"),
+        ("phi4-mini-long", {"original_max_position_embeddings": 1}, "two or more"),
+        ("roberta", {"pad_token_id": -1}, "pad_token_id"),
+        ("roberta", {"pad_token_id": 19}, "pad_token_id"),
+        ("bert-classifier", {"id2label": {}}, "id2label"),
+        ("llama2", {"unheard_of": [[[[[["deep"] * 99] * 99]]]]}, "unheard_of.*not understood"),
+    ],
+)
+def test_a_value_out_of_range_is_named(case: str, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        models.config_from_dict(cases.CASES[case].config | fields)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"quantization": {"quant_algo": "FP8"}}, "quant_algo.*FP8.*not supported"),
+        ({"quantization": {"quant_algo": {"a": "W4A16"}}}, "quant_algo"),
+        ({"quantization": {}}, "quant_algo"),
+        ({"quantization": "FP8"}, "expected dict"),
+        ({}, "missing"),
+        ([], "expected a JSON object"),
+        ({"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}, None),
+    ],
+)
+def test_weights_that_a_file_beside_calls_quantized_are_refused(
+    tmp_path: pathlib.Path, said: Any, message: str | None
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(cases.CASES["llama2"].config))
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(said))
+    if message is None:
+        models.read_config(tmp_path)
+        return
+    with pytest.raises(ValueError, match=rf"hf_quant_config\.json.*{message}"):
+        models.read_config(tmp_path)
+    with pytest.raises(ValueError, match=r"hf_quant_config\.json"):
+        models.read_config(tmp_path / "config.json")
+
+
+# Public models of a family that is read, which are refused for another reason.
+OTHERS = {
+    "Qwen/Qwen3-32B-FP8": "quantization_config",
+    "unsloth/Llama-3.2-1B-Instruct-bnb-4bit": "quantization_config",
+    "intfloat/e5-mistral-7b-instruct": "architectures.*MistralModel",
+    "almanach/camembert-base": "'num_attention_heads' is missing",  # the list gives a stub
+}
+
+
+def test_public_configurations_are_read_or_refused_as_they_should_be(
+    shared: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    file = shared / "cases" / "models" / "configs.json"
+    if not file.is_file():
+        pytest.skip(f"needs {file}")
+    families = {"llama", "mistral", "qwen2", "qwen3", "phi3", "bert", "roberta", "xlm-roberta"}
+    wrong, read = [], 0
+    for number, (name, entry) in enumerate(json.loads(file.read_text()).items()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(entry["config"]))
+        known = entry["config"].get("model_type") in families | {"camembert"}
+        reason = OTHERS.get(name, None if known else "model_type")
+        if name == "nvidia/Llama-3.1-70B-Instruct-FP8":  # config.json does not say so
+            (folder / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
+            reason = "hf_quant_config"
+        try:
+            models.read_config(folder)
+        except ValueError as error:
+            if reason is None or not re.search(reason, str(error)):
+                wrong.append((name, str(error)))
+        else:
+            read += 1
+            wrong += [(name, "accepted")] if reason else []
+    assert not wrong and read > 100
 
 
 def test_the_switches_of_each_family() -> None:

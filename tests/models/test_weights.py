@@ -423,17 +423,17 @@ def break_folder(folder):
 
 def break_json(folder):
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {')
-    return r"index\.json is no valid JSON: .*line 1"
+    return r"index\.json is not valid JSON: .*line 1"
 
 
 def break_text(folder):
     (folder / "model.safetensors.index.json").write_bytes(b"\xff\xfe\x00")
-    return r"index\.json is no valid JSON"
+    return r"index\.json is not valid JSON"
 
 
 def break_list(folder):
     (folder / "model.safetensors.index.json").write_text("[]")
-    return r"index\.json holds list, not a JSON object"
+    return r"index\.json: expected a JSON object, found list"
 
 
 def break_map(folder):
@@ -444,7 +444,7 @@ def break_map(folder):
 def break_twice(folder):
     text = '{"weight_map": {"a": "part-0.safetensors", "a": "part-1.safetensors"}}'
     (folder / "model.safetensors.index.json").write_text(text)
-    return r"index\.json is no valid JSON: a stands there twice"
+    return r"index\.json is not valid JSON: a stands there twice"
 
 
 def break_up(folder):
