@@ -20,6 +20,7 @@ import os
 import re
 import secrets
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,20 +50,46 @@ _ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _DELAY = 2.0  # seconds of work before a progress bar shows
 _LFS = b"version https://git-lfs"  # how a file starts whose contents were not fetched
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-# What a tokenizer may consist of, and how a model is to generate: data alone, no code.
+# What belongs to a model beside its weights, as names within its folder. Data alone, no code: how
+# text becomes tokens and a chat one text, how the model is to generate, what sentence-transformers
+# does with its outputs, and the terms of use. A README speaks of the weights that were there.
 _COMPANIONS = (
     "tokenizer*.json",
     "tokenizer.model*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
+    "special_tokens_map*.json",
+    "added_tokens*.json",
+    "vocab*.json",
+    "vocab*.txt",
+    "vocab.bpe",
+    "encoder.json",
+    "merges*.txt",
+    "dict*.txt",
+    "bpe.codes",
+    "tekken.json",
     "*.model",
-    "chat_template.jinja",
-    "chat_template.json",
+    "*.spm",
+    "*.tiktoken",
+    "chat_template*.jinja",
+    "chat_template*.json",
+    "additional_chat_templates/*.jinja",
     "generation_config.json",
+    "*processor_config.json",
+    "modules.json",
+    "config_sentence_transformers.json",
+    "sentence_*_config.json",
+    "[0-9]_*/*.json",
+    "[0-9]_*/*.txt",
+    "[0-9]_*/*.safetensors",
+    "LICENSE*",
+    "NOTICE*",
 )
+# What is fetched from the hub with them, if only to see that the weights are quantized, and what is
+# not, whatever its name: other folders than those above, and code.
+_WANTED = ("config.json", "model*.safetensors", _INDEX, "hf_quant_config.json")
+_UNWANTED = ("[!0-9a]*/*", "a[!d]*/*", "*/*/*", "*.py", *_PICKLES)
+# Where tools keep files by their contents, and link to them from where they are used: the hub's
+# cache, git-annex, DVC and Git LFS.
+_STORE = re.compile(r"/blobs/[^/]+$|/annex/objects/|/[0-9a-f]{2}/[0-9a-f]{30,}$")
 
 
 class CheckpointError(ValueError):
@@ -127,8 +154,8 @@ def resolve(
 ) -> Path:
     """Finds a checkpoint's folder: a local one first, else a repository of the Hugging Face hub.
 
-    From the hub come the configuration, the tokenizer and the safetensors files at the repository's
-    root, nothing else: no code, no pickles, no copies in other formats.
+    From the hub come the configuration, the safetensors files at the repository's root and what
+    belongs to them, as the tokenizer; no code, no pickles, no copies in other formats.
 
     Args:
       path_or_name: a folder, or a repository name such as "meta-llama/Llama-3.2-1B".
@@ -156,8 +183,8 @@ def resolve(
             name,
             revision=revision,
             cache_dir=cache_dir,
-            allow_patterns=["config.json", "model*.safetensors", _INDEX, *_COMPANIONS],
-            ignore_patterns=["*/*"],
+            allow_patterns=[*_WANTED, *_COMPANIONS],
+            ignore_patterns=[*_UNWANTED],
         )
     except Exception as error:  # the client's own, the network's, the file system's: one answer
         at = f" at revision {revision!r}" if revision else ""
@@ -171,21 +198,26 @@ def resolve(
 
 
 def _inside(folder: Path, name: str, referrer: str = "") -> Path:
-    """The file of a folder, or an error where its name or a link leads out of the folder."""
+    """The file of a folder, or an error where its name or a link leads out of the folder.
+
+    A link may lead to where a tool keeps files by their contents, as the hub's cache does, and to a
+    file of the same name: neither can pass off another file of this machine as one of a model's.
+    """
     where = f"{folder / referrer} names {name!r}" if referrer else f"{folder} holds {name!r}"
-    if Path(name).is_absolute() or {"..", ""} & {*name.replace("\\", "/").split("/")}:
+    parts = tuple(name.replace("\\", "/").split("/"))
+    if Path(name).is_absolute() or {"..", ""} & {*parts}:
         raise CheckpointError(f"{where}, which is no file inside the folder")
-    root = folder.resolve()
-    allowed = [root]
-    if root.parent.name == "snapshots":  # the hub's cache links each snapshot to a store of its own
-        repository = root.parent.parent
-        allowed += [repository / "blobs", repository.parent / "blobs"]
     try:
         target = (folder / name).resolve()
+        target.exists()  # an error where the file system can have no such name
+        inside = target.is_relative_to(folder.resolve())
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{where}, which is no name of a file: {error}") from error
-    if not any(target.is_relative_to(each) for each in allowed):
-        raise CheckpointError(f"{where}, a link that leads outside the folder")
+    namesake = target.parts[-len(parts) :] == parts
+    if not (inside or namesake or _STORE.search(target.as_posix())):
+        raise CheckpointError(
+            f"{where}, a link that leads outside the folder, to {target}: put the file there itself"
+        )
     return folder / name
 
 
@@ -756,7 +788,8 @@ def _new_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
     if folder.is_dir() and any(folder.iterdir()):
         if not overwrite:
             raise FileExistsError(f"{folder} is not empty: choose another, or pass overwrite=True")
-        if not (folder / "config.json").is_file() or not all(f.is_file() for f in folder.iterdir()):
+        folders = [entry for entry in folder.iterdir() if not entry.is_file()]
+        if not (folder / "config.json").is_file() or not all(map(_kept_folder, folders)):
             raise FileExistsError(
                 f"{folder} is more than a model, or none: to overwrite it, remove it yourself"
             )
@@ -766,9 +799,10 @@ def _new_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        for file in partial.iterdir():  # on the disk before it has its name
-            with open(file, "rb") as written:
-                os.fsync(written.fileno())
+        for file in partial.rglob("*"):  # on the disk before it has its name
+            if file.is_file():
+                with open(file, "rb") as written:
+                    os.fsync(written.fileno())
         if folder.exists():
             folder.rename(old)
         try:
@@ -790,6 +824,7 @@ def export(
     *,
     config: Mapping[str, Any],
     source: str | os.PathLike[str] | None = None,
+    carried: Sequence[str] = (),
     leaf: Callable[[str], Array] | None = None,
     dtype: Any = None,
     max_shard_size: int | str = "5GB",
@@ -806,8 +841,9 @@ def export(
       tensors: the model's table, one row for each parameter.
       params: the tree of parameters; of `jax.ShapeDtypeStruct` where `leaf` gives the values.
       config: the contents of config.json; its dtype is set to that of the weights.
-      source: the folder the model was read from: its tokenizer files are copied, and its tensor
-        names kept where it names all tensors.
+      source: the folder the model was read from: what belongs to it, as the tokenizer, is copied,
+        and its tensor names are kept where it names all tensors.
+      carried: names of tensors of the source, no parameters of the model, that are written as well.
       leaf: called once with each path, gives the parameter there; so an adapter is merged weight
         by weight, and no second model held.
       dtype: the dtype to store all tensors in; each parameter's own by default.
@@ -846,19 +882,27 @@ def export(
                 f"{path} would be stored as {each.name}: choose one of {', '.join(_CODES)}"
             )
     names = _names(tensors, leaves, source)
+    stored = _stored(source) if carried else {}
 
     entries: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
     for tensor, layer in _order(tensors, leaves):
         shape = _shape_in_file(tensor, leaves[tensor.path].shape)
         entries[names[tensor.path][layer]] = (shape, dtypes[tensor.path])
+    for name in carried:
+        own = {code: key for key, code in _CODES.items()}.get(stored[name].dtype)
+        if own is None:
+            raise CheckpointError(f"{stored[name].file}: {name} has dtype {stored[name].dtype}")
+        entries[name] = (stored[name].shape, jnp.dtype(dtype or own))
+    companions = [] if source is None else _companions(source)
     files = _files(entries, limit)
     file_of = {name: file for file in files for name in file.offsets}
     size = {name: math.prod(shape) * each.itemsize for name, (shape, each) in entries.items()}
 
     with _new_folder(folder, overwrite) as partial:
         _write_json(partial / "config.json", _with_dtype(config, entries, size))
-        if source is not None:
-            _copy_companions(source, partial)
+        for name in companions:
+            (partial / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, partial / name)
         if len(files) > 1:
             weight_map = {name: file_of[name].name for name in entries}
             index = {"metadata": {"total_size": sum(size.values())}, "weight_map": weight_map}
@@ -868,6 +912,14 @@ def export(
                 out.write(file.header)
                 out.truncate(file.length)
         with _bar("exporting", sum(size.values()), progress) as bar:
+
+            def write(name: str, data: np.ndarray) -> None:
+                data = np.ascontiguousarray(data, entries[name][1])
+                with open(partial / file_of[name].name, "r+b") as out:
+                    out.seek(file_of[name].offsets[name])
+                    out.write(data.reshape(-1).view(np.uint8).data)
+                bar.update(size[name])
+
             for tensor in tensors:
                 expected = tuple(leaves[tensor.path].shape)
                 array = jnp.asarray(leaves[tensor.path] if leaf is None else leaf(tensor.path))
@@ -885,12 +937,11 @@ def export(
                         transpose=tensor.transpose,
                         dtype=jax.dtypes.canonicalize_dtype(entries[name][1]),
                     )
-                    data = np.ascontiguousarray(data, entries[name][1])
-                    with open(partial / file_of[name].name, "r+b") as out:
-                        out.seek(file_of[name].offsets[name])
-                        out.write(data.reshape(-1).view(np.uint8).data)
-                    bar.update(size[name])
+                    write(name, data)
                 del array
+            for name in carried:
+                with _opened(stored[name].file) as reader:
+                    write(name, reader.get_tensor(name))
     return folder
 
 
@@ -934,8 +985,32 @@ def _write_json(file: Path, value: Any) -> None:
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _copy_companions(source: Path, folder: Path) -> None:
-    """Copies the tokenizer's files, contents and not links."""
-    for file in sorted(source.iterdir()):
-        if file.is_file() and any(fnmatch.fnmatch(file.name, pattern) for pattern in _COMPANIONS):
-            shutil.copyfile(_inside(source, file.name), folder / file.name)
+def _belongs(name: str) -> bool:
+    """Whether a file, by its name within a folder, belongs to the model beside its weights."""
+    matches = (p for p in _COMPANIONS if p.count("/") == name.count("/"))
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in matches)
+
+
+def _kept_folder(folder: Path) -> bool:
+    """Whether a folder within a model's holds what belongs to the model, and nothing else."""
+    names = [f"{folder.name}/{file.name}" for file in folder.iterdir()] if folder.is_dir() else []
+    return bool(names) and all(map(_belongs, names))
+
+
+def _companions(source: Path) -> list[str]:
+    """The names of a folder's files that belong to the model; links are followed with care."""
+    files = [file for file in (*source.glob("*"), *source.glob("*/*")) if file.is_file()]
+    names = sorted(file.relative_to(source).as_posix() for file in files)
+    kept = [name for name in names if _belongs(name)]
+    for name in kept:
+        _inside(source, name)
+    for name in names:
+        pickled = "/" in name and any(fnmatch.fnmatchcase(name, pattern) for pattern in _PICKLES)
+        if pickled and _belongs(str(Path(name).with_suffix(".safetensors"))):
+            if not list((source / name).parent.glob("*.safetensors")):
+                warnings.warn(
+                    f"{source / name} could run code when opened and is not copied: the export"
+                    " lacks this part of the model; convert it once to safetensors",
+                    stacklevel=4,
+                )
+    return kept

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 import weakref
 from pathlib import Path
 
@@ -482,6 +483,16 @@ def break_null(folder):
     return r"index\.json names 'a\\x00\.safetensors', which is no name of a file"
 
 
+def break_long(folder):
+    reindex(folder, model__embed__weight="y" * 300 + ".safetensors")
+    return r"y+\.safetensors"
+
+
+def break_deep(folder):
+    (folder / "model.safetensors.index.json").write_text('{"weight_map":' * 100_000)
+    return r"index\.json is not valid JSON: .*recursion"
+
+
 def break_suffix(folder):
     reindex(folder, model__embed__weight="pytorch_model.bin")
     return r"index\.json names 'pytorch_model\.bin': only safetensors are read"
@@ -620,11 +631,18 @@ def test_the_hub_is_asked_for_weights_and_texts_alone(tmp_path, monkeypatch):
         "sentencepiece.bpe.model",
         "vocab.txt",
         "merges.txt",
+        "1_Pooling/config.json",
+        "2_Dense/model.safetensors",
+        "additional_chat_templates/tool_use.jinja",
+        "hf_quant_config.json",
         "pytorch_model.bin",
         "modeling_x.py",
         "consolidated.safetensors",
         "onnx/model.safetensors",
-        "1_Pooling/config.json",
+        "openvino/tokenizer.model",
+        "2_Dense/pytorch_model.bin",
+        "2_Dense/module.py",
+        "1_Pooling/deeper/config.json",
         "tf_model.h5",
         "model.pt",
         "tokenizer_x.py",
@@ -632,7 +650,7 @@ def test_the_hub_is_asked_for_weights_and_texts_alone(tmp_path, monkeypatch):
     wanted = hub.utils.filter_repo_objects(
         names, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
     )
-    assert list(wanted) == names[:8]
+    assert list(wanted) == names[:12]
 
 
 def test_a_snapshot_of_the_hubs_cache_links_to_its_store(tmp_path):
@@ -653,6 +671,63 @@ def test_a_snapshot_of_the_hubs_cache_links_to_its_store(tmp_path):
     (snapshot / "model.safetensors").symlink_to("/etc/hostname")
     with pytest.raises(CheckpointError, match="a link that leads outside"):
         weights.load(snapshot, TABLE, tree_of())
+
+
+DIGEST = "0123456789abcdef" * 4
+STORES = {
+    "the hub's cache, linked from a folder of one's own": "hub/models--a--b/blobs/{i}",
+    "git-annex": ".git/annex/objects/x7/9K/SHA256E-s{i}--d/SHA256E-s{i}--d.json",
+    "DVC": ".dvc/cache/files/md5/a{i}/" + DIGEST[:30],
+    "Git LFS": ".git/lfs/objects/0{i}/23/" + DIGEST,
+    "another model's folder": "scratch/base/{name}",
+}
+
+
+@pytest.mark.parametrize("where", STORES.values(), ids=STORES)
+@pytest.mark.parametrize("relative", [True, False])
+def test_links_that_tools_make_are_followed_and_copied_by_content(tmp_path, where, relative):
+    folder, tensors = tmp_path / "models" / "mine", stored()
+    write(folder, tensors, 2, {"a": 1})
+    (folder / "1_Pooling").mkdir()
+    for name in ("tokenizer.json", "1_Pooling/config.json"):
+        (folder / name).write_text(f'{{"this": "{name}"}}')
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    for i, file in enumerate(files):
+        target = tmp_path / where.format(i=i, name=file.relative_to(folder))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file.rename(target)
+        file.symlink_to(os.path.relpath(target, file.parent) if relative else target)
+    tree, _ = weights.load(folder, TABLE, tree_of())
+    assert_equal(tree, expected(tensors))
+    assert weights.read_json(folder, "config.json") == {"a": 1}
+    out = weights.export(tmp_path / "out", TABLE, tree, config={}, source=folder)
+    assert not any(file.is_symlink() for file in out.rglob("*"))
+    for name in ("tokenizer.json", "1_Pooling/config.json"):
+        assert weights.read_json(out, name) == {"this": name}
+
+
+@pytest.mark.parametrize(
+    "name, target",
+    [
+        ("tokenizer.json", "home/.ssh/id_rsa"),
+        ("vocab.txt", "home/.cache/token"),
+        ("tokenizer.json", f"home/.aws/sso/cache/{DIGEST[:40]}.json"),
+        ("1_Pooling", "home/.docker"),  # holds a config.json, as it is called there too
+        ("LICENSE", "home/notes"),
+    ],
+)
+def test_a_link_passes_off_no_other_file_as_a_models(tmp_path, name, target):
+    source = write(tmp_path / "in", stored())
+    secret = tmp_path / target
+    if name == "1_Pooling":
+        secret = secret / "config.json"
+    secret.parent.mkdir(parents=True)
+    secret.write_text('{"secret": 1}')
+    (source / name).symlink_to(tmp_path / target)
+    tree, _ = weights.load(source, TABLE, tree_of())
+    with pytest.raises(CheckpointError, match="a link that leads outside"):
+        weights.export(tmp_path / "out", TABLE, tree, config={}, source=source)
+    assert {file.name for file in tmp_path.iterdir()} == {"in", "home"}
 
 
 # --------------------------------------------------------------------------------------- progress
@@ -843,31 +918,81 @@ def test_one_parameter_at_a_time_is_asked_for(tmp_path):
         np.testing.assert_array_equal(value, tensors[name], err_msg=name)
 
 
+# What of a folder belongs to the model, and what does not.
+KEPT = [
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tokenizer.model.v3",
+    "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json", "vocab.bpe",
+    "merges.txt", "bpe.codes", "dict.txt", "encoder.json", "sentencepiece.bpe.model",
+    "spiece.model", "source.spm", "qwen.tiktoken", "tekken.json", "chat_template.jinja",
+    "chat_template.json", "additional_chat_templates/tool_use.jinja", "generation_config.json",
+    "preprocessor_config.json", "modules.json", "config_sentence_transformers.json",
+    "sentence_bert_config.json", "sentence_xlm-roberta_config.json", "1_Pooling/config.json",
+    "2_Dense/config.json", "2_Dense/model.safetensors", "LICENSE", "LICENSE.txt", "NOTICE",
+]  # fmt: skip
+LEFT = [
+    "README.md", "modeling_x.py", "tokenizer_x.py", "a.bin", "training_args.bin", "optimizer.pt",
+    "trainer_state.json", "adapter_config.json", "eval_results.json", "hf_quant_config.json",
+    "quantize_config.json", "flax_model.msgpack", ".gitattributes", ".cache/x.json",
+    "onnx/model.onnx", "onnx/tokenizer.json", "2_Dense/module.py", "adapter/tokenizer.json",
+    "additional_chat_templates/run.py", "1_Pooling.json", "model.safetensors.index.json.bak",
+]  # fmt: skip
+
+
 def test_the_sources_tokenizer_and_names_are_kept(tmp_path):
     tensors = {k.removeprefix("model.") if "embed" in k else k: v for k, v in stored().items()}
     source = write(tmp_path / "in", tensors)
-    kept = {
-        "tokenizer.json": "{}",
-        "vocab.txt": "a",
-        "tokenizer.model": "x",
-        "merges.txt": "",
-        "generation_config.json": "{}",
-        "chat_template.jinja": "{{ x }}",
-    }
-    for name, text in {
-        **kept,
-        "modeling_x.py": "",
-        "tokenizer_x.py": "",
-        "README.md": "",
-        "a.bin": "",
-    }.items():
-        (source / name).write_text(text)
+    for name in (*KEPT, *LEFT):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text(name)
     (source / "tokenizer").mkdir()
     tree, _ = weights.load(source, TABLE, tree_of())
-    out = weights.export(tmp_path / "out", TABLE, tree, config={}, source=source)
-    assert {file.name for file in out.iterdir()} == {*kept, "config.json", "model.safetensors"}
-    assert all((out / name).read_text() == text for name, text in kept.items())
+    for _ in range(2):  # and over what it wrote, folders included
+        out = weights.export(
+            tmp_path / "out", TABLE, tree, config={}, source=source, overwrite=True
+        )
+    files = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()}
+    assert files == {*KEPT, "config.json", "model.safetensors"}
+    assert all((out / name).read_text() == name for name in KEPT)
     assert read_all(out).keys() == tensors.keys()
+
+
+def test_what_an_export_cannot_keep_is_said(tmp_path):
+    source = write(tmp_path / "in", stored())
+    (source / "2_Dense").mkdir()
+    (source / "2_Dense" / "config.json").write_text("{}")
+    (source / "2_Dense" / "pytorch_model.bin").write_bytes(b"")
+    tree, _ = weights.load(source, TABLE, tree_of())
+    with pytest.warns(UserWarning, match=r"2_Dense/pytorch_model\.bin could run code"):
+        out = weights.export(tmp_path / "out", TABLE, tree, config={}, source=source)
+    assert [file.name for file in (out / "2_Dense").iterdir()] == ["config.json"]
+    (source / "2_Dense" / "model.safetensors").write_bytes(b"x")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        weights.export(out, TABLE, tree, config={}, source=source, overwrite=True)
+    assert (out / "2_Dense" / "model.safetensors").read_bytes() == b"x"
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_tensors_of_the_source_are_carried_along(tmp_path, dtype):
+    head = np.random.default_rng(1).normal(size=(3, 8)).astype("float16")
+    extra = {"cls.weight": head, "cls.bias": head[0].astype("float32"), "cls.not": head}
+    source = write(tmp_path / "in", {**stored(), **extra}, 2)
+    tree, _ = weights.load(source, TABLE, tree_of(), ignored=["cls.*"])
+    out = weights.export(
+        tmp_path / "out",
+        TABLE,
+        tree,
+        config={},
+        source=source,
+        carried=["cls.weight", "cls.bias"],
+        dtype=dtype,
+        max_shard_size=1000,
+    )
+    again = read_all(out)
+    assert again.keys() == {*stored(), "cls.weight", "cls.bias"}
+    for name in ("cls.weight", "cls.bias"):
+        want = extra[name].astype(jnp.dtype(dtype)) if dtype else extra[name]
+        np.testing.assert_array_equal(again[name], want, strict=True)
 
 
 def test_a_new_head_brings_the_usual_names(tmp_path):
