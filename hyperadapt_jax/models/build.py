@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -174,14 +175,17 @@ def load(
         take them.
 
     Returns:
-      The model. A `NewParametersWarning` names what the checkpoint lacked (pooler, head).
+      The model. A `NewParametersWarning` names the parameters of the head that the checkpoint
+      lacked, or had for another number of labels. Without a head, the encoder has a pooler if the
+      checkpoint has one.
 
     Raises:
       FileNotFoundError: there is no such folder or repository.
       ValueError: the configuration or the weights are not those of a model known here.
     """
     folder = weights.resolve(path_or_name, revision=revision, cache_dir=cache_dir)
-    config = read_config(folder)
+    config = describe(folder)
+    renewed: tuple[str, ...] = ()
     if labels is not None:
         if not isinstance(config, EncoderConfig) or labels < 1:
             raise ValueError(
@@ -189,6 +193,7 @@ def load(
                 f"{folder} is {config.family}"
             )
         config = dataclasses.replace(config, labels=labels)
+        renewed = _other_labels(folder, config)
     fn, params = functional(abstract(config, **options))
 
     def initial(path: str) -> jax.Array:
@@ -204,6 +209,7 @@ def load(
         tensors(config),
         params,
         ignored=_module(config).ignored(config),
+        renewed=renewed,
         initial=initial,
         mesh=mesh,
         rules=rules,
@@ -212,6 +218,54 @@ def load(
     if report.initialised:
         warnings.warn(NewParametersWarning(folder, report.initialised), stacklevel=2)
     return nnx.merge(fn.graph, params)
+
+
+def describe(folder: str | os.PathLike[str]) -> Config:
+    """Read the configuration of a folder's model: its ``config.json``, as the weights have it.
+
+    A head that is stored beside the embedding is the head, whatever ``tie_word_embeddings`` says,
+    unless both are equal; and a pooler is there if it is stored. A folder without weights is
+    described by its ``config.json`` alone.
+
+    Args:
+      folder: a Hugging Face model folder.
+
+    Returns:
+      A `DecoderConfig` or an `EncoderConfig`.
+
+    Raises:
+      FileNotFoundError: there is no ``config.json``.
+      ValueError: the configuration or the weights are not those of a model known here.
+    """
+    config = read_config(folder)
+    if not weights.has_weights(folder):
+        return config
+    if isinstance(config, EncoderConfig):
+        rows = (row for row in tensors(config) if row.path.startswith("pooler/"))
+        stored = weights.shapes(folder)
+        pooled = any(name in stored for row in rows for name in row.names(0))
+        return dataclasses.replace(config, pooled=pooled or config.labels is not None)
+    if config.tied:
+        embed = _stored_name(folder, config, "embed/embedding")
+        other = embed != decoder.HEAD and decoder.HEAD in weights.shapes(folder)
+        tied = not other or weights.equal(folder, decoder.HEAD, embed)
+        return dataclasses.replace(config, tied=tied)
+    return config
+
+
+def _stored_name(folder: str | os.PathLike[str], config: Config, path: str) -> str | None:
+    """What a folder's checkpoint calls the tensor of a parameter."""
+    (row,) = (row for row in tensors(config) if row.path == path)
+    stored = weights.shapes(folder)
+    return next((name for name in row.names(0) if name in stored), None)
+
+
+def _other_labels(folder: Path, config: EncoderConfig) -> tuple[str, ...]:
+    """The parameters of the head that the checkpoint has for another number of labels."""
+    last = [row for row in tensors(config) if row.path.startswith("classifier/out/")]
+    stored, labels = weights.shapes(folder), (config.labels,)
+    fits = all(stored.get(row.name, labels)[:1] == labels for row in last)
+    return () if fits else tuple(row.path for row in last)
 
 
 def export(
@@ -232,7 +286,9 @@ def export(
       folder: where to write; it appears when it is complete.
       model: the model, abstract or not.
       params: parameters to write instead of the model's own, as merged ones.
-      source: the folder that the model was loaded from, whose tokenizer is copied.
+      source: the folder that the model was loaded from. What belongs to it is copied: tokenizer,
+        chat templates, generation settings, the files of sentence-transformers, the license; and
+        of an encoder, the head of its architecture that the model leaves out.
       leaf: called with each parameter's path, gives the parameter to write there, so that they
         need not all exist at once.
       dtype: dtype to store; each parameter's own if not given.
@@ -248,23 +304,60 @@ def export(
       ValueError: ``params`` are not the model's, or ``dtype`` is no dtype of weights.
     """
     config = model.config
-    raw = config_to_dict(config)
+    raw, carried = config_to_dict(config), ()
     if source is not None:
-        theirs = weights.read_json(source, "config.json")
-        # The original file says more, as the tokenizer's numbers and the labels' names.
-        if read_config(weights.resolve(source)) == config:
-            raw = theirs
+        source = weights.resolve(source)
+        described = describe(source)
+        raw = _config_of_export(config, described, source)
+        if isinstance(config, EncoderConfig) and config == described and config.labels is None:
+            carried = _other_heads(config, source)
     return weights.export(
         folder,
         tensors(config),
         functional(model)[1] if params is None else params,
         config=raw,
         source=source,
+        carried=carried,
         leaf=leaf,
         dtype=dtype,
         max_shard_size=max_shard_size,
         overwrite=overwrite,
         progress=progress,
+    )
+
+
+def _config_of_export(config: Config, described: Config, source: Path) -> dict[str, Any]:
+    """The fields of ``config.json``: the source's, which say more, where they are of this model."""
+    ours, theirs = config_to_dict(config), weights.read_json(source, "config.json")
+    # Remote code stays behind, and these are the model's own.
+    dropped, own = {"auto_map"}, set()
+    if isinstance(config, DecoderConfig):
+        own = {"tie_word_embeddings"} & theirs.keys()
+    elif isinstance(described, EncoderConfig) and config.labels != described.labels:
+        described = dataclasses.replace(described, labels=config.labels)
+        own = {"architectures", "id2label", "label2id"}
+        dropped |= {*own, "num_labels", "_num_labels", "problem_type", "finetuning_task"}
+    if config != described:
+        return ours
+    kept = {name: value for name, value in theirs.items() if name not in dropped}
+    return kept | {name: ours[name] for name in sorted(own) if name in ours}
+
+
+def _other_heads(config: EncoderConfig, source: Path) -> tuple[str, ...]:
+    """The tensors of the heads that an encoder leaves out, but for a tied copy of the embedding.
+
+    They are written as they are, so that the architecture of ``config.json`` is there: a head is
+    frozen like all else that is not trained.
+    """
+    heads = re.compile(f"{encoder.PRETRAINING_HEADS}|{encoder.CLASSIFIER}")
+    names = [name for name in weights.shapes(source) if heads.fullmatch(name)]
+    if weights.read_json(source, "config.json").get("tie_word_embeddings") is False:
+        return tuple(names)
+    words = _stored_name(source, config, "embed/words/embedding")
+    return tuple(
+        name
+        for name in names
+        if not (name.endswith("decoder.weight") and weights.equal(source, name, words))
     )
 
 

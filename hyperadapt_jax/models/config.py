@@ -88,12 +88,9 @@ _ENCODERS = {
     "xlm-roberta": "XLMRoberta",
     "camembert": "Camembert",
 }
-# Of the heads, that of ForSequenceClassification is read; under another, the encoder alone.
+# Under the heads of pre-training, the encoder alone is read.
 _CLASSIFIER = "ForSequenceClassification"
-_ENCODER_HEADS = (
-    "Model", "ForMaskedLM", "ForPreTraining", "ForNextSentencePrediction", "ForQuestionAnswering",
-    "ForTokenClassification", "ForMultipleChoice", _CLASSIFIER,
-)
+_ENCODER_HEADS = ("Model", "ForMaskedLM", "ForPreTraining", _CLASSIFIER)
 _MOST_LAYERS = 10_000  # a configuration holds a window for each: no file may ask for gigabytes
 _LARGEST = 2**31 - 1  # sizes and token numbers are 32-bit integers
 # NVIDIA's exporter leaves config.json as it was, and says here that the weights are quantized.

@@ -415,6 +415,9 @@ def _positions(
     return jnp.broadcast_to(index, (batch, index.shape[0]))
 
 
+HEAD = "lm_head.weight"
+
+
 def tensors(config: DecoderConfig) -> tuple[Tensor, ...]:
     """The checkpoint's tensors and their places, each parameter exactly once.
 
@@ -426,10 +429,11 @@ def tensors(config: DecoderConfig) -> tuple[Tensor, ...]:
     """
     table: list[Tensor] = []
 
-    def add(name: str, path: str, transpose: bool = False) -> None:
+    def add(name: str, path: str, transpose: bool = False, also: tuple[str, ...] = ()) -> None:
         # A headless checkpoint names its tensors without the leading "model.".
         bare = name.removeprefix("model.")
-        table.append(Tensor(name, path, transpose, aliases=(bare,) if bare != name else ()))
+        aliases = (bare, *also) if bare != name else also
+        table.append(Tensor(name, path, transpose, aliases=aliases))
 
     def linear(name: str, path: str, bias: bool) -> None:
         add(f"model.layers.{{layer}}.{name}.weight", f"layers/{path}/kernel", transpose=True)
@@ -439,7 +443,8 @@ def tensors(config: DecoderConfig) -> tuple[Tensor, ...]:
     def norm(name: str, path: str) -> None:
         add(f"model.layers.{{layer}}.{name}.weight", f"layers/{path}/scale")
 
-    add("model.embed_tokens.weight", "embed/embedding")
+    # A tied matrix may be stored as the head, also or alone.
+    add("model.embed_tokens.weight", "embed/embedding", also=(HEAD,) if config.tied else ())
     norm("input_layernorm", "attn_norm")
     for part in ("qkv",) if config.fused else ("q", "k", "v"):
         linear(f"self_attn.{part}_proj", part, config.qkv_bias)
@@ -452,7 +457,7 @@ def tensors(config: DecoderConfig) -> tuple[Tensor, ...]:
         linear(f"mlp.{part}_proj", part, config.mlp_bias)
     add("model.norm.weight", "norm/scale")
     if not config.tied:
-        add("lm_head.weight", "head/kernel", transpose=True)
+        add(HEAD, "head/kernel", transpose=True)
     return tuple(table)
 
 
@@ -463,7 +468,6 @@ def ignored(config: DecoderConfig) -> tuple[str, ...]:
       config: the architecture.
 
     Returns:
-      Full-match regular expressions: tables that are computed anew, and a tied head's copy.
+      Full-match regular expressions: tables that are computed anew.
     """
-    patterns = (r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)
-    return (*patterns, r"lm_head\.weight") if config.tied else patterns
+    return (r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)

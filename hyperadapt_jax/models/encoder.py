@@ -258,6 +258,11 @@ def _visible(mask: Array | None, segment_ids: Array | None) -> Array | None:
     return visible
 
 
+# The heads of a checkpoint stand beside the encoder: those of pre-training, and a classifier.
+PRETRAINING_HEADS = r"(cls|lm_head)\..*"
+CLASSIFIER = r"classifier\..*"
+
+
 def tensors(config: EncoderConfig) -> tuple[Tensor, ...]:
     """The checkpoint's tensors and their places, each parameter exactly once.
 
@@ -326,13 +331,9 @@ def ignored(config: EncoderConfig) -> tuple[str, ...]:
       Full-match regular expressions: tables of positions, heads that predict tokens, and the
       pooler and classifier where the model has none.
     """
-    patterns = (
-        r"((bert|roberta)\.)?embeddings\.(position_ids|token_type_ids)",
-        r"lm_head\..*",
-        r"cls\..*",
-    )
+    patterns = (r"((bert|roberta)\.)?embeddings\.(position_ids|token_type_ids)", PRETRAINING_HEADS)
     if not config.pooler:
         patterns += (r"((bert|roberta)\.)?pooler\..*",)
     if config.labels is None:
-        patterns += (r"classifier\..*",)
+        patterns += (CLASSIFIER,)
     return patterns

@@ -106,7 +106,8 @@ class Tensor:
         all layers, stacked on axis 0.
       transpose: the checkpoint stores (out, in) and the parameter (in, out).
       optional: the checkpoint may lack it: the parameter is then newly initialised, and reported.
-      aliases: other names of the same tensor, as with and without the prefix "bert.".
+      aliases: other names of the same tensor, as with and without the prefix "bert."; a checkpoint
+        may hold it under several, if all are equal.
 
     >>> Tensor("layers.{layer}.up_proj.weight", "layers/up/kernel", transpose=True).names(3)
     ('layers.3.up_proj.weight',)
@@ -376,6 +377,48 @@ def _layers(tensor: Tensor, shape: Sequence[int]) -> range:
     return range(shape[0] if tensor.stacked else 1)
 
 
+def has_weights(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds a checkpoint, or the index of one."""
+    return any((Path(folder) / name).exists() for name in (_SINGLE, _INDEX))
+
+
+def shapes(folder: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor that a folder's checkpoint holds, from its files' headers alone.
+
+    Raises:
+      CheckpointError: there is no checkpoint, or a file of it cannot be read.
+    """
+    return {name: tensor.shape for name, tensor in _stored(Path(folder)).items()}
+
+
+def equal(folder: str | os.PathLike[str], one: str, other: str) -> bool:
+    """Whether two tensors of a folder's checkpoint hold the same numbers, read block by block.
+
+    Raises:
+      CheckpointError: a file of the checkpoint cannot be read.
+    """
+    stored = _stored(Path(folder))
+    return _same(stored[one], stored[other])
+
+
+def _same(one: _Stored, other: _Stored) -> bool:
+    """Whether two stored tensors hold equal numbers, compared block by block."""
+    if one.shape != other.shape or not {one.dtype, other.dtype} <= {*_ITEMSIZE}:
+        return False
+    index, itemsize = tuple((0, size) for size in one.shape), max(one.itemsize, other.itemsize)
+    with _opened(one.file) as mine, _opened(other.file) as theirs:
+        pairs = zip(
+            _blocks(mine.get_slice(one.name), index, itemsize),
+            _blocks(theirs.get_slice(other.name), index, itemsize),
+            strict=True,
+        )
+        for (_, a), (_, b) in pairs:
+            # Equal bits are told fast; other bits may still be equal numbers of two dtypes.
+            if a.tobytes() != b.tobytes() and not np.array_equal(a.astype("f8"), b.astype("f8")):
+                return False
+    return True
+
+
 def _choose(
     tensors: Sequence[Tensor], leaves: Mapping[str, Any], stored: Mapping[str, _Stored]
 ) -> tuple[dict[str, list[_Stored]], list[str]]:
@@ -385,11 +428,13 @@ def _choose(
     for tensor in tensors:
         parts, absent = [], []
         for layer in _layers(tensor, leaves[tensor.path].shape):
-            there = [name for name in tensor.names(layer) if name in stored]
-            if len(there) > 1:
-                places = ", ".join(f"{name} in {stored[name].file}" for name in there)
-                raise CheckpointError(f"{tensor.path} is there under several names: {places}")
-            parts += [stored[name] for name in there]
+            there = [stored[name] for name in tensor.names(layer) if name in stored]
+            if not all(_same(there[0], other) for other in there[1:]):
+                places = ", ".join(f"{part.name} in {part.file}" for part in there)
+                raise CheckpointError(
+                    f"{tensor.path} is there under several names, with different numbers: {places}"
+                )
+            parts += there[:1]
             absent += [] if there else [tensor.names(layer)[0]]
         if parts or not tensor.optional:
             chosen[tensor.path] = parts
@@ -408,9 +453,15 @@ def _check(
 ) -> list[str]:
     """Raises where the checkpoint is not the model's; gives the names to pass over."""
     taken = {part.name for parts in chosen.values() for part in parts}
+    known = {
+        name
+        for tensor in tensors
+        for layer in _layers(tensor, leaves[tensor.path].shape)
+        for name in tensor.names(layer)
+    }
     rest = [name for name in stored if name not in taken]
     matchers = [matcher(pattern) for pattern in ignored]
-    skipped = [name for name in rest if any(matches(name) for matches in matchers)]
+    skipped = [n for n in rest if n in known or any(matches(n) for matches in matchers)]
     extra = [name for name in rest if name not in skipped]
     problems = []
     if missing:
@@ -607,6 +658,7 @@ def load(
     params: Any,
     *,
     ignored: Sequence[str] = (),
+    renewed: Sequence[str] = (),
     initial: Callable[[str], Array] | None = None,
     mesh: Mesh | None = None,
     rules: Rules = (),
@@ -623,6 +675,7 @@ def load(
       tensors: the model's table, one row for each parameter.
       params: the tree to fill: arrays or `jax.ShapeDtypeStruct`, for their shapes and dtypes alone.
       ignored: full-match regular expressions of checkpoint names that the model rightly leaves out.
+      renewed: paths of optional parameters that are newly initialized, whatever is stored.
       initial: called with the path of each optional parameter that the checkpoint lacks; gives its
         new value.
       mesh: where the parameters live; without it, whole on the default device.
@@ -652,7 +705,7 @@ def load(
     _check_table(tensors, leaves)
     shardings = {path: _sharding(path, tuple(x.shape), mesh, rules) for path, x in leaves.items()}
     stored = _stored(folder)
-    chosen, missing = _choose(tensors, leaves, stored)
+    chosen, missing = _choose([t for t in tensors if t.path not in renewed], leaves, stored)
     new = [tensor.path for tensor in tensors if tensor.path not in chosen]
     skipped = _check(folder, tensors, leaves, stored, chosen, missing, ignored)
     if new and initial is None:

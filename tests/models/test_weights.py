@@ -167,9 +167,24 @@ def test_a_tensor_may_go_by_another_name(tmp_path):
     renamed = {k.removeprefix("model.") if "embed" in k else k: v for k, v in tensors.items()}
     tree, _ = weights.load(write(tmp_path, renamed), TABLE, tree_of())
     assert_equal(tree, expected(tensors))
-    both = {**tensors, "1.up": tensors["model.layers.1.up.weight"]}
-    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.up\.weight in .*1\.up in"):
-        weights.load(write(tmp_path, both), TABLE, tree_of())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_tensor_may_stand_under_two_names_if_they_agree(tmp_path, route, dtype):
+    tensors = stored()
+    copy = tensors["model.layers.1.up.weight"].astype(dtype)
+    copy[3, 4] = np.nan if dtype == "float32" else copy[3, 4]
+    both = {**tensors, "1.up": copy, "model.layers.1.up.weight": copy.astype("float32")}
+    tree, report = weights.load(write(tmp_path, both, 2), TABLE, tree_of())
+    assert_equal(tree, expected(both))
+    assert report.ignored == ("1.up",)
+    both["1.up"] = copy + (np.arange(8) == 7) * np.float32(1e-3)  # in the last column alone
+    message = r"up/kernel is there under several names.*model\.layers\.1\.up\.weight in .*1\.up in"
+    with pytest.raises(CheckpointError, match=message):
+        weights.load(write(tmp_path, both, 2), TABLE, tree_of())
+    both["1.up"] = copy[:3]
+    with pytest.raises(CheckpointError, match=message):
+        weights.load(write(tmp_path, both, 2), TABLE, tree_of())
 
 
 def test_optional_tensors_are_read_or_initialised_and_reported(tmp_path):
@@ -212,6 +227,33 @@ def test_names_to_ignore_are_reported(tmp_path):
     write(tmp_path, {**stored(), "model.position_ids": np.arange(5)})
     _, report = weights.load(tmp_path, TABLE, tree_of(), ignored=[r"model\.position_ids"])
     assert report.ignored == ("model.position_ids",)
+
+
+def test_a_parameter_may_be_renewed_whatever_the_checkpoint_holds(tmp_path):
+    write(tmp_path, {**stored(), "head.weight": np.ones((5, 8), np.float32)})
+    tree, report = weights.load(
+        tmp_path,
+        HEAD,
+        tree_of(head=(8, 2)),
+        renewed=["head"],
+        initial=lambda path: jnp.full((8, 2), 7.0),
+    )
+    np.testing.assert_array_equal(tree["head"], np.full((8, 2), 7.0))
+    assert report.initialised == ("head",) and report.ignored == ("head.weight",)
+    with pytest.raises(CheckpointError, match=r"head\.weight has shape \(5, 8\)"):
+        weights.load(tmp_path, HEAD, tree_of(head=(8, 2)))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (31, 33), (64, 5), (1, 70), (97, 1), (0, 4), (4, 0)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+def test_a_matrix_is_transposed_by_strips(shape, dtype):
+    bits = np.random.default_rng(0).integers(0, 256, (*shape, np.dtype(dtype).itemsize), np.uint8)
+    matrix = bits.view(dtype)[..., 0]  # every bit pattern, NaN included
+    for part in (matrix, matrix[: shape[0] // 2 + 1, shape[1] // 2 :]):
+        result = weights._transposed(part)
+        assert result.dtype == part.dtype and result.flags.c_contiguous
+        assert result.shape == part.shape[::-1]
+        assert result.tobytes() == part.T.tobytes()
 
 
 # --------------------------------------------------------------------------------------- sharding
