@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def describe(options: ModelOptions, labels: int | None = None) -> Base:
     """
     folder = _folder(options)
     try:
-        config = models.read_config(folder)
+        config = models.describe(folder)
     except (ValueError, OSError) as error:
         raise InputError(f"--model {options.model}: {error}") from error
     if labels is not None:
@@ -123,8 +124,11 @@ def load(
 def tokenizer(options: ModelOptions) -> Any:
     """The tokenizer in the model's folder, a fast one of transformers.
 
+    It may have added tokens that the model's table lacks, for padding, say: few texts hold one, and
+    `check_tokens` finds them.
+
     Raises:
-      InputError: the folder holds none that can be read, or one with more tokens than the model.
+      InputError: the folder holds none that can be read, or another model's, with more tokens.
     """
     import transformers
 
@@ -136,13 +140,41 @@ def tokenizer(options: ModelOptions) -> Any:
     except Exception as error:  # whatever the file's format makes the reader stumble over
         reason = first_line(error)
         raise InputError(f"{folder} holds no tokenizer that can be read: {reason}") from error
-    last, size = max(found.get_vocab().values()), models.read_config(folder).vocab_size
+    own = found.get_vocab().keys() - found.get_added_vocab().keys()
+    last, size = max(map(found.get_vocab().get, own), default=0), _vocabulary(options)
     if last >= size:
         raise InputError(
             f"{folder} holds another model's tokenizer: its last token is {last}, and the model"
             f" knows {size}"
         )
     return found
+
+
+def check_tokens(rows: Iterable[Sequence[int]], tokenizer: Any, options: ModelOptions) -> None:
+    """Refuses tokens that the model's table lacks.
+
+    Args:
+      rows: the tokens of each example; looked at only where the tokenizer has such tokens.
+      tokenizer: the model's.
+      options: which model.
+
+    Raises:
+      InputError: a row holds one; the message names it.
+    """
+    size = _vocabulary(options)
+    if max(tokenizer.get_vocab().values()) < size:
+        return
+    for number, tokens in enumerate(rows):
+        if len(tokens) and (largest := int(max(tokens))) >= size:
+            raise InputError(
+                f"example {number} holds {tokenizer.convert_ids_to_tokens(largest)!r}, which the"
+                f" tokenizer makes token {largest}, and the model knows {size}: take it out of the"
+                " text"
+            )
+
+
+def _vocabulary(options: ModelOptions) -> int:
+    return models.read_config(_folder(options)).vocab_size
 
 
 def fingerprint(params: Any) -> str:

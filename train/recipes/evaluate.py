@@ -105,6 +105,7 @@ def _glue(chosen: Options, theirs: Any, recipe: Any) -> dict[str, float]:
     for split in task.dev:
         rows, _ = glue.read(task, chosen.data or theirs.data, split)
         examples[split] = glue.tokenise(rows, tokenizer, theirs.max_length).data
+        base.check_tokens((row["tokens"] for row in examples[split]), tokenizer, model)
     tuning, trained = _restore(
         chosen, model, theirs.adapter, labels=task.outputs, seed=theirs.run.seed
     )

@@ -62,6 +62,8 @@ def run(chosen: Options) -> None:
         for split in ("train", *task.dev):
             rows, dropped = glue.read(task, chosen.data, split)
             examples[split], cut, _ = glue.tokenise(rows, tokenizer, chosen.max_length)
+            found = (row["tokens"] for row in examples[split])
+            base.check_tokens(found, tokenizer, chosen.model)
             tell(f"{split}: {len(rows):,} rows, {dropped} dropped, {cut} cut to"
                  f" {chosen.max_length} tokens")  # fmt: skip
         loaded = base.load(

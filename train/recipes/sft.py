@@ -107,6 +107,7 @@ def run(chosen: Options) -> None:
     examples, cut, dropped = chat.examples(training, chosen.form, tokenizer, chosen.max_length)
     tell(f"{len(training):,} training rows: {cut} cut to {chosen.max_length} tokens, {dropped}"
          f" dropped, since that left no answer; {len(held_out):,} rows held out")  # fmt: skip
+    base.check_tokens((row["tokens"] for row in examples), tokenizer, chosen.model)
     questions = ask(chosen, described, held_out, tokenizer)
     if skipped := len(questions.prompts) - len(questions.asked):
         tell(f"{skipped} of {len(questions.prompts)} questions are not asked: with"
@@ -215,6 +216,7 @@ def ask(
         longest=described.config.max_length - chosen.max_new_tokens,
         rows=chosen.eval_batch_size,
     )
+    base.check_tokens(questions.prompts, tokenizer, chosen.model)
     answers.mark(chosen.score, references, references)  # refuses those that cannot be marked
     return questions
 
@@ -232,6 +234,7 @@ def evaluation(
     ``accuracy`` the share of right answers among the model's own, where they are marked.
     """
     examples, _, _ = chat.examples(held_out, chosen.form, tokenizer, chosen.max_length)
+    base.check_tokens((row["tokens"] for row in examples), tokenizer, chosen.model)
     batches = Batches(examples, chosen.eval_batch_size, shuffle=False)
     loss = jax.jit(losses.next_token(tuning))
 
