@@ -218,7 +218,7 @@ def test_float16_is_computed_on_a_cpu() -> None:
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(cases.jit(gradient)(params)))
 
 
-@pytest.mark.parametrize("name", ["llama3", "llama-dynamic", "phi4-mini-short", "qwen2-sliding"])
+@pytest.mark.parametrize("name", ["llama-dynamic", "phi4-mini-short", "qwen2-sliding"])
 def test_64_bit_types_change_nothing(name: str) -> None:
     config, fn, params = make(name)
     tokens = cases.batch(config, "none")["tokens"]
@@ -229,10 +229,6 @@ def test_64_bit_types_change_nothing(name: str) -> None:
         assert logits.dtype == jnp.float32
         np.testing.assert_allclose(logits, plain, atol=2e-5)
         assert models.generate(fn, params, prompts=tokens.tolist(), max_new_tokens=7) == text
-        drawn = models.generate(
-            fn, params, prompts=[[3]], max_new_tokens=7, temperature=1.0, top_k=5, top_p=0.9
-        )
-    assert [len(row) for row in drawn] == [7]
 
 
 def test_an_attention_that_cannot_be_computed_here_is_refused() -> None:
