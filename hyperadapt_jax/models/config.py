@@ -82,6 +82,9 @@ _DECODERS = {
     "qwen3": "Qwen3ForCausalLM",
     "phi3": "Phi3ForCausalLM",
 }
+# What a family has where its file leaves the field out.
+_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
+_LENGTHS = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768, "phi3": 4096}
 _ENCODERS = {
     "bert": "Bert",
     "roberta": "Roberta",
@@ -448,12 +451,14 @@ def _decoder(fields: _Fields, family: str) -> DecoderConfig:
     width = fields.positive("hidden_size")
     layers = _layers(fields)
     heads = fields.positive("num_attention_heads")
-    kv_heads = fields.positive("num_key_value_heads", default=heads)
+    # A missing field means the family's default, and null as many as there are query heads.
+    kv_heads = heads if "num_key_value_heads" in fields.rest else _KV_HEADS.get(family, heads)
+    kv_heads = fields.positive("num_key_value_heads", default=kv_heads)
     if heads % kv_heads:
         raise fields.error("num_key_value_heads", kv_heads, f"does not divide {heads} heads")
     default_head_dim = 128 if family == "qwen3" else width // heads
     head_dim = fields.positive("head_dim", default=default_head_dim)
-    max_length = fields.positive("max_position_embeddings", default=2048)
+    max_length = fields.positive("max_position_embeddings", default=_LENGTHS[family])
     # Dropout of these decoders is zero in every released checkpoint; another value would train
     # another model.
     for name in ("attention_dropout", "resid_pdrop", "embd_pdrop"):

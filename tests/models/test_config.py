@@ -201,6 +201,24 @@ def test_a_bad_generation_config_is_named(text: str, message: str, tmp_path: pat
     assert models.read_config(tmp_path) == models.config_from_dict(cases.CASES["bert"].config)
 
 
+@pytest.mark.parametrize(
+    ("name", "kv_heads", "length"),
+    [
+        ("llama2", 64, 2048), ("mistral", 8, 131072), ("qwen2", 32, 32768),
+        ("qwen3", 32, 32768), ("phi3", 64, 4096),
+    ],
+)  # fmt: skip
+def test_a_field_that_is_left_out_is_the_familys_default(
+    name: str, kv_heads: int, length: int
+) -> None:
+    raw = cases.CASES[name].config | {"num_attention_heads": 64, "hidden_size": 128}
+    left_out = ("num_key_value_heads", "max_position_embeddings")
+    short = {key: value for key, value in raw.items() if key not in left_out}
+    config = models.config_from_dict(short)
+    assert (config.kv_heads, config.max_length) == (kv_heads, length)
+    assert models.config_from_dict(raw | {"num_key_value_heads": None}).kv_heads == 64
+
+
 @pytest.mark.parametrize("name", ["qwen2", "qwen3"])
 def test_a_window_that_is_switched_on_without_a_size_has_the_familys(name: str) -> None:
     raw = cases.CASES[name].config | {"use_sliding_window": True, "max_window_layers": 1}
@@ -237,7 +255,9 @@ def test_a_bad_file_is_an_error_of_one_line(tmp_path: pathlib.Path, text: bytes)
 WRONG = ["x", [], ["x"], {}, {"a": 1}, [["x"]], 10**400, -(10**400), 10**12, float("nan"), -1.5]
 
 
-@pytest.mark.parametrize("case", ["llama3", "phi4-mini-long", "qwen2-sliding", "qwen3-yarn", "roberta"])
+@pytest.mark.parametrize(
+    "case", ["llama3", "phi4-mini-long", "qwen2-sliding", "qwen3-yarn", "roberta"]
+)
 def test_a_bad_value_is_an_error_that_names_its_field(case: str) -> None:
     """Whatever stands in a field, the configuration is read or refused, in one line and at once."""
     raw = cases.CASES[case].config
