@@ -1017,7 +1017,8 @@ def test_what_an_export_cannot_keep_is_said(tmp_path):
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_tensors_of_the_source_are_carried_along(tmp_path, dtype):
     head = np.random.default_rng(1).normal(size=(3, 8)).astype("float16")
-    extra = {"cls.weight": head, "cls.bias": head[0].astype("float32"), "cls.not": head}
+    bias = head[0].astype("float32" if dtype else "bfloat16")
+    extra = {"cls.weight": head, "cls.bias": bias, "cls.not": head}
     source = write(tmp_path / "in", {**stored(), **extra}, 2)
     tree, _ = weights.load(source, TABLE, tree_of(), ignored=["cls.*"])
     out = weights.export(

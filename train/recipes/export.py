@@ -84,7 +84,7 @@ def run(options: Options) -> None:
         return
     if losses:
         print(ha.MergeReport(tuple(losses)))
-    files = list(options.folder.iterdir())
+    files = [file for file in options.folder.rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in files)
     print(f"{options.folder}: {len(files)} files, {size / 1e6:,.1f} MB, weights in {dtype}")
 
