@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hyperadapt_jax import models
+from train import finite
 from train.errors import InputError
 from train.report import write
 
@@ -52,14 +53,16 @@ class Questions:
         short = [i for i, prompt in enumerate(self.prompts) if 0 < len(prompt) <= self.longest]
         return sorted(short, key=lambda i: len(self.prompts[i]))
 
-    def answers(self, forward: Callable[..., Any], *trees: Any) -> list[str]:
-        """What the model answers, taking the likeliest token each time; "" where it is not asked.
+    def answers(self, forward: Callable[..., Any], *trees: Any) -> list[str | None]:
+        """What the model answers, taking the likeliest token each time; "" where it is not asked,
+        None where its outputs are not finite.
 
         Args:
           forward: ``forward(*trees, tokens, mask=, cache=)``; keep it: another one compiles again.
           *trees: its parameters.
         """
-        asked, answers = self.asked, [""] * len(self.prompts)
+        asked = self.asked
+        answers: list[str | None] = [""] * len(self.prompts)
         for start in range(0, len(asked), self.rows):
             some = asked[start : start + self.rows]
             # The last rows are filled up, so that no program is compiled for them alone.
@@ -71,22 +74,32 @@ class Questions:
                 max_new_tokens=self.max_new_tokens,
                 stop_tokens=self.stop_tokens,
             )
-            for i, tokens in zip(some, found, strict=False):
-                answers[i] = self.tokenizer.decode(tokens, skip_special_tokens=True)
+            texts = finite.decoded(
+                found, lambda row: self.tokenizer.decode(row, skip_special_tokens=True)
+            )
+            for i, text in zip(some, texts, strict=False):
+                answers[i] = text
         return answers
 
-    def accuracy(self, answers: Sequence[str]) -> dict[str, float]:
+    def accuracy(self, answers: Sequence[str | None]) -> dict[str, float]:
         """``{"accuracy": ...}``, the share of right answers; nothing where none is marked."""
-        marks = mark(self.score, answers, self.references)
+        marks = self.marks(answers)
         return {} if marks is None else {"accuracy": sum(marks) / len(marks)}
 
-    def save(self, file: Path, answers: Sequence[str]) -> None:
+    def marks(self, answers: Sequence[str | None]) -> list[bool] | None:
+        """Which answers are right: none that is not there; None where none is marked."""
+        marks = mark(self.score, [answer or "" for answer in answers], self.references)
+        return marks and [
+            right and answer is not None for right, answer in zip(marks, answers, strict=True)
+        ]
+
+    def save(self, file: Path, answers: Sequence[str | None]) -> None:
         """Writes one JSON object a line: prompt, answer, reference and, if marked, right.
 
         Raises:
           InputError: the file cannot be written.
         """
-        marks = mark(self.score, answers, self.references)
+        marks = self.marks(answers)
         lines = []
         for i, (prompt, answer) in enumerate(zip(self.prompts, answers, strict=True)):
             row = {"prompt": self.tokenizer.decode(prompt), "answer": answer}

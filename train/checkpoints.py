@@ -1,12 +1,14 @@
 """A run's checkpoints: what trains, the optimizer, the step, the place in the data, the random key.
 
-Never the base model: a checkpoint is three times the adapter's size. Orbax writes them beside the
-training, and a checkpoint has its name only when it is whole.
+Never the base model: a checkpoint is three times the adapter's size. Orbax writes them while the
+training waits, so that no second copy of the state is needed, and a checkpoint has its name only
+when it is whole.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,11 +32,13 @@ class Position(NamedTuple):
       data: the state of the iterator over the training data.
       base: the fingerprint of the frozen parameters.
       metrics: of the evaluation after this step; None if there was none.
+      spent: seconds, tokens and sessions of the run so far.
     """
 
     data: dict[str, Any]
     base: str
     metrics: dict[str, float] | None
+    spent: dict[str, float] = {}
 
 
 class Checkpoints:
@@ -56,11 +60,20 @@ class Checkpoints:
             best_fn=_score,
             preservation_policy=policies.AnyPreservationPolicy([last, best]),
             cleanup_tmp_directories=True,
+            enable_async_checkpointing=False,
             # Renamed first: a process that is killed while it removes leaves no half checkpoint.
             todelete_subdir=_REMOVED,
         )
         with self._explained("opened"):
-            self._manager = ocp.CheckpointManager(self._folder, options=options)
+            self._manager = ocp.CheckpointManager(
+                self._folder,
+                options=options,
+                item_handlers={
+                    # Compressing needs a copy, and finds nothing to compress in trained numbers.
+                    "state": ocp.PyTreeCheckpointHandler(use_compression=False),
+                    "position": ocp.JsonCheckpointHandler(),
+                },
+            )
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -68,7 +81,6 @@ class Checkpoints:
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         try:
             with self._explained("completed"):
-                self._manager.wait_until_finished()
                 self._manager.close()
                 self._clear()
         except InputError:
@@ -81,38 +93,38 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, state: Any, position: Position, score: float | None = None) -> None:
-        """Starts to write a checkpoint, and returns as soon as the arrays are copied.
+        """Writes a checkpoint.
 
         Args:
           state: a tree of arrays with a field ``step``. A checkpoint of that step is replaced.
           position: what else to keep.
-          score: how good the model is, higher is better; None if that was not measured.
+          score: how good the model is, higher is better; None if that was not measured. One that
+            is not finite is never the best.
 
         Raises:
-          InputError: this or an earlier checkpoint could not be written, as on a full disk.
+          InputError: the checkpoint could not be written, as on a full disk.
         """
+        measured = score is not None and math.isfinite(score)
         step = int(state.step)
         names, leaves, _ = paths.flatten(state)
         with self._explained("written"):
-            self._manager.check_for_errors()
             self._clear()
             if step in self.steps:
-                self._manager.wait_until_finished()
                 self._manager.delete(step)
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(dict(zip(names, leaves, strict=True))),
+                    state=ocp.args.PyTreeSave(dict(zip(names, leaves, strict=True))),
                     position=ocp.args.JsonSave(position._asdict()),
                 ),
-                metrics=None if score is None else {"score": score},
+                metrics={"score": score} if measured else None,
             )
 
     def restore(self, like: Any, step: int | None = None) -> tuple[Any, Position] | None:
         """Reads a checkpoint.
 
         Args:
-          like: the state's tree, whose shapes, dtypes and shardings are the ones to restore.
+          like: the state's tree, of arrays or of shapes; shapes, dtypes and shardings are restored.
           step: which one; the last if not given.
 
         Returns:
@@ -125,33 +137,28 @@ class Checkpoints:
         if step is None:
             return None
         names, leaves, treedef = paths.flatten(like)
-        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in leaves]
+        shapes = {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+            for name, x in zip(names, leaves, strict=True)
+        }
         with self._explained(f"read: remove {self._folder / str(step)} to fall back on the one"
                              " before it"):
             found = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(dict(zip(names, shapes, strict=True))),
+                    state=ocp.args.PyTreeRestore(
+                        shapes, restore_args=ocp.checkpoint_utils.construct_restore_args(shapes)
+                    ),
                     position=ocp.args.JsonRestore(),
                 ),
             )
             state = treedef.unflatten([found.state[name] for name in names])
             return state, Position(**found.position)
 
-    def best(self, like: Any) -> tuple[Any, Position] | None:
-        """As :meth:`restore`, of the step with the highest score; of the last if none has one."""
-        self.wait()
-        step = self._manager.best_step()
-        return self.restore(like, step)
-
-    def wait(self) -> None:
-        """Returns when what was started is on disk.
-
-        Raises:
-          InputError: it could not be written.
-        """
-        with self._explained("written"):
-            self._manager.wait_until_finished()
+    @property
+    def best(self) -> int | None:
+        """The step with the highest score; None if none has one."""
+        return self._manager.best_step()
 
     def _clear(self) -> None:
         """Frees the space of the checkpoints that are no longer kept."""

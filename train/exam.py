@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from hyperadapt_jax import models
-from train import arithmetic
+from train import arithmetic, finite
 from train.arithmetic import Problem
 
 ROWS = 384  # answered at once
@@ -35,8 +35,8 @@ class Exam:
         rounds = zip(*drawn, strict=True)
         return cls(tuple(problem for each in rounds for problem in each), tokenizer)
 
-    def answers(self, forward: Callable[..., Any], *trees: Any) -> list[str]:
-        """What the model answers, taking the likeliest token each time.
+    def answers(self, forward: Callable[..., Any], *trees: Any) -> list[str | None]:
+        """What the model answers, taking the likeliest token each time; see `finite.decoded`.
 
         Args:
           forward: ``forward(*trees, tokens, mask=, cache=)``; keep it: another one compiles again.
@@ -53,15 +53,21 @@ class Exam:
                 max_new_tokens=LONGEST,
                 stop_tokens=stop,
             )
-        return self.tokenizer.decode_batch(found)
+        return finite.decoded(found, self.tokenizer.decode)
 
     def measure(self, forward: Callable[..., Any], *trees: Any) -> dict[str, float]:
-        """The accuracy of what the model answers; see `answers`."""
-        return self.accuracy(self.answers(forward, *trees))
+        """The accuracy of what the model answers; see `answers`.
 
-    def accuracy(self, answers: Sequence[str]) -> dict[str, float]:
+        Raises:
+          InputError: no answer has finite outputs.
+        """
+        answers = self.answers(forward, *trees)
+        return self.accuracy(answers) | finite.count(answers, "nonfinite")
+
+    def accuracy(self, answers: Sequence[str | None]) -> dict[str, float]:
         """The share of right answers, by kind of problem."""
         right: dict[str, list[bool]] = {}
         for problem, answer in zip(self.problems, answers, strict=True):
-            right.setdefault(problem.kind, []).append(arithmetic.correct(problem, answer))
+            correct = answer is not None and arithmetic.correct(problem, answer)
+            right.setdefault(problem.kind, []).append(correct)
         return {kind: sum(marks) / len(marks) for kind, marks in right.items()}

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import hyperadapt_jax as ha
@@ -26,9 +27,11 @@ from train.errors import InputError
 from train.methods import Tuning
 from train.options import OptimizerOptions, RunOptions, lasting
 from train.runs import ADAPTER
-from train.step import Loss, make_optimizer, make_step, schedule, start
+from train.step import Loss, learning_rates, make_optimizer, make_step, start
 
 Metrics = dict[str, float]
+
+SAVE_SECONDS = 600.0  # the most that a killed run loses, where its evaluations are far apart
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,7 +45,8 @@ class Task:
       loss: summed loss and weight of a batch.
       batches: the training data, of enough epochs.
       evaluate: from what trains to metrics.
-      score: from metrics to a number, higher is better, by which the best step is chosen.
+      score: from metrics to a number, higher is better, by which the best step is chosen; one that
+        is not finite is never the best.
     """
 
     name: str
@@ -54,6 +58,22 @@ class Task:
     score: Callable[[Metrics], float]
 
 
+class Spent(NamedTuple):
+    """What a run took.
+
+    Attributes:
+      steps: optimizer steps.
+      tokens: that it learned from, padding left out.
+      seconds: of training, evaluating and saving. What a kill undid is not counted.
+      sessions: one, and one more each time that it was resumed.
+    """
+
+    steps: int
+    tokens: int
+    seconds: float
+    sessions: int
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Result:
     """What a run came to.
@@ -61,9 +81,10 @@ class Result:
     Attributes:
       trainable: what trained, as it was at the best evaluation.
       step: of that evaluation.
-      before: metrics of the base model.
+      before: metrics of the base model; empty where metrics.jsonl no longer has them.
       best: metrics at the best evaluation.
       last: metrics after the last step.
+      spent: what it took, over all sessions.
     """
 
     trainable: Any
@@ -71,14 +92,16 @@ class Result:
     before: Metrics
     best: Metrics
     last: Metrics
+    spent: Spent
 
     @property
     def rows(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows of a table of the metrics."""
         header = ["metric", "before", "best", "last"]
+        columns = self.before, self.best, self.last
         return header, [
-            [name, *(f"{found[name]:.4f}" for found in (self.before, self.best, self.last))]
-            for name in self.best
+            [name, *(f"{found[name]:.4f}" if name in found else "" for found in columns)]
+            for name in dict.fromkeys(name for found in columns for name in found)
         ]
 
     def __str__(self) -> str:
@@ -110,7 +133,8 @@ def fit(
     """Trains, and leaves metrics, curves, checkpoints and the best adapter in the run folder.
 
     A run that was stopped at any moment and is resumed computes what one that was never stopped
-    computes, bit for bit on the same machine.
+    computes, bit for bit on the same machine. The arrays of ``task.tuning.trainable`` are freed:
+    where everything trains, they are as large as the model.
 
     Args:
       task: the recipe's part.
@@ -120,23 +144,29 @@ def fit(
       metadata: what to keep with the adapter: the run's options, as `options.flat` gives them.
 
     Raises:
-      InputError: the loss was not finite for ``run.patience`` steps in a row; the checkpoint is of
-        another base model; a file cannot be written.
+      InputError: the loss was not finite for ``run.patience`` steps in a row, or the score in no
+        evaluation; the checkpoint is of another base model; a file cannot be written.
       Interrupted: SIGINT or SIGTERM came, and a checkpoint was written.
     """
     tuning, steps = task.tuning, total_steps(run, task.batches.per_epoch)
     chain = make_optimizer(optimizer, tuning, steps)
-    rate = schedule(optimizer, optimizer.lr, steps)
-    step = make_step(task.loss, chain, rate, accumulate=run.accumulate)
+    rates = learning_rates(optimizer, tuning, steps)
+    step = make_step(task.loss, chain, rates, accumulate=run.accumulate)
     state, identity = start(tuning, chain, run.seed), fingerprint(tuning.frozen)
+    _free(tuning.trainable)
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
 
     def due(every: int | None) -> bool:
         return done == steps or (every is not None and done % every == 0)
 
     with Checkpoints(folder) as checkpoints, _Signals() as signals:
         place = metrics = None  # in the data; after this very step
-        if run.resume and (found := checkpoints.restore(state)):
-            state, (place, base, metrics) = found
+        spent: dict[str, float] = {}  # before this session
+        if run.resume and checkpoints.steps:
+            _free(state)
+            state, (place, base, metrics, spent) = checkpoints.restore(like)
             if base != identity:
                 raise InputError(
                     f"--resume: the checkpoints in {folder} were made on another base model; give"
@@ -144,24 +174,40 @@ def fit(
                 )
         done, batches = int(state.step), stream(task.batches, place)
         log = report.Log(folder, steps, start_step=done, quiet=run.quiet, label=task.name)
+        began = saved = time.monotonic()
+        seen = 0  # tokens of this session
+
+        def spending() -> dict[str, float]:
+            return {
+                "tokens": spent.get("tokens", 0) + seen,
+                "seconds": spent.get("seconds", 0.0) + time.monotonic() - began,
+                "sessions": spent.get("sessions", 0) + 1,
+            }
 
         def save() -> None:
-            copy = jax.tree.map(jnp.copy, state)  # the next step reuses the state's memory
-            position = Position(batches.get_state(), identity, metrics)
-            checkpoints.save(copy, position, None if metrics is None else task.score(metrics))
+            nonlocal saved
+            position = Position(batches.get_state(), identity, metrics, spending())
+            with log.paused():
+                checkpoints.save(state, position, None if metrics is None else task.score(metrics))
+            saved = time.monotonic()
 
         def leave() -> None:
-            checkpoints.wait()
             raise Interrupted(signals.received, f"saved after step {done} of {steps}")
 
         def evaluate() -> Metrics:
             try:
-                with signals.at_once():
+                with log.paused(), signals.at_once():
                     found = task.evaluate(state.trainable)
             except _Now:
                 save()
                 leave()
+            except InputError as error:
+                if done:
+                    save()
+                raise InputError(f"the evaluation after step {done}: {error}") from error
             log.evaluation(done, found)
+            if not math.isfinite(score := task.score(found)):
+                log.warn(f"the score after step {done} is {score}: this step is never the best one")
             return found
 
         def tell(number: int, numbers: Any, tokens: int, rows: np.ndarray) -> None:
@@ -188,13 +234,18 @@ def fit(
                 metrics = evaluate()
                 save()
             told: list[tuple] = []
+            shapes: set[tuple[int, ...]] = set()
             while done < steps:
                 batch = next(batches)
                 rows, tokens = batch.pop("rows"), int(batch["mask"].sum())
-                state, numbers = step(state, tuning.frozen, batch)
-                done, metrics = done + 1, None
+                known, shape = batch["tokens"].shape in shapes, batch["tokens"].shape
+                with contextlib.nullcontext() if known else log.paused():  # it compiles
+                    state, numbers = step(state, tuning.frozen, batch)
+                shapes.add(shape)
+                done, metrics, seen = done + 1, None, seen + tokens
                 told.append((done, numbers, tokens, rows))
-                pause = due(every) or due(run.save_every) or signals.received
+                late = time.monotonic() - saved >= SAVE_SECONDS
+                pause = due(every) or due(run.save_every) or late or signals.received
                 # The numbers of a step are read while the device computes the next one.
                 while len(told) > (0 if pause else 1):
                     tell(*told.pop(0))
@@ -205,12 +256,29 @@ def fit(
                 save()
                 if signals.received:
                     leave()
-        kept, position = checkpoints.best(state)
-    evaluations = [row for row in report.read_metrics(folder / report.METRICS) if _evaluated(row)]
-    before, last = (_evaluated(row) for row in (evaluations[0], evaluations[-1]))
+        took = Spent(steps, **spending())
+        if (best := checkpoints.best) is None:
+            raise InputError(
+                f"no evaluation of the run in {folder} gave a finite score, the last"
+                f" {task.score(metrics)}: start again with a lower --lr, or --dtype float32"
+            )
+        kept, last = state.trainable, metrics
+        if best != done:
+            _free(state)
+            restored, position = checkpoints.restore(like, best)
+            kept, metrics = restored.trainable, position.metrics
+            _free(restored.optimizer)
+    first = next((r for r in report.read_metrics(folder / report.METRICS) if _evaluated(r)), {})
+    before = _evaluated(first) if first.get("step") == 0 else {}
     if not (folder / ADAPTER).exists():
-        write_adapter(folder / ADAPTER, task.base, kept.trainable, lasting(metadata or {}))
-    return Result(kept.trainable, int(kept.step), before, position.metrics or last, last)
+        write_adapter(folder / ADAPTER, task.base, kept, lasting(metadata or {}))
+    return Result(kept, best, before, metrics, last, took)
+
+
+def _free(tree: Any) -> None:
+    """Gives the memory of arrays back that are not read again, whoever still names them."""
+    for leaf in jax.tree.leaves(tree):
+        leaf.delete()
 
 
 def write_adapter(folder: Path, base: Base, trainable: Any, metadata: Any = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,19 +25,31 @@ def next_token(tuning: Tuning) -> Loss:
       have ``segment_ids`` and ``positions``.
     """
 
+    losses = token_losses(tuning)
+
     def loss(trainable, frozen, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        found, counts = losses(trainable, frozen, batch)
+        return jnp.sum(found, where=counts), jnp.sum(counts, dtype=jnp.float32)
+
+    return loss
+
+
+def token_losses(tuning: Tuning) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """As :func:`next_token`, of each label ``[B, T]``, and which of them count."""
+
+    def losses(trainable, frozen, batch: Batch) -> tuple[jax.Array, jax.Array]:
         # Unpacked, a token sees those before it alone, and no label follows the padding: it needs
         # no mask. But where rotary frequencies depend on the length, padding must not count.
         places = {"positions": jnp.cumsum(batch["mask"], axis=1, dtype=jnp.int32) - 1}
         places |= {name: batch[name] for name in ("segment_ids", "positions") if name in batch}
         logits = tuning.forward(trainable, frozen, batch["tokens"], **places)
         counts = batch["labels"] != IGNORE
-        losses = optax.softmax_cross_entropy_with_integer_labels(
+        found = optax.softmax_cross_entropy_with_integer_labels(
             logits, jnp.where(counts, batch["labels"], 0)
         )
-        return jnp.sum(losses, where=counts), jnp.sum(counts, dtype=jnp.float32)
+        return found, counts
 
-    return loss
+    return losses
 
 
 def logits(

@@ -129,7 +129,8 @@ def _targets(config: models.Config, texts: Sequence[str]) -> list[tuple[str, str
 def _full(base: Base, options: AdapterOptions, method: Method) -> str | None:
     """The pattern of the parameters that train fully.
 
-    A classifier's head is new, and trains with every method; a decoder's was trained with it.
+    A classifier's head, and what the checkpoint lacks, trains whatever else is named: left as it
+    was drawn, it would make every answer a random one. A decoder's head was trained with it.
     """
     if method.everything:
         return ".*"
@@ -138,8 +139,9 @@ def _full(base: Base, options: AdapterOptions, method: Method) -> str | None:
             re.compile(options.full)
         except re.error as error:
             raise InputError(f"--full {options.full!r} is no pattern: {error}") from error
-        return options.full
     patterns = [re.escape(path) for path in base.fresh]
+    if options.full is not None:
+        patterns.append(f"(?:{options.full})")
     if getattr(base.config, "labels", None) is not None:
         patterns.append("classifier/.*")
     elif options.method == "head" and not getattr(base.config, "tied", True):

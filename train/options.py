@@ -57,8 +57,8 @@ class AdapterOptions:
     exclude: tuple[str, ...] = ()
     """Suffixes of paths that stay unscaled although a target matches them."""
     full: str | None = None
-    """Parameters that train fully beside the vectors: a regular expression of whole paths. If not
-    given, a classifier's head, and what the checkpoint lacked."""
+    """Parameters that train fully beside the vectors: a regular expression of whole paths. A
+    classifier's head, and what the checkpoint lacked, always do."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -72,7 +72,7 @@ class Log:
         resumed = read_metrics(file) if file.exists() else []
         kept = [row for row in resumed if row["step"] <= self.start_step]
         write(file, "".join(map(_line, kept)))
-        self._row = kept[-1] if kept else None
+        self._row = _line(kept[-1]) if kept else None
         with writing(file):
             self._metrics = open(file, "a", encoding="utf-8")
         with writing(events):
@@ -92,8 +92,7 @@ class Log:
             initial=self.start_step,
             disable=self.quiet or not terminal,
             dynamic_ncols=True,
-            bar_format="{desc}{percentage:3.0f}% |{bar}| {n}/{total} "
-            "[{elapsed}<{remaining}]{postfix}",
+            bar_format="{desc}{percentage:3.0f}% |{bar}| {n}/{total} [{elapsed}]{postfix}",
         )
         return self
 
@@ -124,12 +123,14 @@ class Log:
         seconds, total, steps = self._recent
         speed = total / max(seconds, 1e-9)
         self._record(step, metrics, {"speed/tokens_per_second": speed})
-        shown = f"loss {metrics.get('loss', math.nan):.4g}, {speed:,.0f} tokens/s"
+        left = tqdm.format_interval((self.total_steps - step) * seconds / steps)
+        shown = (
+            f"loss {metrics.get('loss', math.nan):.4g}, {speed:,.0f} tokens/s, {left} left"
+        )
         self._bar.set_postfix_str(shown, refresh=False)
         self._bar.update(step - self._bar.n)
         if now - self._said >= _EVERY:
-            left = (self.total_steps - step) * seconds / steps
-            self._say(step, f"{shown}, {tqdm.format_interval(left)} left")
+            self._say(step, shown)
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Records an evaluation after a step, under ``eval/``; call it before that step is saved.
@@ -142,7 +143,15 @@ class Log:
         self._record(step, named)
         shown = [f"{name.removeprefix('eval/')} {value:.4g}" for name, value in named.items()]
         self._say(step, ", ".join(shown), above=True)
-        self._last = time.monotonic()  # an evaluation is no part of the steps' speed
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time inside is no part of the steps' speed: compiling, evaluating, saving."""
+        entered = time.monotonic()
+        try:
+            yield
+        finally:
+            self._last += time.monotonic() - entered
 
     def note(self, text: str) -> None:
         """Shows a line, above the bar where there is one; nothing where the run is quiet."""
@@ -157,11 +166,11 @@ class Log:
         self, step: int, metrics: Mapping[str, float], timed: Mapping[str, float] | None = None
     ) -> None:
         numbers = {name: float(value) for name, value in metrics.items()}
-        row = {"step": step, **numbers}
+        row = _line({"step": step, **numbers})
         # A run that was killed between an evaluation and its checkpoint evaluates again.
         if row != self._row:
             with writing(self.folder / METRICS):
-                self._metrics.write(_line(row))
+                self._metrics.write(row)
                 self._metrics.flush()
         self._row = row
         scalars = {**numbers, **(timed or {})}

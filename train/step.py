@@ -28,12 +28,14 @@ class State(NamedTuple):
       trainable: what trains, float32.
       optimizer: the optimizer's state.
       key: data of the random key, uint32; each step draws from it folded with its number.
+      bad: how many steps in a row were not finite, int32.
     """
 
     step: jax.Array
     trainable: Any
     optimizer: Any
     key: jax.Array
+    bad: jax.Array
 
 
 def schedule(options: OptimizerOptions, peak: float, steps: int) -> optax.Schedule:
@@ -66,15 +68,11 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Clipping, then one optimizer for each of row, col and what trains fully.
 
-    A gradient that is not finite changes nothing, neither what trains nor the optimizer's moments;
-    such steps are counted.
-
     Args:
       options: which optimizer, and its numbers.
       tuning: what trains.
       steps: optimizer steps of the whole run.
     """
-    rates = {"row": options.row_lr, "col": options.col_lr, "full": options.head_lr}
 
     def one(rate: float | None) -> optax.GradientTransformation:
         rate = schedule(options, options.lr if rate is None else rate, steps)
@@ -90,40 +88,77 @@ def make_optimizer(
             muon_weight_dimension_numbers=functools.partial(_matrices, axes=tuning.axes),
         )
 
-    parts = [optax.partition({k: one(rate) for k, rate in rates.items()}, ha.optim.labels)]
+    parts = [optax.partition({k: one(rate) for k, rate in _own(options).items()}, ha.optim.labels)]
     if options.clip is not None:
-        parts.insert(0, optax.clip_by_global_norm(options.clip))
-    return optax.apply_if_finite(optax.chain(*parts), max_consecutive_errors=2**31 - 1)
+        parts.insert(0, _clip(options.clip))
+    return optax.chain(*parts)
+
+
+def learning_rates(
+    options: OptimizerOptions, tuning: Tuning, steps: int
+) -> dict[str, optax.Schedule]:
+    """The learning rates that are in use: ``lr``, and those that have a value of their own.
+
+    Args:
+      options: their peaks, and their schedule.
+      tuning: what trains.
+      steps: optimizer steps of the whole run.
+    """
+    own, found = _own(options), {}
+    for label in sorted(set(jax.tree.leaves(ha.optim.labels(tuning.trainable)))):
+        if own[label] is None:
+            found["lr"] = schedule(options, options.lr, steps)
+        else:
+            name = "lr/head" if label == "full" else f"lr/{label}"
+            found[name] = schedule(options, own[label], steps)
+    return found
+
+
+def _clip(norm: float) -> optax.GradientTransformation:
+    """As `optax.clip_by_global_norm`, by one factor: its choice for each number needs a copy."""
+
+    def clip(grads: Any, _: Any) -> Any:
+        factor = jnp.minimum(1.0, norm / optax.tree.norm(grads))
+        return jax.tree.map(lambda g: g * factor, grads)
+
+    return optax.stateless(clip)
+
+
+def _own(options: OptimizerOptions) -> dict[str, float | None]:
+    """The learning rate of each label of `hyperadapt_jax.optim.labels`; None for the common one."""
+    return {"row": options.row_lr, "col": options.col_lr, "full": options.head_lr}
 
 
 def start(tuning: Tuning, optimizer: optax.GradientTransformation, seed: int) -> State:
     """The state before the first step; it owns its arrays, so that a step can reuse them."""
     trainable = jax.tree.map(jnp.array, tuning.trainable)
     key = jax.random.key_data(jax.random.key(seed))
-    return State(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), key)
+    zero = jnp.zeros((), jnp.int32)
+    return State(zero, trainable, optimizer.init(trainable), key, jnp.copy(zero))
 
 
 def make_step(
     loss: Loss,
     optimizer: optax.GradientTransformation,
-    rate: optax.Schedule,
+    rates: Mapping[str, optax.Schedule],
     *,
     accumulate: int = 1,
 ) -> Callable[[State, Any, Batch], tuple[State, dict[str, jax.Array]]]:
     """Makes the jitted step ``(state, frozen, batch) -> (state, metrics)``; the state is donated.
 
     The gradient is that of the sum of all losses over the sum of all weights, so it does not depend
-    on how the batch is split, nor on padding. Only the trainable tree has a gradient.
+    on how the batch is split, nor on padding. Only the trainable tree has a gradient. One that is
+    not finite changes nothing, neither what trains nor the optimizer's moments.
 
     Args:
       loss: the sum of the losses and the sum of their weights, of a batch or a part of one.
       optimizer: of the trainable tree.
-      rate: learning rate by step, to be reported.
+      rates: learning rates by step, to be reported under their names.
       accumulate: equal parts of the batch, computed one after the other. It divides the rows.
 
     Returns:
-      The step. Its metrics: ``loss`` (mean), ``grad_norm`` (before clipping), ``lr``, and ``bad``,
-      how many steps in a row were not finite.
+      The step. Its metrics: ``loss`` (mean), ``grad_norm`` (before clipping), the
+      learning rates, and ``bad``, how many steps in a row were not finite.
     """
 
     def part(trainable, frozen, batch, key):
@@ -131,6 +166,10 @@ def make_step(
             trainable, frozen, batch, key
         )
         return total, weight, grads
+
+    def update(grads, trainable, moments):
+        updates, moments = optimizer.update(grads, moments, trainable)
+        return optax.apply_updates(trainable, updates), moments
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: State, frozen: Any, batch: Batch):
@@ -154,15 +193,19 @@ def make_step(
         # A loss that overflows can have a gradient that does not: neither may count then.
         mean = jnp.where(jnp.isfinite(value), mean, jnp.nan)
         grads = jax.tree.map(lambda g: g * mean, grads)
-        updates, inner = optimizer.update(grads, state.optimizer, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
+        finite = jnp.all(jnp.array([jnp.isfinite(g).all() for g in jax.tree.leaves(grads)]))
+        # The updates stay inside: outside, XLA would hold them together with the gradient.
+        trainable, moments = jax.lax.cond(
+            finite, update, lambda _, *old: old, grads, state.trainable, state.optimizer
+        )
+        bad = jnp.where(finite, 0, state.bad + 1)
         metrics = {
             "loss": value,
             "grad_norm": optax.tree.norm(grads),
-            "lr": jnp.asarray(rate(state.step), jnp.float32),
-            "bad": inner.notfinite_count,
+            **{k: jnp.asarray(rate(state.step), jnp.float32) for k, rate in rates.items()},
+            "bad": bad,
         }
-        return State(state.step + 1, trainable, inner, state.key), metrics
+        return State(state.step + 1, trainable, moments, state.key, bad), metrics
 
     return step
 

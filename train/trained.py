@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -89,9 +90,16 @@ def find(options: TrainedOptions) -> Trained:
     model = options.model or adapter.base_model
     if model is None:
         raise InputError(f"{folder} does not name its base model: give it with --model")
-    head = adapter.full.get("classifier/out/bias")
-    labels = None if head is None else head.size
+    known = json.loads((folder / CONFIG).read_text())["base_config"]
+    labels = None if known is None else _labels(known, folder)
     base = describe(ModelOptions(model=model, revision=options.revision), labels)
-    known = json.loads((folder / CONFIG).read_text())["base_config"] is not None
-    config = models.config_to_dict(base.config) if known else None
+    config = None if known is None else models.config_to_dict(base.config)
     return Trained(ha.load(folder, base.params, base_config=config), base)
+
+
+def _labels(base_config: dict[str, Any], folder: Path) -> int | None:
+    """How many outputs the head had that the adapter was trained with; None without a head."""
+    try:
+        return getattr(models.config_from_dict(base_config), "labels", None)
+    except ValueError as error:
+        raise InputError(f"{folder / CONFIG}: its base_config cannot be used: {error}") from error

@@ -18,6 +18,9 @@ from hyperadapt_jax.models.layers import check_range
 Array = jax.Array
 
 
+NOT_FINITE = -1  # in place of a token whose logits are NaN or infinite
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("temperature", "top_p"),
@@ -71,7 +74,8 @@ def generate(
       seed: of the draws.
 
     Returns:
-      The new tokens of each row, up to and with its stop token.
+      The new tokens of each row, up to and with its stop token; -1 where the logits are not finite,
+      which ends the row too.
 
     Raises:
       ValueError: a prompt is empty or has a token outside the vocabulary, or a number is out of
@@ -157,16 +161,24 @@ def decode(
       rng: key of the draws; needed with ``sampling``.
 
     Returns:
-      The new tokens ``[B, M]``, zero after a row's end, and how many each row has, ``[B]``.
+      The new tokens ``[B, M]``, zero after a row's end, and how many each row has, ``[B]``. A row
+      ends with -1 where its logits are not finite.
     """
     batch, length = tokens.shape
     limit = jnp.asarray(slots if limit is None else limit, jnp.int32)
     stop_tokens = jnp.asarray(stop_tokens, jnp.int32)
 
     def choose(logits: Array, step: Array | int) -> Array:
+        logits = logits[:, -1]
         if sampling is None:
-            return jnp.argmax(logits[:, -1], axis=-1).astype(jnp.int32)
-        return _draw(logits[:, -1], sampling, jax.random.fold_in(rng, step))
+            token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        else:
+            token = _draw(logits, sampling, jax.random.fold_in(rng, step))
+        # Minus infinity forbids a token; NaN and infinity forbid a choice.
+        return jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), token, NOT_FINITE)
+
+    def ends(token: Array) -> Array:
+        return (token == NOT_FINITE) | jnp.isin(token, stop_tokens)
 
     class State(NamedTuple):
         step: Array
@@ -183,7 +195,7 @@ def decode(
         cache=cache,
         last=first,
         new=jnp.zeros((batch, slots), jnp.int32).at[:, 0].set(first),
-        done=jnp.isin(first, stop_tokens),
+        done=ends(first),
         counts=jnp.ones(batch, jnp.int32),
     )
 
@@ -208,7 +220,7 @@ def decode(
             cache=cache,
             last=token,
             new=jax.lax.dynamic_update_slice_in_dim(state.new, token[:, None], state.step, axis=1),
-            done=state.done | jnp.isin(token, stop_tokens),
+            done=state.done | ends(token),
             counts=state.counts + ~state.done,
         )
 

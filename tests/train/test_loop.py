@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import pytest
 
 import hyperadapt_jax as ha
 from tests.train import tiny
-from train import loop, options, report, runs
+from train import finite, loop, options, report, runs
 from train.base import fingerprint
+from train.batches import Batches
 from train.checkpoints import Checkpoints
 from train.errors import InputError
 from train.options import OptimizerOptions
@@ -63,6 +65,125 @@ def test_a_run_that_gets_worse_keeps_the_base(model, tmp_path):
     assert (result.step, result.best, result.last) == (0, {"score": 3.0}, {"score": 1.0})
     scales = ha.load(tmp_path / "run" / runs.ADAPTER, task.base.params).scales
     assert not any(np.any(v.row) or np.any(v.col) for v in scales.values())
+
+
+def scored(model: Path, *scores: float) -> loop.Task:
+    """The task, whose evaluations have these scores in turn."""
+    left = iter(scores)
+    return tiny.task(
+        model, evaluate=lambda _: {"score": next(left)}, score=lambda metrics: metrics["score"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("scores", "best"),
+    [
+        ([-2.0, np.nan, -3.0, -4.0], 0),
+        ([np.nan, -2.0, -1.0, np.nan], 4),
+        ([-np.inf, np.inf, -3.0, -4.0], 4),
+        ([np.nan, np.nan, np.nan, -4.0], 6),
+        ([-4.0, np.nan, np.nan, np.nan], 0),
+    ],
+)
+def test_a_score_that_is_not_finite_is_never_the_best(model, tmp_path, capsys, scores, best):
+    """It is in the metrics as null and told; the checkpoint of the true best is kept."""
+    folder = tmp_path / "run"
+    result = fit(scored(model, *scores), folder, steps=6, eval_every=2)
+    assert (result.step, result.best["score"]) == (best, scores[best // 2])
+    shown = capsys.readouterr().err
+    rows = [row for row in report.read_metrics(folder / report.METRICS) if "eval/score" in row]
+    for row, score in zip(rows, scores, strict=True):
+        assert np.isfinite(row["eval/score"]) == np.isfinite(score)
+        told = f"the score after step {row['step']} is {score}" in shown
+        assert told == (not np.isfinite(score))
+    with Checkpoints(folder) as checkpoints:
+        assert checkpoints.best == best and {best, 4, 6} == {*checkpoints.steps, 4}
+    # Resumed at its end, it is what it was.
+    again = fit(scored(model), folder, steps=6, eval_every=2, resume=True)
+    assert (again.step, again.best["score"]) == (best, scores[best // 2])
+    assert f"{scores[-1]:.4f}" in str(again)
+
+
+def test_a_run_without_any_finite_score_is_refused(model, tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(InputError, match="no evaluation .* gave a finite score, the last nan"):
+        fit(scored(model, *[np.nan] * 4), folder, steps=6, eval_every=2)
+    assert not (folder / runs.ADAPTER).exists()
+
+
+def test_the_best_step_of_a_stopped_run_is_known_when_it_is_resumed(model, tmp_path):
+    folder = tmp_path / "run"
+
+    def stopping(metrics):
+        if metrics["score"] == -3.0:
+            raise KeyboardInterrupt
+        return metrics["score"]
+
+    task = scored(model, -2.0, np.nan, -3.0)
+    with pytest.raises(KeyboardInterrupt):
+        fit(dataclasses.replace(task, score=stopping), folder, steps=8, eval_every=2)
+    result = fit(scored(model, -3.0, np.nan, -4.0), folder, steps=8, eval_every=2, resume=True)
+    assert (result.step, result.best) == (0, {"score": -2.0})
+    rows = report.read_metrics(folder / report.METRICS)
+    assert [row["step"] for row in rows if "eval/score" in row] == [0, 2, 4, 6, 8]
+
+
+def test_an_evaluation_that_is_refused_keeps_the_state(model, tmp_path):
+    """All outputs are NaN at once: status 2, and the checkpoints stay."""
+    plain, folder = tiny.task(model), tmp_path / "run"
+    results = iter([{"loss": 1.0}])
+
+    def evaluate(trainable):
+        try:
+            return next(results)
+        except StopIteration:
+            return finite.count([None, None])
+
+    with pytest.raises(InputError, match="evaluation after step 3: .* not|infinite for all 2 rows"):
+        fit(dataclasses.replace(plain, evaluate=evaluate), folder, steps=6, eval_every=3)
+    with Checkpoints(folder) as checkpoints:
+        assert checkpoints.steps == [0, 3]
+
+
+def test_a_finished_run_that_lost_its_metrics_is_resumed(model, tmp_path):
+    first = fit(tiny.task(model), tmp_path / "run", steps=4, eval_every=2)
+    (tmp_path / "run" / report.METRICS).unlink()
+    again = fit(tiny.task(model), tmp_path / "run", steps=4, eval_every=2, resume=True)
+    assert (again.before, again.best, again.last) == ({}, first.best, first.last)
+    assert f"{first.best['loss']:.4f}" in str(again)
+
+
+def test_a_long_epoch_is_saved_by_the_clock(model, tmp_path, monkeypatch):
+    """Between evaluations that are far apart, a kill loses minutes."""
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
+    kept = []
+    monkeypatch.setattr(
+        Checkpoints, "save", lambda self, state, *_: kept.append(int(state.step))
+    )
+    with pytest.raises(InputError):  # nothing was written
+        fit(tiny.task(model), tmp_path / "run", steps=5, eval_every=5)
+    assert kept == [0, 1, 2, 3, 4, 5]
+
+
+def test_what_a_run_took_is_summed_over_its_sessions(model, tmp_path):
+    folder = tmp_path / "run"
+    whole = fit(tiny.task(model), tmp_path / "whole", steps=6, eval_every=3).spent
+    with pytest.raises(ZeroDivisionError):
+        fit(tiny.task(model, batches=Ending(4)), folder, steps=6, eval_every=3)
+    spent = fit(tiny.task(model), folder, steps=6, eval_every=3, resume=True).spent
+    assert (spent.steps, spent.tokens, spent.sessions) == (6, whole.tokens, 2)
+    assert whole.sessions == 1 and 0 < whole.seconds < 600
+
+
+class Ending(Batches):
+    """The task's batches, of which one cannot be made."""
+
+    def __init__(self, fatal: int):
+        super().__init__(tiny.examples(), 8, lengths=[8, 16], epochs=100)
+        self.fatal = fatal
+
+    def __getitem__(self, i):
+        return super().__getitem__(i) if i != self.fatal else 1 / 0
 
 
 def poisoned(model: Path, steps: range) -> loop.Task:

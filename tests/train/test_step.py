@@ -35,9 +35,8 @@ def tuning(method: str = "hyperadapt", dtype: str = "float32", **options) -> met
 
 def one_step(tuned, batch, *, accumulate=1, options=OPTIONS, optimizer=None):
     optimizer = optimizer or optax.apply_if_finite(optax.sgd(1.0), 2**31 - 1)
-    step = make_step(
-        tiny.token_loss(tuned), optimizer, schedule(options, options.lr, 10), accumulate=accumulate
-    )
+    rates = {"lr": schedule(options, options.lr, 10)}
+    step = make_step(tiny.token_loss(tuned), optimizer, rates, accumulate=accumulate)
     state, metrics = step(start(tuned, optimizer, 0), tuned.frozen, batch)
     return state, {name: float(value) for name, value in metrics.items()}
 
@@ -137,7 +136,7 @@ def test_what_is_not_finite_changes_nothing_and_is_counted():
     tuned, batch = tuning(), batch_of(tiny.examples(4), 4, lengths=[16])
     broken = {**tuned.frozen, "embed": {"embedding": tuned.frozen["embed"]["embedding"] * jnp.nan}}
     optimizer = make_optimizer(OPTIONS, tuned, 10)
-    step = make_step(tiny.token_loss(tuned), optimizer, schedule(OPTIONS, 0.1, 10))
+    step = make_step(tiny.token_loss(tuned), optimizer, {"lr": schedule(OPTIONS, 0.1, 10)})
     state = start(tuned, optimizer, 0)
     for count in (1, 2):
         state, metrics = step(state, broken, batch)
@@ -159,7 +158,7 @@ def test_each_length_compiles_once():
         return tiny.token_loss(tuned)(trainable, frozen, batch, key)
 
     optimizer = make_optimizer(OPTIONS, tuned, 10)
-    step = make_step(loss, optimizer, schedule(OPTIONS, 0.1, 10))
+    step = make_step(loss, optimizer, {"lr": schedule(OPTIONS, 0.1, 10)})
     state = start(tuned, optimizer, 0)
     batches = Batches(tiny.examples(30), 8, lengths=[8, 16], epochs=3)
     lengths = set()

@@ -20,6 +20,7 @@ from train.report import draw, markdown_table, write
 
 TINY = Path(__file__).resolve().parents[1] / "tiny"
 RANK = "rank.png"
+Answers = list[str | None]
 WATCHED = 128  # problems of each kind while it trains, other ones than are measured in the end
 KINDS = {
     "ride": "two-step problems, the new task",
@@ -154,7 +155,7 @@ def _batches(chosen: Options, tokenizer: Tokenizer) -> Batches:
     )
 
 
-def _rows(exam: Exam, before: list[str], after: list[str]) -> tuple[list[str], list[list[str]]]:
+def _rows(exam: Exam, before: Answers, after: Answers) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of accuracies."""
     shares = [exam.accuracy(answers) for answers in (before, after)]
     return ["right answers", "before", "after"], [
@@ -162,12 +163,12 @@ def _rows(exam: Exam, before: list[str], after: list[str]) -> tuple[list[str], l
     ]
 
 
-def _answers(exam: Exam, before: list[str], after: list[str], count: int) -> str:
-    """The first answers to the new task, before and after."""
+def _answers(exam: Exam, before: Answers, after: Answers, count: int) -> str:
+    """The first answers to the new task, before and after; None where they were not finite."""
     asked = zip(exam.problems, before, after, strict=True)
     rides = [row for row in asked if row[0].kind == "ride"][:count]
     return "\n\n".join(
         f"{problem.prompt}\n  before: {old}\n  after:  {new}  "
-        + ("(right)" if arithmetic.correct(problem, new) else f"(wrong: {problem.answer})")
+        + ("(right)" if new and arithmetic.correct(problem, new) else f"(wrong: {problem.answer})")
         for problem, old, new in rides
     )

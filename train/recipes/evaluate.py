@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class Options:
     model: str | None = None
     """The base model, where it lies elsewhere now."""
     metrics: Path | None = None
-    """Write the metrics to this JSON file."""
+    """Write the metrics to this JSON file; null is one that is not finite."""
     predictions: Path | None = None
     """Write the model's answers to this file, one JSON object a line; for sft."""
     quiet: bool = False
@@ -56,7 +57,7 @@ def run(chosen: Options) -> None:
     """
     file = chosen.folder / options.CONFIG
     recipe = options.read_config(file).get("recipe")
-    if recipe not in _MEASURES:
+    if not isinstance(recipe, str) or recipe not in _MEASURES:
         raise InputError(f"{file} is of no recipe that trains: its recipe is {recipe!r}")
     for name in ("split", "rows", "questions", "predictions"):
         if recipe != "sft" and getattr(chosen, name) is not None:
@@ -67,7 +68,8 @@ def run(chosen: Options) -> None:
     theirs = options.parse(recipe, module.Options, ["--config", str(file)])
     metrics = _MEASURES[recipe](chosen, theirs, module)
     if chosen.metrics is not None:
-        write(chosen.metrics, json.dumps(metrics, indent=2) + "\n")
+        known = {k: value if math.isfinite(value) else None for k, value in metrics.items()}
+        write(chosen.metrics, json.dumps(known, indent=2) + "\n")
     if not chosen.quiet:
         rows = [[name, f"{value:.4f}"] for name, value in metrics.items()]
         print(table(["metric", "value"], rows, right="value"))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 import jax
 import numpy as np
 
-from train import base, glue, losses, methods, options, runs
+from train import base, finite, glue, losses, methods, options, runs
 from train.batches import Batches, stream
 from train.errors import InputError
 from train.loop import Task, fit
@@ -102,21 +103,32 @@ def evaluation(task: glue.Task, tuning: methods.Tuning, examples: dict, batch_si
       tuning: the model.
       examples: of each of ``task.dev``.
       batch_size: rows at once.
+
+    The function counts rows whose outputs are not finite, as ``nonfinite``, and raises InputError
+    where all are.
     """
     logits = jax.jit(lambda *args: losses.logits(tuning, *args))
     sets = {name: Batches(rows, batch_size, shuffle=False) for name, rows in examples.items()}
 
     def evaluate(trainable) -> dict[str, float]:
-        found = {}
+        found, kept = {}, []
         for split, batches in sets.items():
             outputs, labels = [], []
             for batch in stream(batches):
                 real = batch.pop("rows") >= 0
                 outputs.append(np.asarray(logits(trainable, tuning.frozen, batch))[real])
                 labels.append(batch["label"][real])
-            outputs = np.concatenate(outputs)
-            predictions = outputs.argmax(-1) if task.labels else outputs[:, 0]
-            found[split] = predictions, np.concatenate(labels)
-        return glue.metrics(task, found)
+            outputs, labels = np.concatenate(outputs), np.concatenate(labels)
+            good = np.isfinite(outputs).all(-1)
+            kept += good.tolist()
+            if task.labels:  # what is not finite is wrong, whatever the label
+                predictions = np.where(good, outputs.argmax(-1), (labels + 1) % len(task.labels))
+            else:
+                predictions = outputs[:, 0]
+            found[split] = predictions, labels
+        metrics, missing = glue.metrics(task, found), finite.count(kept)
+        if missing and not task.labels:  # a correlation knows no wrong prediction
+            metrics = dict.fromkeys(metrics, math.nan)
+        return metrics | missing
 
     return evaluate

@@ -8,10 +8,11 @@ from typing import Any
 
 import datasets
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from hyperadapt_jax import models
-from train import answers, base, chat, data, losses, methods, options, runs
+from train import answers, base, chat, data, finite, losses, methods, options, runs
 from train.answers import Questions, Score
 from train.batches import Batches, stream
 from train.chat import Form, Template
@@ -231,24 +232,35 @@ def evaluation(
     """A function from what trains to the metrics of the held-out rows.
 
     ``loss`` is the mean over the answers' tokens, in nats, ``perplexity`` its exponential, and
-    ``accuracy`` the share of right answers among the model's own, where they are marked.
+    ``accuracy`` the share of right answers among the model's own, where they are marked. Rows and
+    answers whose outputs are not finite are counted, as ``nonfinite`` and ``nonfinite_answers``;
+    the function raises InputError where all are.
     """
     examples, _, _ = chat.examples(held_out, chosen.form, tokenizer, chosen.max_length)
     base.check_tokens((row["tokens"] for row in examples), tokenizer, chosen.model)
     batches = Batches(examples, chosen.eval_batch_size, shuffle=False)
-    loss = jax.jit(losses.next_token(tuning))
+    token_losses = losses.token_losses(tuning)
+
+    @jax.jit
+    def measure(trainable, frozen, batch):
+        found, counts = token_losses(trainable, frozen, batch)
+        good = jnp.all(jnp.isfinite(found), axis=1, where=counts)
+        return jnp.sum(found, where=counts), jnp.sum(counts), good
 
     def evaluate(trainable) -> dict[str, float]:
-        total = weight = 0.0
+        total, weight, kept = 0.0, 0.0, []
         for batch in stream(batches):
-            del batch["rows"]
-            part, count = loss(trainable, tuning.frozen, batch, None)
+            real = batch.pop("rows") >= 0
+            part, count, good = measure(trainable, tuning.frozen, batch)
             total, weight = total + float(part), weight + float(count)
+            kept += np.asarray(good)[real].tolist()
         mean = total / weight
-        metrics = {"loss": mean, "perplexity": math.exp(min(mean, 700.0))}
+        # A float has room for the perplexity of 709 nats.
+        metrics = {"loss": mean, "perplexity": math.inf if mean > 709 else math.exp(mean)}
+        metrics |= finite.count(kept)
         if questions.score != "none":
             found = questions.answers(tuning.forward, trainable, tuning.frozen)
-            metrics |= questions.accuracy(found)
+            metrics |= questions.accuracy(found) | finite.count(found, "nonfinite_answers")
         return metrics
 
     return evaluate
