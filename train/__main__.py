@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import shlex
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,17 +33,47 @@ def main(args: Sequence[str] | None = None) -> int:
     Returns:
       The exit status: 0 if done; 2 if something given cannot be used, in which case one line says
       what, where and what to do; 130 or 143 if SIGINT or SIGTERM stopped the run, after its state
-      was saved.
+      was saved; 141 if nobody reads what it prints.
     """
     args = list(sys.argv[1:] if args is None else args)
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed before the program began
+            setattr(sys, stream, open(os.devnull, "w"))
+    # A run that is told to end before it can save anything tidies up as after Ctrl-C.
+    before = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
+    try:
+        status = _main(args)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        print("interrupted before there was anything to save", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        # Else the interpreter fails of it once more when it leaves.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    finally:
+        if signal.getsignal(signal.SIGTERM) is _terminate:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(number: int, _: Any) -> None:
+    sys.exit(128 + number)
+
+
+def _main(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help"):
         print(_help())
         return 0 if args else 2
     name, *rest = args
     if name not in RECIPES:
-        return _refused(f"there is no recipe {name!r}: choose one of {', '.join(RECIPES)}")
+        known = ", ".join(RECIPES)
+        return _refused(f"train: there is no recipe {name!r}: choose one of {known}")
     # Orbax and grain tell of each save, with tracebacks; what matters comes as an exception too.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for noisy in ("absl", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch
     # From here on, since they take seconds to import.
@@ -59,33 +91,30 @@ def main(args: Sequence[str] | None = None) -> int:
         chosen = options.parse(name, recipe.Options, rest)
         recipe.run(chosen)
     except Interrupted as stopped:
-        command = f"python -m train {name} {' '.join(rest)}".replace(" --resume", "")
-        print(
-            f"{signal.Signals(stopped.number).name}: {stopped}; go on with: {command} --resume",
-            file=sys.stderr,
-        )
+        words = [word for word in rest if word not in ("--resume", "--no-resume")]
+        command = shlex.join(["python", "-m", "train", name, *words, "--resume"])
+        name = signal.Signals(stopped.number).name
+        print(f"{name}: {stopped}; go on with: {command}", file=sys.stderr)
         return 128 + stopped.number
-    except KeyboardInterrupt:
-        print("interrupted before there was anything to save", file=sys.stderr)
-        return 128 + signal.SIGINT
     except refusals as error:
-        return _refused(str(error))
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        return _refused(f"train {name}: {error}")
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return _refused(
-            "the device has too little memory: raise --accumulate, lower --batch-size or"
+            f"train {name}: there is too little memory: raise --accumulate, lower --batch-size or"
             " --max-length, or take --remat full or --dtype bfloat16"
         )
     except OSError as error:
-        if error.filename is None and error.errno is None:
+        if isinstance(error, BrokenPipeError) or error.errno is None:
             raise
-        return _refused(f"{error.filename or 'a file'}: {error.strerror or error}")
+        where = error.filename or "what is printed"
+        return _refused(f"train {name}: {where}: {error.strerror or error}")
     return 0
 
 
 def _refused(reason: str) -> int:
-    print(f"error: {' '.join(reason.split())}", file=sys.stderr)
+    print(" ".join(reason.split()), file=sys.stderr)
     return 2
 
 

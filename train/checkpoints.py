@@ -20,8 +20,8 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from hyperadapt_jax import paths
 from train.errors import InputError, first_line
+from train.runs import CHECKPOINTS
 
-FOLDER = "checkpoints"
 _REMOVED = ".removed"
 
 
@@ -51,7 +51,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path):
-        self._folder = Path(folder).resolve() / FOLDER
+        self._folder = Path(folder).resolve() / CHECKPOINTS
         last = policies.LatestN(2)
         best = policies.BestN(
             get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 import hyperadapt_jax as ha
 from hyperadapt_jax import models
@@ -108,6 +109,19 @@ class Result:
         text = table(*self.rows, right="before best last")
         return f"{text}\nbest after step {self.step}"
 
+    @property
+    def facts(self) -> dict[str, str]:
+        """What the run took, for a report."""
+        steps, tokens, seconds, sessions = self.spent
+        took = f"{tqdm.format_interval(seconds)}, with evaluations and checkpoints"
+        if sessions > 1:
+            took += f"; {sessions} sessions together, without what a kill undid"
+        return {
+            "best step": f"{self.step} of {steps}",
+            "duration": took,
+            "tokens": f"{tokens:,} trained on, padding left out",
+        }
+
 
 class Interrupted(Exception):
     """SIGINT or SIGTERM came, the signal ``number``; everything is saved."""
@@ -172,7 +186,8 @@ def fit(
                     f"--resume: the checkpoints in {folder} were made on another base model; give"
                     f" the one that the run began with, which is not {task.base.folder} as it is"
                 )
-        done, batches = int(state.step), stream(task.batches, place)
+        first = done = int(state.step)
+        batches = stream(task.batches, place)
         log = report.Log(folder, steps, start_step=done, quiet=run.quiet, label=task.name)
         began = saved = time.monotonic()
         seen = 0  # tokens of this session
@@ -181,7 +196,7 @@ def fit(
             return {
                 "tokens": spent.get("tokens", 0) + seen,
                 "seconds": spent.get("seconds", 0.0) + time.monotonic() - began,
-                "sessions": spent.get("sessions", 0) + 1,
+                "sessions": spent.get("sessions", 0) + (first < steps),
             }
 
         def save() -> None:
@@ -189,7 +204,7 @@ def fit(
             position = Position(batches.get_state(), identity, metrics, spending())
             with log.paused():
                 checkpoints.save(state, position, None if metrics is None else task.score(metrics))
-            saved = time.monotonic()
+            saved, log.best = time.monotonic(), checkpoints.best
 
         def leave() -> None:
             raise Interrupted(signals.received, f"saved after step {done} of {steps}")
@@ -227,6 +242,7 @@ def fit(
                 )
 
         with log:
+            log.best = checkpoints.best
             if done:
                 log.note(f"{task.name}: going on after step {done} of {steps}")
             every = run.eval_every or task.batches.per_epoch

@@ -7,14 +7,19 @@ own. On the command line and in a file they are flat: a field ``row_lr`` of any 
 
 from __future__ import annotations
 
+import argparse
+import ast
 import dataclasses
+import inspect
 import math
+import shlex
+import textwrap
+import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, NewType, NoReturn, TypeVar
 
-import tyro
 import yaml
 
 from hyperadapt_jax import paths
@@ -22,7 +27,17 @@ from train.errors import InputError
 
 T = TypeVar("T")
 
+# A file, a folder, or a name on the hub; `~` is the user's home.
+Place = NewType("Place", str)
+
 CONFIG = "config.yaml"
+LARGEST = 2**31 - 1  # what the step's number has room for
+
+# What --help shows first, where a recipe has it.
+_COMMON = (
+    *("task", "data", "prompt", "answer", "chat", "model", "adapter", "folder", "method"),
+    *("lr", "epochs", "steps", "batch_size", "max_length", "score", "resume", "config"),
+)
 
 # What may differ between a run and its continuation: where it lies and how it is shown.
 _PASSING = {"config", "folder", "resume", "quiet"}
@@ -32,7 +47,7 @@ _PASSING = {"config", "folder", "resume", "quiet"}
 class ModelOptions:
     """The base model, which stays frozen."""
 
-    model: str
+    model: Place
     """Hugging Face folder, or a repository of the hub such as Qwen/Qwen2.5-0.5B."""
     revision: str | None = None
     """Branch, tag or commit of a repository of the hub."""
@@ -92,16 +107,16 @@ class OptimizerOptions:
         for name in ("lr", "row_lr", "col_lr", "head_lr"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
-                raise InputError(f"{name} is {value}: give a finite number that is not negative")
+                raise InputError(f"{flag(name)} {value}: give a finite number from 0 on")
         for name in ("warmup", "weight_decay"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
-                raise InputError(f"{name} is {value}: give a number that is not negative")
+                raise InputError(f"{flag(name)} {value}: give a finite number from 0 on")
         for name in ("b1", "b2"):
             if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}: give a number in [0, 1)")
+                raise InputError(f"{flag(name)} {getattr(self, name)}: give a number in [0, 1)")
         if self.clip is not None and not self.clip > 0:
-            raise InputError(f"clip is {self.clip}: give a positive number, or None")
+            raise InputError(f"--clip {self.clip}: give a positive number, or None")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,7 +138,7 @@ class RunOptions:
     eval_every: int | None = None
     """Steps between evaluations; once an epoch if not given."""
     save_every: int | None = None
-    """Steps between checkpoints; at evaluations alone if not given."""
+    """Steps between checkpoints; if not given, at evaluations and every ten minutes."""
     patience: int = 5
     """Steps in a row whose loss may be NaN or infinite before the run stops. None of them changes
     what trains."""
@@ -138,17 +153,17 @@ class RunOptions:
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulate", "eval_every", "save_every", "patience"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} is {value}: give at least 1")
+            if value is not None and not 1 <= value <= LARGEST:
+                raise InputError(f"{flag(name)} {value}: give a number from 1 to {LARGEST}")
         if not (math.isfinite(self.epochs) and self.epochs > 0):
-            raise InputError(f"epochs is {self.epochs}: give a positive number")
+            raise InputError(f"--epochs {self.epochs}: give a positive number")
         if self.batch_size % self.accumulate:
             raise InputError(
-                f"batch_size {self.batch_size} cannot be computed in {self.accumulate} equal parts:"
-                " change accumulate or batch_size"
+                f"--batch-size {self.batch_size} cannot be computed in {self.accumulate} equal"
+                " parts: change --accumulate or --batch-size"
             )
-        if not 0 <= self.seed < 2**31:
-            raise InputError(f"seed is {self.seed}: give a number from 0 to 2147483647")
+        if not 0 <= self.seed <= LARGEST:
+            raise InputError(f"--seed {self.seed}: give a number from 0 to {LARGEST}")
 
     @property
     def passes(self) -> int:
@@ -161,25 +176,39 @@ def parse(recipe: str, cls: type[T], args: Sequence[str]) -> T:
 
     Args:
       recipe: name of the subcommand.
-      cls: its dataclass.
+      cls: its dataclass. What its docstring has from "Examples:" on ends the help.
       args: the command line after that name.
 
     Returns:
       The options: the command line's, else the file's that ``--config`` names, else the defaults.
 
     Raises:
-      InputError: the file cannot be read, is of another recipe or names an unknown option.
-      SystemExit: the command line is wrong (status 2), or asks for help (status 0).
+      InputError: an option is unknown, missing or out of its range, or the file cannot be used.
+      SystemExit: the command line asks for help (status 0).
     """
-    args = list(args)
-    if file := _config_file(args):
-        args = [*_as_args(read_config(file), recipe, cls, file), *args]
-    return tyro.cli(
-        Annotated[cls, tyro.conf.OmitArgPrefixes],
-        args=args,
-        prog=f"python -m train {recipe}",
-        compact_help=False,
-    )
+    fields = {field.name: field for field in _fields(cls)}
+    parser = _parser(recipe, cls, fields.values())
+    given, extra = parser.parse_known_args(list(args))
+    if extra:
+        near = paths.nearest(extra[0], map(flag, fields)) if extra[0].startswith("-") else None
+        raise InputError(f"{extra[0]}: there is no such option" + (f"; {near}" if near else ""))
+    values = {}
+    if (file := vars(given).get("config")) is not None:
+        values = _from_file(read_config(file), recipe, fields, file)
+    values |= vars(given)
+    if missing := [flag(n) for n, field in fields.items() if field.required and n not in values]:
+        raise InputError(f"{', '.join(missing)}: must be given; {parser.prog} --help explains")
+    return _build(cls, values)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML of plain values; a key that comes twice is an error, as half of it would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names = [str(key.value).replace("-", "_") for key, _ in node.value]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise yaml.YAMLError(f"{', '.join(sorted(twice))} comes twice")
+        return super().construct_mapping(node, deep)
 
 
 def read_config(file: str | Path) -> dict[str, Any]:
@@ -189,10 +218,10 @@ def read_config(file: str | Path) -> dict[str, Any]:
       InputError: there is no such file, or it is no YAML mapping.
     """
     try:
-        found = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        found = yaml.load(Path(file).read_text(encoding="utf-8"), _UniqueKeys)
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{file} is no YAML: {reason}") from error
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
@@ -224,6 +253,29 @@ def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
     return None
 
 
+def command(recipe: str, chosen: Any, *more: str) -> str:
+    """The command line that gives these options, quoted for a shell.
+
+    Args:
+      recipe: name of the subcommand.
+      chosen: its options.
+      *more: words to put behind.
+    """
+    words = ["python", "-m", "train", recipe]
+    defaults = {field.name: field.default for field in _fields(type(chosen))}
+    for name, value in _leaves(chosen):
+        if name in {"config", "resume"} or value == defaults[name]:
+            continue
+        if isinstance(value, bool):
+            words.append(flag(name) if value else flag("no-" + name))
+        elif isinstance(value, tuple):
+            words += [flag(name), *value]
+        else:
+            text = str(value)
+            words += [f"{flag(name)}={text}"] if text.startswith("-") else [flag(name), text]
+    return shlex.join([*words, *more])
+
+
 def dump(values: Mapping[str, Any]) -> str:
     """The text of a ``config.yaml``; ``--config`` reads it back."""
     kept = {k: v for k, v in values.items() if k not in {"config", "resume", "quiet"}}
@@ -240,43 +292,213 @@ def _leaves(options: Any):
             yield field.name, value
 
 
-def _names(cls: type) -> set[str]:
-    """The flat names of a recipe's options."""
-    names = set()
-    for name, kind in typing.get_type_hints(cls).items():
-        names |= _names(kind) if dataclasses.is_dataclass(kind) else {name}
-    return names
+def flag(name: str) -> str:
+    """An option as the command line has it.
+
+    >>> flag("row_lr")
+    '--row-lr'
+    """
+    return "--" + name.replace("_", "-")
 
 
-def _config_file(args: Sequence[str]) -> str | None:
-    """What the last ``--config`` of a command line says."""
-    file = None
-    for i, arg in enumerate(args):
-        if arg == "--config" and i + 1 < len(args):
-            file = args[i + 1]
-        elif arg.startswith("--config="):
-            file = arg.removeprefix("--config=")
-    return file
+@dataclasses.dataclass(frozen=True)
+class _Field:
+    """An option: its place among the groups, its type, default and help."""
+
+    name: str
+    group: type
+    kind: Any
+    many: bool
+    optional: bool
+    default: Any
+    help: str
+
+    @property
+    def required(self) -> bool:
+        return self.default is dataclasses.MISSING
+
+    @property
+    def metavar(self) -> str:
+        if typing.get_origin(self.kind) is Literal:
+            return "{" + ",".join(typing.get_args(self.kind)) + "}"
+        return {int: "INT", float: "NUMBER", Path: "PATH", Place: "PLACE"}.get(self.kind, "TEXT")
+
+    def read(self, value: Any) -> Any:
+        """A value as text of the command line, or as YAML gives it."""
+        if isinstance(value, dict):
+            raise ValueError("holds options: write them on lines of their own")
+        if self.many:
+            return tuple(map(self._one, value if isinstance(value, list) else [value]))
+        if isinstance(value, list):
+            raise ValueError("is one value, not a list")
+        return self._one(value)
+
+    def _one(self, value: Any) -> Any:
+        if self.optional and value in (None, "None"):
+            return None
+        if self.kind is bool:
+            if isinstance(value, bool):
+                return value
+            raise ValueError("give true or false")
+        if self.kind in (int, float):
+            return self._number(value)
+        if not isinstance(value, str):
+            raise ValueError("give text, in quotes" if value is not None else "give a value")
+        if self.kind in (Path, Place):
+            return self.kind(_at_home(value))
+        choices = typing.get_args(self.kind)
+        if choices and value not in choices:
+            raise ValueError(f"choose one of {', '.join(choices)}")
+        return value
+
+    def _number(self, value: Any) -> int | float:
+        what = "a whole number" if self.kind is int else "a number"
+        text = str(value) if isinstance(value, int | float | str) else ""
+        # Python itself reads digits of any script, and underscores.
+        if isinstance(value, bool) or not text.isascii() or "_" in text or len(text) > 400:
+            raise ValueError(f"give {what}")
+        try:
+            return self.kind(text)
+        except ValueError:
+            raise ValueError(f"give {what}") from None
 
 
-def _as_args(values: Mapping[str, Any], recipe: str, cls: type, file: str | Path) -> list[str]:
-    """A file's options as the words of a command line, so that one parser checks both."""
+def _at_home(text: str) -> str:
+    if not text.startswith("~"):
+        return text
+    try:
+        return str(Path(text).expanduser())
+    except RuntimeError:
+        raise ValueError("there is no such user: give the whole path") from None
+
+
+def _fields(cls: type) -> Iterator[_Field]:
+    """A recipe's options in the order of their groups."""
+    kinds, helps = typing.get_type_hints(cls), _helps(cls)
+    for field in dataclasses.fields(cls):
+        kind, default = kinds[field.name], field.default
+        if dataclasses.is_dataclass(kind):
+            for inner in _fields(kind):
+                if default is not dataclasses.MISSING:
+                    inner = dataclasses.replace(inner, default=getattr(default, inner.name))
+                yield inner
+            continue
+        optional = typing.get_origin(kind) in (typing.Union, types.UnionType)
+        if optional:
+            (kind,) = (k for k in typing.get_args(kind) if k is not type(None))
+        if many := typing.get_origin(kind) is tuple:
+            kind = typing.get_args(kind)[0]
+        yield _Field(field.name, cls, kind, many, optional, default, helps.get(field.name, ""))
+
+
+def _helps(cls: type) -> dict[str, str]:
+    """The docstrings that stand below a dataclass's fields."""
+    (body,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    pairs = zip(body.body, body.body[1:], strict=False)
+    return {
+        field.target.id: " ".join(text.value.value.split())
+        for field, text in pairs
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+    }
+
+
+def _build(cls: type[T], values: Mapping[str, Any], default: Any = None) -> T:
+    """A dataclass of groups from flat values; what is not given is the default's."""
+    kinds, parts = typing.get_type_hints(cls), {}
+    for field in dataclasses.fields(cls):
+        inner = field.default if default is None else getattr(default, field.name)
+        if dataclasses.is_dataclass(kinds[field.name]):
+            inner = None if inner is dataclasses.MISSING else inner
+            parts[field.name] = _build(kinds[field.name], values, inner)
+        elif field.name in values:
+            parts[field.name] = values[field.name]
+        elif inner is not dataclasses.MISSING:
+            parts[field.name] = inner
+    return cls(**parts)
+
+
+def _from_file(
+    values: Mapping[str, Any], recipe: str, fields: Mapping[str, _Field], file: str | Path
+) -> dict[str, Any]:
+    """A file's options, checked as those of the command line are."""
     values = dict(values)
     other = values.pop("recipe", recipe)
+    if not isinstance(other, str):
+        raise InputError(f"{file}: recipe is no name of a recipe; write recipe: {recipe}")
     if other != recipe:
         raise InputError(f"{file} has options of {other!r}: give it to `python -m train {other}`")
-    known, words = _names(cls), []
+    found = {}
     for name, value in values.items():
-        if name not in known:
-            near = paths.nearest(name, known)
+        if name not in fields:
+            near = paths.nearest(name, fields)
             raise InputError(f"{file}: {recipe} has no option {name!r}; {near}")
-        flag = "--" + name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(flag if value else "--no-" + flag[2:])
-        elif isinstance(value, dict):
-            raise InputError(f"{file}: {name} holds options: write them on lines of their own")
-        elif isinstance(value, list):
-            words += [flag, *map(str, value)]
-        else:
-            words += [flag, str(value)]
-    return words
+        try:
+            found[name] = fields[name].read(value)
+        except ValueError as error:
+            shown = "" if isinstance(value, dict | list) else f" {str(value)[:60]}:"
+            raise InputError(f"{file}: {name}{shown} {error}") from None
+    return found
+
+
+class _Parser(argparse.ArgumentParser):
+    """The standard parser, whose errors are this program's own."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message.removeprefix("argument "))
+
+
+class _Read(argparse.Action):
+    """Stores an option's value as its field reads it, or says in one form what is wrong."""
+
+    def __init__(self, *, field: _Field, **options: Any):
+        super().__init__(**options)
+        self.field = field
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        try:
+            setattr(namespace, self.dest, self.field.read(values))
+        except ValueError as error:
+            shown = " ".join(values) if isinstance(values, list) else values
+            raise InputError(f"{option_string} {shown[:60]}: {error}") from None
+
+
+def _parser(recipe: str, cls: type, fields: Iterable[_Field]) -> _Parser:
+    about, _, examples = inspect.getdoc(cls).partition("\n\nExamples:\n")
+    parser = _Parser(
+        prog=f"python -m train {recipe}",
+        usage=f"python -m train {recipe} [OPTIONS]",
+        description=about,
+        epilog=f"examples:\n{examples}" if examples else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    titles = {ModelOptions: "model", AdapterOptions: "adapter", OptimizerOptions: "optimizer"}
+    titles |= {RunOptions: "run", cls: recipe}
+    rank = {name: number for number, name in enumerate(_COMMON)}
+    groups: dict[str, Any] = {}
+    for field in sorted(fields, key=lambda f: rank.get(f.name, len(rank))):
+        title = "common" if field.name in rank else titles.get(field.group, recipe)
+        group = groups.setdefault(title, parser.add_argument_group(f"{title} options"))
+        _add(group, field)
+    return parser
+
+
+def _add(group: Any, field: _Field) -> None:
+    if field.required:
+        more = "required"
+    elif field.many:
+        more = f"default: {' '.join(map(shlex.quote, field.default)) or 'none'}"
+    else:
+        unset = field.default is None or field.default is False
+        more = "" if unset else f"default: {field.default}"
+    text = f"{field.help} ({more})" if more else field.help
+    settings: dict[str, Any] = {"dest": field.name, "help": text.replace("%", "%%")}
+    if field.kind is bool:
+        group.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, **settings)
+    else:
+        settings |= {"nargs": "*"} if field.many else {}
+        settings |= {"action": _Read, "field": field, "metavar": field.metavar}
+        group.add_argument(flag(field.name), **settings)

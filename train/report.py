@@ -50,6 +50,9 @@ class Log:
       quiet: show warnings alone.
       label: what the bar and the lines begin with, such as ``cola``.
 
+    Attributes:
+      best: the best step so far, to be marked in the curves; the caller sets it.
+
     Raises:
       InputError: a file cannot be written, or ``metrics.jsonl`` cannot be read.
     """
@@ -66,6 +69,7 @@ class Log:
         self.folder, self.quiet = Path(folder), quiet
         self._label = f"{label}: " if label else ""
         self.total_steps, self.start_step = total_steps, start_step
+        self.best: int | None = None
 
     def __enter__(self) -> Log:
         file, events = self.folder / METRICS, self.folder / EVENTS
@@ -104,7 +108,7 @@ class Log:
             with writing(self.folder / EVENTS):
                 self._events.close()
             if rows := read_metrics(self.folder / METRICS):
-                draw(self.folder / CURVES, curves(rows))
+                draw(self.folder / CURVES, curves(rows, self.best))
         except Exception:
             if kind is None:  # else what ended the run is the thing to tell
                 raise
@@ -276,14 +280,16 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]], righ
 _COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 
 
-def curves(rows: Sequence[Mapping[str, float]]) -> Figure:
+def curves(rows: Sequence[Mapping[str, float]], best: int | None = None) -> Figure:
     """Draws the metrics of a run over its steps: loss, evaluations, learning rates, all others.
 
     Evaluations that are fractions share a panel, and so do learning rates. Of a noisy curve there
-    is also the mean over a twentieth of it.
+    is also the mean over a twentieth of it. A perplexity has a logarithmic axis. An evaluation that
+    is not finite is a cross at the bottom.
 
     Args:
       rows: what :func:`read_metrics` returned.
+      best: a step to mark in the panels of evaluations.
 
     Returns:
       A figure: ``curves(rows).savefig("curves.png")``, or show it in a notebook.
@@ -292,6 +298,7 @@ def curves(rows: Sequence[Mapping[str, float]]) -> Figure:
       ValueError: there are no rows.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
     if not rows:
         raise ValueError("no rows: nothing to draw")
@@ -313,8 +320,14 @@ def curves(rows: Sequence[Mapping[str, float]]) -> Figure:
     grid = figure.subplots(down, across, squeeze=False).flat
     for (title, names), ax in zip(panels.items(), grid, strict=False):
         colors = iter(_COLORS * len(names))
+        if best is not None and any(name.startswith("eval/") for name in names):
+            label = f"best step, {best}"
+            ax.axvline(best, color="0.45", ls=(0, (4, 3)), lw=1.2, zorder=0, label=label)
         for name in names:
             _plot(ax, name, *map(np.asarray, series[name]), color=next(colors))
+        if any("perplexity" in name for name in names):
+            ax.set_yscale("log")
+            ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))
         ax.set_title(title, loc="left", fontsize=11)
         ax.set_xlabel("step")
         ax.grid(alpha=0.25)
@@ -337,15 +350,25 @@ def _order(name: str) -> int:
 
 def _panel(name: str, values: Sequence[float]) -> str:
     """The title of the panel in which a metric is drawn."""
-    title = ["loss", "evaluation", "learning rate", name.replace("_", " ")][_order(name)]
+    kinds = ["loss", "evaluation", "learning rate", name.replace("_", " ")]
+    title = kinds[_order(name)]
+    if name.startswith("eval/nonfinite"):  # a count
+        return name.replace("eval/", "evaluation: ")
     fractions = all(abs(value) <= 1 for value in values if math.isfinite(value))
     return title if fractions or title != "evaluation" else name.replace("eval/", "evaluation: ")
 
 
 def _plot(ax: Axes, name: str, steps: np.ndarray, values: np.ndarray, color: str) -> None:
-    label = {"loss": "training", "eval/loss": "evaluation"}.get(name, name.split("/", 1)[-1])
+    names = {"loss": "training", "eval/loss": "evaluation", "lr": "all others"}
+    label = names.get(name, name.split("/", 1)[-1])
     evaluated = name.startswith("eval/")
     marker = "o" if len(steps) == 1 or (evaluated and len(steps) <= 40) else None
+    lost = steps[~np.isfinite(values)]
+    if evaluated and len(lost):
+        cross = {"color": color, "marker": "x", "markersize": 8, "mew": 2, "ls": ""}
+        cross |= {"transform": ax.get_xaxis_transform(), "clip_on": False}
+        ax.plot(lost, np.full(len(lost), 0.03), label=f"{label}, not finite", **cross)
+        values = np.where(np.isfinite(values), values, np.nan)
     window = 0 if evaluated or name.startswith("lr") else len(steps) // 20
     faint = {"alpha": 0.3, "lw": 1} if window > 1 else {"lw": 1.8, "label": label}
     ax.plot(steps, values, color=color, marker=marker, markersize=4, **faint)

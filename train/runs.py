@@ -4,22 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-from collections.abc import Iterator
+import importlib.metadata
+import os
+import platform
+import re
+import resource
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from train import options
 from train.errors import InputError
-from train.report import CURVES, METRICS, markdown_table, write, writing
+from train.report import CURVES, EVENTS, METRICS, markdown_table, write, writing
 
-ADAPTER, REPORT = "adapter", "report.md"
+ADAPTER, REPORT, LOCK, CHECKPOINTS = "adapter", "report.md", ".lock", "checkpoints"
+
+
+# What a run has made before its first evaluation; a folder of no more than these is free.
+_EARLY = {options.CONFIG, METRICS, CURVES, EVENTS, CHECKPOINTS, "fresh", LOCK}
 
 
 @contextlib.contextmanager
 def claim(folder: Path, config: dict[str, Any], *, resume: bool) -> Iterator[Path]:
     """Opens a run folder and writes its ``config.yaml``; no other process can, until it is left.
 
-    Where an error comes before the first metrics, the folder is free for another try.
+    Where the run ends before there is anything to resume, by an error or by a signal that kills,
+    the folder is free for another try.
 
     Args:
       folder: new, empty, or, to resume, of a run of the same configuration.
@@ -31,56 +45,183 @@ def claim(folder: Path, config: dict[str, Any], *, resume: bool) -> Iterator[Pat
         configuration is not the one that the run has.
     """
     folder = Path(folder)
-    file = folder / options.CONFIG
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--folder {folder} is a file: choose another name")
+    new = not folder.exists()
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(
-                f"--folder {folder}: another process runs there; wait for it, or choose another"
-            ) from error
-        if file.exists():
-            if not resume:
-                raise InputError(
-                    f"--folder {folder} holds a run already: go on with it by --resume, or choose"
-                    " another folder"
-                )
-            if difference := options.changed(options.read_config(file), config):
-                raise InputError(
-                    f"--resume: {difference} ({file}); give it as it was, or start another run"
-                )
-        elif any(found.name != ".lock" for found in folder.iterdir()):
+    try:
+        with _locked(folder):
+            _open(folder, config, resume)
+            try:
+                yield folder
+            except BaseException:
+                if not _began(folder):
+                    _clear(folder)
+                raise
+    finally:
+        if new:
+            with contextlib.suppress(OSError):  # it is not empty: something came of it
+                folder.rmdir()
+
+
+def _open(folder: Path, config: dict[str, Any], resume: bool) -> None:
+    """Refuses a folder that holds something else, or makes it ready."""
+    file = folder / options.CONFIG
+    if not file.exists():
+        if any(path.name != LOCK and not _half(path) for path in folder.iterdir()):
             raise InputError(f"--folder {folder} is not empty, and holds no run: choose another")
-        else:
-            write(file, options.dump(config))
-        try:
-            yield folder
-        except BaseException:
-            if not (folder / METRICS).exists():  # refused before it began: as if never tried
+    elif _began(folder):
+        if not resume:
+            raise InputError(
+                f"--folder {folder} holds a run already: go on with it by --resume, or choose"
+                " another folder"
+            )
+        if difference := options.changed(options.read_config(file), config):
+            raise InputError(
+                f"--resume: {difference} ({file}); give it as it was, or start another run"
+            )
+    elif "recipe" not in options.read_config(file) or any(
+        path.name not in _EARLY and not _half(path) for path in folder.iterdir()
+    ):
+        raise InputError(f"--folder {folder} holds other things, and no run: choose another")
+    if not _began(folder):
+        _clear(folder)
+        write(file, options.dump(config))
+    for path in filter(_half, folder.iterdir()):
+        _remove(path)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds the folder's lock, whose file is there for as long as it is held."""
+    file = folder / LOCK
+    while True:
+        with writing(folder):
+            lock = open(file, "w")
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise InputError(
+                    f"--folder {folder}: another process runs there; wait for it, or choose another"
+                ) from error
+            # One that was removed between the two lines above locks nothing.
+            if not _same(file, lock.fileno()):
+                continue
+            try:
+                yield
+            finally:
                 file.unlink(missing_ok=True)
-            raise
+            return
+
+
+def _same(file: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(file.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _began(folder: Path) -> bool:
+    """Whether there is anything of a run to resume or to look at."""
+    metrics = folder / METRICS
+    return (metrics.is_file() and metrics.stat().st_size > 0) or any(
+        path.name.isdecimal() for path in folder.glob(f"{CHECKPOINTS}/*")
+    )
+
+
+def _half(path: Path) -> bool:
+    """Whether a process was killed while it wrote this file or folder."""
+    return path.name.startswith(".") and path.name.endswith(".new")
+
+
+def _clear(folder: Path) -> None:
+    """Removes all but the lock from a folder in which nothing began."""
+    for path in folder.iterdir():
+        if path.name != LOCK:
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def report(
-    folder: Path, title: str, plan: str, metrics: tuple[list[str], list[list[str]]]
+    folder: Path,
+    title: str,
+    plan: str,
+    metrics: tuple[list[str], list[list[str]]],
+    facts: Mapping[str, str],
+    command: str,
+    generations: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Writes ``report.md``: what trained, and what came of it.
+    """Writes ``report.md``: what came of a run, what it took, and what trained.
 
     Args:
       folder: the run folder.
       title: of the report.
       plan: the plan's table, as text.
       metrics: header and rows of a table; the numbers are right-aligned.
+      facts: what else to tell, by name, such as `Result.facts` and counts of rows.
+      command: with which it was started; see `options.command`.
+      generations: some of the model's own answers, with ``prompt``, ``answer``, ``reference``.
     """
     header, rows = metrics
-    table = markdown_table(header, rows, right=" ".join(header[1:]))
-    write(
-        folder / REPORT,
-        f"# {title}\n\n{table}\n\n![curves]({CURVES})\n\n## What trained\n\n```\n{plan}\n```\n\n"
-        f"All options are in `{options.CONFIG}`: `--config` reads them back.\n",
+    parts = [
+        f"# {title}",
+        markdown_table(header, rows, right=" ".join(header[1:])),
+        f"![curves]({CURVES})",
+        took(facts, command),
+    ]
+    if generations:
+        parts += ["## Generations", *map(_generation, generations)]
+    parts += [
+        "## What trained",
+        _fenced(plan),
+        f"All options are in `{options.CONFIG}`: `--config` reads them back.",
+    ]
+    write(folder / REPORT, "\n\n".join(parts) + "\n")
+
+
+def took(facts: Mapping[str, str], command: str) -> str:
+    """A table of what a run took and ran on, and its command, in Markdown."""
+    return "\n\n".join(
+        [markdown_table(["", "run"], (facts | _environment()).items()), _fenced(command)]
     )
+
+
+def _environment() -> dict[str, str]:
+    """What this process runs on: memory so far, devices, versions."""
+    devices = jax.local_devices()
+    # Linux counts kilobytes, macOS bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:,.2f} GB (process)"
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in devices]
+    if any(peaks):
+        memory += f", {max(peaks) / 1e9:,.2f} GB (device)"
+    names = ("hyperadapt-jax", "jax", "flax", "optax")
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in names if _installed(name)]
+    return {
+        "peak memory": memory,
+        "device": f"{len(devices)} x {devices[0].device_kind} ({jax.default_backend()})",
+        "versions": ", ".join([*versions, f"Python {platform.python_version()}"]),
+    }
+
+
+def _installed(name: str) -> bool:
+    return any(importlib.metadata.distributions(name=name))
+
+
+def _generation(row: Mapping[str, Any]) -> str:
+    lines = [f"{name}: {row[name]}" for name in ("prompt", "answer", "reference") if name in row]
+    return _fenced("\n".join(lines))
+
+
+def _fenced(text: str) -> str:
+    """A block of text in Markdown, whatever it holds."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}\n{text}\n{fence}"

@@ -16,7 +16,7 @@ from hyperadapt_jax.adapter_io import CONFIG
 from hyperadapt_jax.models import weights
 from train.base import Base, describe
 from train.errors import InputError
-from train.options import ModelOptions
+from train.options import ModelOptions, Place
 from train.runs import ADAPTER
 
 
@@ -26,7 +26,7 @@ class TrainedOptions:
 
     adapter: Path
     """Adapter folder, or a run folder, whose best adapter is taken."""
-    model: str | None = None
+    model: Place | None = None
     """Its base model, a folder or a repository of the hub; what the adapter names if not given."""
     revision: str | None = None
     """Branch, tag or commit of a repository of the hub."""

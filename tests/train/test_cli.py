@@ -76,7 +76,7 @@ def refused(capsys, *words: str) -> str:
     captured = capsys.readouterr()
     error = captured.err.strip().splitlines()[-1]
     assert status == 2
-    assert error.startswith("error: ")
+    assert error.startswith("train")
     assert "Traceback" not in captured.err
     return error
 
@@ -222,7 +222,7 @@ def test_a_full_disk_is_one_line_and_loses_no_checkpoint(command, tmp_path):
     process = start(words, largest_file=30_000)
     _, shown = process.communicate(timeout=240)
     assert process.returncode == 2, shown
-    assert shown.strip().splitlines()[-1].startswith("error: "), shown
+    assert shown.strip().splitlines()[-1].startswith("train glue: "), shown
     assert "cannot be written" in shown.splitlines()[-1]
     assert "Traceback" not in shown, shown
     # With room again, the run goes on.

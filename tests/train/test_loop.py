@@ -257,35 +257,85 @@ def claim(folder, config=None, **settings):
     return runs.claim(folder, config or {"recipe": "glue", "lr": 0.1}, **settings)
 
 
+def begin(folder: Path) -> None:
+    """What a run's first step leaves."""
+    (folder / report.METRICS).write_text('{"step": 0}\n')
+
+
 def test_a_folder_is_claimed_once(tmp_path):
     with claim(tmp_path / "a/b/run") as folder:
         assert options.read_config(folder / "config.yaml") == {"recipe": "glue", "lr": 0.1}
         with pytest.raises(InputError, match="another process runs there"):
             with claim(tmp_path / "a/b/run", resume=True):
                 pass
+        begin(folder)
     with pytest.raises(InputError, match="holds a run already: go on with it by --resume"):
         with claim(tmp_path / "a/b/run"):
             pass
     with claim(tmp_path / "a/b/run", resume=True):
         pass
+    assert {file.name for file in folder.iterdir()} == {"config.yaml", report.METRICS}
 
 
 def test_a_folder_is_free_again_where_nothing_was_done(tmp_path):
+    """Nothing is left of it, not even the folder if it is new."""
+    (tmp_path / "old").mkdir()
+    for name in ("run", "old"):
+        with pytest.raises(ZeroDivisionError):
+            with claim(tmp_path / name) as folder:
+                (folder / report.METRICS).touch()
+                (folder / "checkpoints").mkdir()
+                raise ZeroDivisionError
+    assert [list(path.iterdir()) for path in tmp_path.iterdir()] == [[]]
     with pytest.raises(ZeroDivisionError):
-        with claim(tmp_path / "run"):
-            raise ZeroDivisionError
-    with pytest.raises(ZeroDivisionError):
-        with claim(tmp_path / "run", {"recipe": "sft"}) as folder:
-            (folder / report.METRICS).touch()
+        with claim(tmp_path / "run") as folder:
+            begin(folder)
             raise ZeroDivisionError
     with pytest.raises(InputError, match="holds a run already"):
         with claim(tmp_path / "run"):
             pass
 
 
-def test_a_changed_option_is_named(tmp_path):
-    with claim(tmp_path / "run"):
+def test_what_a_kill_left_before_the_first_step_is_no_run(tmp_path):
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    for name in (".lock", ".adapter.12345678.new", ".config.yaml.new", report.METRICS):
+        (folder / name).touch()
+    (folder / "config.yaml").write_text("recipe: sft\nlr: 3.0\n")
+    for resume in (False, True):
+        with claim(folder, resume=resume):
+            assert {path.name for path in folder.iterdir()} == {".lock", "config.yaml"}
+            assert options.read_config(folder / "config.yaml")["recipe"] == "glue"
+
+
+def test_half_written_folders_are_removed_and_others_are_not(tmp_path):
+    with claim(tmp_path / "run") as folder:
+        begin(folder)
+    (folder / ".adapter.0123.new").mkdir()
+    (folder / ".adapter.0123.new/adapter_config.json").touch()
+    (folder / "notes.txt").touch()
+    with claim(folder, resume=True):
         pass
+    assert {path.name for path in folder.iterdir()} == {
+        "config.yaml", report.METRICS, "notes.txt"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["port: 80", "recipe: glue"])
+def test_a_config_of_something_else_is_left_alone(tmp_path, text):
+    (tmp_path / "config.yaml").write_text(text)
+    (tmp_path / ("compose" if "recipe" in text else ".lock")).touch()
+    before = {path.name for path in tmp_path.iterdir()}
+    with pytest.raises(InputError, match="holds other things, and no run"):
+        with claim(tmp_path):
+            pass
+    assert {path.name for path in tmp_path.iterdir()} | {".lock"} == before | {".lock"}
+    assert (tmp_path / "config.yaml").read_text() == text
+
+
+def test_a_changed_option_is_named(tmp_path):
+    with claim(tmp_path / "run") as folder:
+        begin(folder)
     with pytest.raises(InputError, match=r"--resume: lr was 0.1 and is 0.2 .*config.yaml"):
         with claim(tmp_path / "run", {"recipe": "glue", "lr": 0.2}, resume=True):
             pass

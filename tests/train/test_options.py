@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import typing
 from pathlib import Path
 
@@ -96,28 +97,105 @@ def test_a_file_that_is_not_there():
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--flavour", "salty"], "salty"),
-        (["--lr", "fast"], "fast"),
-        (["--lr", "-1"], "lr is -1"),
-        (["--lr", "nan"], "lr is nan"),
-        (["--b2", "1"], "b2 is 1"),
-        (["--clip", "0"], "clip is 0"),
+        (["--flavour", "salty"], "--flavour salty: choose one of sweet, sour"),
+        (["--lr", "3x"], "--lr 3x: give a number"),
+        (["--lr", "1_0"], "--lr 1_0: give a number"),
+        (["--lr", "-1"], "--lr -1.0: give a finite number from 0 on"),
+        (["--lr", "nan"], "--lr nan: give a finite number"),
+        (["--row-lr=-inf"], "--row-lr -inf: give a finite number"),
+        (["--warmup", "1e999"], "--warmup inf: give a finite number"),
+        (["--b2", "1"], "--b2 1.0: give a number in [0, 1)"),
+        (["--clip", "0"], "--clip 0.0: give a positive number, or None"),
+        (["--clip", ""], "--clip : give a number"),
         (["--batch-size", "6", "--accumulate", "4"], "cannot be computed in 4 equal parts"),
-        (["--steps", "0"], "steps is 0"),
-        (["--epochs", "0"], "epochs is 0"),
-        (["--seed", "-1"], "seed is -1"),
-        (["--method", "magic"], "magic"),
-        (["--lerning-rate", "1"], "Unrecognized"),
+        (["--batch-size", "4.0"], "--batch-size 4.0: give a whole number"),
+        (["--batch-size", "٣"], "--batch-size ٣: give a whole number"),
+        (["--batch-size", "9" * 5000], "give a whole number"),
+        (["--steps", "0"], "--steps 0: give a number from 1 to 2147483647"),
+        (["--steps", "3000000000"], "--steps 3000000000: give a number from 1 to 2147483647"),
+        (["--steps", "None", "--eval-every", "x"], "--eval-every x: give a whole number"),
+        (["--epochs", "0"], "--epochs 0.0: give a positive number"),
+        (["--epochs", "None"], "--epochs None: give a number"),
+        (["--seed", "-1"], "--seed -1: give a number from 0"),
+        (["--method", "magic"], "--method magic: choose one of hyperadapt, row"),
+        (["--weigth-decay", "1"], "--weigth-decay: there is no such option; nearest: --weight-d"),
+        (["--le", "1"], "--le: there is no such option"),
+        (["stray"], "stray: there is no such option"),
+        (["--lr"], "--lr: expected one argument"),
+        (["--quiet=yes"], "--no-quiet"),
+        (["--model", "~nobody-of-that-name/x"], "x: there is no such user: give the whole path"),
+        (["--folder", "~nobody-of-that-name"], "name: there is no such user: give the whole path"),
     ],
 )
-def test_values_that_are_refused(words, message, capsys):
-    """Each names itself, with status 2 and no traceback."""
-    with pytest.raises(SystemExit) as stopped:
+def test_values_that_are_refused(words, message):
+    """Each names itself and what to give, in one line."""
+    with pytest.raises(InputError) as refused:
         parse(*NEEDED, *words)
-    assert stopped.value.code == 2
-    shown = " ".join(capsys.readouterr().err.replace("│", " ").split())
-    assert message in shown
-    assert "Traceback" not in shown
+    assert message in str(refused.value) and len(str(refused.value).splitlines()) == 1
+
+
+def test_what_is_missing_is_named():
+    with pytest.raises(InputError, match=r"^--model, --folder: must be given; python -m train re"):
+        parse("--flavour", "sour")
+
+
+def test_the_home_folder_is_found(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    found = parse("--flavour", "sour", "--model", "~/m", "--folder", "~")
+    assert (found.model.model, found.run.folder) == ("/home/me/m", Path("/home/me"))
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("recipe: [1]", "recipe is no name of a recipe"),
+        ("lr: [1, 2]", "lr is one value, not a list"),
+        ("lr: 2024-01-01", "lr 2024-01-01: give a number"),
+        ("lr: true", "lr True: give a number"),
+        ("lr: .nan", "--lr nan: give a finite number"),
+        ("lr: 1\nlr: 2", "lr comes twice"),
+        ("lr: 1\nrow-lr: 2\nrow_lr: 3", "row_lr comes twice"),
+        ("lr:\t1\n\tclip: 2", "is no YAML"),
+        ("steps: 4.5", "steps 4.5: give a whole number"),
+        ("steps: {a: 1}", "steps holds options"),
+        ("model: 12", "model 12: give text, in quotes"),
+        ("model: yes", "model True: give text, in quotes"),
+        ("flavour: null", "flavour None: give a value"),
+        ("targets: [[qv]]", "targets give text, in quotes"),
+        ("quiet: 1", "quiet 1: give true or false"),
+        ("clip: &a [*a]", "clip is one value, not a list"),
+        ("folder: ~nobody-of-that-name/x", "there is no such user"),
+        ("a: &a [1, 1]\nb: &b [*a, *a]\nlr: *b", "recipe has no option 'a'"),
+        ("? [1]\n: 2", "is no YAML|is no list of options"),
+        ("lr: " + "[" * 5000, "is no YAML"),
+        ("lr: 1\n---\nlr: 2", "is no YAML"),
+        ("lr: !!python/name:os.getcwd", "is no YAML"),
+        ("lr: \x00", "is no YAML"),
+    ],
+)
+def test_values_of_a_file_that_are_refused(tmp_path, text, message):
+    with pytest.raises(InputError, match=message) as refused:
+        parse(*NEEDED, *config(tmp_path, text))
+    assert len(str(refused.value)) < 600
+
+
+def test_a_folder_or_bytes_for_a_file(tmp_path):
+    with pytest.raises(InputError, match="cannot be read: Is a directory"):
+        parse(*NEEDED, "--config", str(tmp_path))
+    (tmp_path / "some.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="is no YAML"):
+        parse(*NEEDED, "--config", str(tmp_path / "some.yaml"))
+
+
+def test_a_command_gives_the_options_that_it_was_made_of():
+    found = parse(
+        *NEEDED, "--folder", "my runs/it's", "--clip", "None", "--lr", "1e-05", "--no-quiet",
+        "--targets", "a b", "--full=-x", "--resume",
+    )  # fmt: skip
+    line = options.command("recipe", found, "--resume")
+    assert line.startswith("python -m train recipe --flavour sour --model m --targets 'a b' --full")
+    assert parse(*shlex.split(line)[4:]) == found
+    assert "--batch-size" not in line
 
 
 def test_what_is_compared_when_a_run_goes_on():
@@ -149,7 +227,30 @@ def test_every_recipe_has_options_and_helps(recipe, capsys):
     assert len(names) == len(set(names))
     for name in names:
         assert f"--{name.replace('_', '-')}" in shown
-    assert cls.__doc__.splitlines()[0] in " ".join(shown.replace("│", " ").split())
+    assert cls.__doc__.splitlines()[0] in " ".join(shown.split())
+    assert "None" not in shown.replace("None does not clip", "").replace("None of", "")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_help_of_a_recipe_ends_with_commands_that_are_read(recipe, capsys):
+    import importlib
+
+    cls = importlib.import_module(f"train.recipes.{recipe}").Options
+    with pytest.raises(SystemExit):
+        options.parse(recipe, cls, ["--help"])
+    shown = capsys.readouterr().out
+    assert shown.index("common options:") < min(
+        (shown.find(f"{group} options:") for group in (recipe, "model", "optimizer", "run")
+         if f"{group} options:" in shown), default=len(shown),
+    )  # fmt: skip
+    examples = shown[shown.rindex("\nexamples:\n") :].replace("\\\n", " ").splitlines()[2:]
+    examples = [line for line in examples if not line.strip().startswith("#")]
+    assert len(examples) == 3
+    for line in examples:
+        words = shlex.split(line)
+        assert words[:4] == ["python", "-m", "train", recipe]
+        if "--config" not in words:
+            options.parse(recipe, cls, words[4:])
 
 
 def _names(cls) -> list[str]:

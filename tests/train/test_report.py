@@ -7,6 +7,7 @@ import math
 import re
 import resource
 import struct
+import warnings
 
 import numpy as np
 import pytest
@@ -83,13 +84,15 @@ def test_a_resumed_run_writes_the_same_bytes(tmp_path, checkpoint, torn):
     assert (two / METRICS).read_bytes() == (one / METRICS).read_bytes()
 
 
-def test_an_evaluation_that_is_done_again_is_one_row(tmp_path):
-    train(tmp_path, 0, 8)
-    rows = read_metrics(tmp_path / METRICS)
+@pytest.mark.parametrize("loss", [math.pi, math.nan, math.inf])
+def test_an_evaluation_that_is_done_again_is_one_row(tmp_path, loss):
+    for start in (0, 8):
+        with Log(tmp_path, 12, start_step=start) as log:
+            log.evaluation(8, {"accuracy": 8 / 7, "eval/loss": loss})
     with Log(tmp_path, 12, start_step=8) as log:
-        log.evaluation(8, {"accuracy": 8 / 7, "eval/loss": math.pi * 8})
+        log.evaluation(8, {"accuracy": 8 / 7, "eval/loss": loss})
         log.step(9, {"loss": 1 / 9}, tokens=1)
-    assert read_metrics(tmp_path / METRICS) == [*rows, {"step": 9, "loss": 1 / 9}]
+    assert [row["step"] for row in read_metrics(tmp_path / METRICS)] == [8, 9]
 
 
 def test_a_run_that_starts_anew_begins_an_empty_file(tmp_path):
@@ -246,6 +249,57 @@ def test_a_long_curve_is_smoothed_and_a_short_one_is_not():
     whole = np.r_[2:47, 53:97]  # places whose window of five holds neither an end nor the gap
     np.testing.assert_allclose(smooth[whole, 1], raw[whole, 1])
     assert smooth[49, 1] == pytest.approx((48 + 49 + 51 + 52) / 4)
+
+
+def test_the_best_step_is_marked_where_there_are_evaluations():
+    rows = [{"step": 1, "loss": 2.0, "lr": 1.0}, {"step": 2, "eval/loss": 1.5, "eval/f1": 0.5}]
+    drawn = lines(curves(rows, best=2))
+    assert {title for title, found in drawn.items() if "best step, 2" in found} == {
+        "loss", "evaluation"
+    }  # fmt: skip
+    np.testing.assert_array_equal(drawn["loss"]["best step, 2"][:, 0], [2, 2])
+    assert not any("best step" in str(list(found)) for found in lines(curves(rows)).values())
+
+
+def test_what_is_not_finite_can_be_seen():
+    """A cross at its step, whatever the axis; the curve has a gap."""
+    rows = [
+        {"step": step, "eval/loss": loss, "eval/perplexity": np.exp(loss), "eval/pearson": math.nan}
+        for step, loss in ((0, 3.0), (2, math.nan), (4, math.inf), (6, 1.0))
+    ]
+    figure = curves(rows, best=6)
+    drawn = lines(figure)
+    for title, name in (("loss", "evaluation"), ("evaluation: perplexity", "perplexity")):
+        np.testing.assert_array_equal(drawn[title][f"{name}, not finite"][:, 0], [2, 4])
+        finite = drawn[title][name]
+        assert np.isfinite(finite[:, 1]).tolist() == [True, False, False, True]
+    assert len(drawn["evaluation"]["pearson, not finite"]) == 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure.savefig(io.BytesIO())
+
+
+def test_a_perplexity_has_a_logarithmic_axis():
+    rows = [{"step": i, "eval/loss": i, "eval/perplexity": math.exp(i)} for i in range(9)]
+    scales = {ax.get_title(loc="left"): ax.get_yscale() for ax in curves(rows).axes if ax.axison}
+    assert scales == {"loss": "linear", "evaluation: perplexity": "log"}
+
+
+def test_the_time_left_counts_no_compilation(tmp_path, monkeypatch, capsys):
+    """Nor an evaluation, nor a checkpoint: what the log is told to leave out."""
+    now = [0.0]
+    monkeypatch.setattr(report.time, "monotonic", lambda: now[0])
+    with Log(tmp_path, 100) as log:
+        for step in range(1, 13):
+            if step in (1, 5):
+                with log.paused():
+                    now[0] += 300.0
+            now[0] += 1.0
+            log.step(step, {"loss": 1.0}, tokens=50)
+    line = r"step (\d+)/100: loss 1, (\d+) tokens/s, (.*) left"
+    shown = re.findall(line, capsys.readouterr().err)
+    assert shown and all(speed == "50" for _, speed, _ in shown)
+    assert ("1", "50", "01:39") in shown
 
 
 @pytest.mark.parametrize("count", [1, 400])

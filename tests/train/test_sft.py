@@ -165,7 +165,7 @@ def refused(words, message, capsys):
     assert main(words) == 2
     error = capsys.readouterr().err.strip()
     assert re.search(message, error), error
-    assert error.startswith("error: ") and "\n" not in error
+    assert error.startswith("train ") and "\n" not in error
 
 
 def test_a_run_of_another_recipe_has_no_questions(done, tmp_path, capsys):

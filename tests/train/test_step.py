@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,7 @@ from tests.train import tiny
 from train import base, losses, methods
 from train.batches import Batches
 from train.options import AdapterOptions, OptimizerOptions
-from train.step import make_optimizer, make_step, schedule, start
+from train.step import learning_rates, make_optimizer, make_step, schedule, start
 
 OPTIONS = OptimizerOptions(lr=0.1, schedule="constant", warmup=0, clip=None)
 
@@ -255,3 +257,41 @@ def test_every_method_takes_a_step(method):
     ]
     assert metrics["bad"] == 0
     assert max(moved) > 0
+
+
+def test_the_learning_rates_that_are_in_use():
+    """Those with a peak of their own by name, of what trains alone; all follow the schedule."""
+    options = OptimizerOptions(lr=0.1, row_lr=0.2, head_lr=0.3, schedule="linear", warmup=0)
+    for method, names in [("hyperadapt", {"lr", "lr/row"}), ("row", {"lr/row"}), ("col", {"lr"}),
+                          ("head", {"lr/head"})]:  # fmt: skip
+        tuned = tuning(method, full="norm/scale") if method == "head" else tuning(method)
+        rates = learning_rates(options, tuned, 4)
+        assert rates.keys() == names
+        peaks = {"lr": 0.1, "lr/row": 0.2, "lr/head": 0.3}
+        for name, rate in rates.items():
+            assert [float(rate(i)) for i in (0, 2, 4)] == pytest.approx(
+                [peaks[name], peaks[name] / 2, 0]
+            )
+
+
+@pytest.mark.usefixtures("optimised")
+def test_a_full_step_needs_room_for_the_gradient_alone():
+    """Beside the state, three times the model, that it reuses: by XLA's own account."""
+    wide = {**tiny.CONFIG, "hidden_size": 128, "intermediate_size": 512}
+    config = models.config_from_dict(wide)
+    fn, params = models.functional(models.abstract(config))
+    tuned = methods.tune(
+        base.Base("wide", config, fn, params, (), None), AdapterOptions(method="full")
+    )
+    options = OptimizerOptions(lr=1e-3)
+    chain = make_optimizer(options, tuned, 10)
+    step = make_step(tiny.token_loss(tuned), chain, learning_rates(options, tuned, 10))
+    batch = batch_of(tiny.examples(2), 2, lengths=[16])
+    state = jax.eval_shape(
+        lambda trainable: start(dataclasses.replace(tuned, trainable=trainable), chain, 0),
+        tuned.trainable,
+    )
+    memory = step.lower(state, tuned.frozen, batch).compile().memory_analysis()
+    model = 4 * tuned.count
+    assert memory.alias_size_in_bytes == pytest.approx(3 * model, rel=0.01)
+    assert memory.temp_size_in_bytes < 1.6 * model

@@ -134,7 +134,7 @@ def refused(capsys, args, reason):
     """The command ends with status 2 and one line that gives the reason."""
     assert main(args) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and reason in line
+    assert line.startswith(f"train {args[0]}: ") and reason in line
 
 
 def test_the_exported_model_is_the_merged_one(stored, tmp_path, capsys):
@@ -319,4 +319,4 @@ def test_help_names_every_option(recipe, capsys):
         main([recipe, "--help"])
     assert left.value.code == 0
     shown = capsys.readouterr().out
-    assert f"python -m train {recipe}" in shown and "None)" in shown
+    assert f"python -m train {recipe}" in shown and "(required)" in shown

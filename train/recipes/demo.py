@@ -15,7 +15,7 @@ from train.batches import Batches
 from train.errors import InputError
 from train.exam import Exam
 from train.loop import Task, fit
-from train.options import AdapterOptions, ModelOptions, OptimizerOptions, RunOptions
+from train.options import AdapterOptions, ModelOptions, OptimizerOptions, Place, RunOptions
 from train.report import draw, markdown_table, write
 
 TINY = Path(__file__).resolve().parents[1] / "tiny"
@@ -36,9 +36,16 @@ class Options:
     The model, a Llama of 0.9 million parameters that lies beside this recipe, knows equations and
     word problems of one step. It learns to answer problems of two steps, told in another way, by
     two equations. Every accuracy is of problems whose number families no training used.
+
+    Examples:
+      python -m train demo
+      # The output-side vectors alone.
+      python -m train demo --method row --folder runs/demo-row
+      # Every parameter, for comparison.
+      python -m train demo --method full --lr 1e-3 --folder runs/demo-full
     """
 
-    model: ModelOptions = ModelOptions(model=str(TINY), remat="none")
+    model: ModelOptions = ModelOptions(model=Place(str(TINY)), remat="none")
     adapter: AdapterOptions = AdapterOptions()
     optimizer: OptimizerOptions = OptimizerOptions(lr=1.5e-2, b2=0.98)
     run: RunOptions = RunOptions(folder=Path("runs/demo"), steps=750, eval_every=150)
@@ -102,6 +109,7 @@ def run(chosen: Options) -> None:
             method=chosen.adapter.method, learned=learned, step=result.step, answers=answers,
             table=markdown_table(header, rows, "before after"),
             rank=f"\n![singular values]({RANK})\n" if scales else "", plan=plan,
+            took=runs.took(result.facts, options.command("demo", chosen)),
         ))  # fmt: skip
     tell(f"\n{table(header, rows, right='before after')}\n{learned}\n\n{answers}\n")
     tell(f"adapter, metrics, curves and report are in {folder}")
@@ -116,6 +124,8 @@ No number family of these problems was used in any training, the base model's or
 
 ![curves](curves.png)
 {rank}
+{took}
+
 ## Answers
 
 ```

@@ -16,7 +16,7 @@ from train import base, glue, methods, options, runs
 from train.errors import InputError
 from train.exam import Exam
 from train.methods import Tuning
-from train.options import AdapterOptions, ModelOptions
+from train.options import AdapterOptions, ModelOptions, Place
 from train.report import write
 
 
@@ -25,11 +25,19 @@ class Options:
     """Measure a run's best adapter again, as the run did, on its held-out data or on other.
 
     What the run was told, its config.yaml says; if nothing is changed, its numbers come again.
+
+    Examples:
+      python -m train evaluate --folder runs/sft
+      # Of other rows, the loss and the answers.
+      python -m train evaluate --folder runs/sft --data other.jsonl --rows 1000 \\
+          --predictions answers.jsonl
+      # For a script.
+      python -m train evaluate --folder runs/mrpc --metrics metrics.json --quiet
     """
 
     folder: Path
     """Folder of a run that came to its end."""
-    data: str | None = None
+    data: Place | None = None
     """Other rows, with the columns that the run's had: for glue, GLUE's folder, a file or a data
     set of the hub; for sft, what --eval-data may be."""
     split: str | None = None
@@ -38,7 +46,7 @@ class Options:
     """How many rows of --data are measured on; for sft."""
     questions: int | None = None
     """How many of the rows the model answers; for sft."""
-    model: str | None = None
+    model: Place | None = None
     """The base model, where it lies elsewhere now."""
     metrics: Path | None = None
     """Write the metrics to this JSON file; null is one that is not finite."""

@@ -25,6 +25,14 @@ class Options:
     The product is made in float32 and rounded once; a table tells what the rounding cost. One
     parameter is held at a time. The tokenizer is copied from the base. The folder appears when it
     is complete.
+
+    Examples:
+      python -m train export --adapter runs/sft --folder merged
+      # In another dtype, in smaller files.
+      python -m train export --adapter runs/sft --folder merged-16 --dtype bfloat16 \\
+          --max-shard-size 2GB
+      # The base model lies elsewhere now.
+      python -m train export --adapter runs/sft --model ~/models/qwen --folder merged
     """
 
     trained: TrainedOptions

@@ -13,7 +13,7 @@ from train import base, finite, glue, losses, methods, options, runs
 from train.batches import Batches, stream
 from train.errors import InputError
 from train.loop import Task, fit
-from train.options import AdapterOptions, ModelOptions, OptimizerOptions, RunOptions
+from train.options import AdapterOptions, ModelOptions, OptimizerOptions, Place, RunOptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,11 +22,19 @@ class Options:
 
     Metrics are GLUE's own, on the development set, before, during and after; the adapter of the
     best step is kept.
+
+    Examples:
+      python -m train glue --task mrpc --model FacebookAI/roberta-base --folder runs/mrpc
+      # GLUE's own files, a head that learns faster, and ten epochs.
+      python -m train glue --task rte --model FacebookAI/roberta-large --data ~/glue \\
+          --folder runs/rte --epochs 10 --lr 5e-3 --head-lr 5e-4
+      # A run that was stopped, from where it was saved.
+      python -m train glue --config runs/rte/config.yaml --folder runs/rte --resume
     """
 
     task: Literal["cola", "sst2", "mrpc", "stsb", "rte", "wnli", "qnli", "qqp", "mnli"]
     """The task."""
-    data: str = glue.HUB
+    data: Place = Place(glue.HUB)
     """GLUE's folder, which holds MRPC/train.tsv and the like, or the data set's name on the hub."""
     max_length: int = 128
     """Most tokens of a row; longer texts are cut, and counted."""
@@ -59,14 +67,16 @@ def run(chosen: Options) -> None:
     tell(plan)
     with runs.claim(chosen.run.folder, config, resume=chosen.run.resume) as folder:
         tokenizer = base.tokenizer(chosen.model)
-        examples = {}
+        examples, counts = {}, {}
         for split in ("train", *task.dev):
             rows, dropped = glue.read(task, chosen.data, split)
             examples[split], cut, _ = glue.tokenise(rows, tokenizer, chosen.max_length)
             found = (row["tokens"] for row in examples[split])
             base.check_tokens(found, tokenizer, chosen.model)
-            tell(f"{split}: {len(rows):,} rows, {dropped} dropped, {cut} cut to"
-                 f" {chosen.max_length} tokens")  # fmt: skip
+            counts[split] = (
+                f"{len(rows):,} rows, {dropped} dropped, {cut} cut to {chosen.max_length} tokens"
+            )
+            tell(f"{split}: {counts[split]}")
         loaded = base.load(
             chosen.model, task.outputs, seed=chosen.run.seed, quiet=chosen.run.quiet
         )
@@ -91,7 +101,10 @@ def run(chosen: Options) -> None:
             run=chosen.run,
             metadata=config,
         )
-        runs.report(folder, f"GLUE: {chosen.task}, {chosen.adapter.method}", plan, result.rows)
+        title = f"GLUE: {chosen.task}, {chosen.adapter.method}"
+        command = options.command("glue", chosen)
+        facts = result.facts | counts
+        runs.report(folder, title, plan, result.rows, facts, command)
     tell(f"\n{result}\nadapter, metrics, curves and report are in {folder}")
 
 

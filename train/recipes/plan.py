@@ -19,13 +19,20 @@ class Options:
     Reads the model's config.json and no weights, so that it takes seconds for a model of any size;
     of a repository of the hub, nothing else is fetched. What the weights turn out to lack, such as
     a pooler, a run trains fully beside it.
+
+    Examples:
+      python -m train plan --model Qwen/Qwen2.5-0.5B
+      # An encoder with a new head of three classes.
+      python -m train plan --model FacebookAI/roberta-base --labels 3
+      # Queries and values alone, and the norms fully.
+      python -m train plan --model Qwen/Qwen2.5-0.5B --targets qv --full '.*norm/scale'
     """
 
     model: ModelOptions
     adapter: AdapterOptions = AdapterOptions()
     labels: int | None = None
     """Outputs of a new classification head on an encoder, which trains fully; 1 for regression.
-    None for no head."""
+    No head if not given."""
 
 
 def run(options: Options) -> None:

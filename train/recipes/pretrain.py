@@ -34,6 +34,13 @@ class Options:
     A Llama of 4 layers, width 128 and 0.9 million parameters. It learns texts made on the spot,
     packed into rows; it is examined on number families that none of them uses. The run's folder
     gets the model as the Hugging Face folder `model`. About 12 minutes on 2 free CPU cores.
+
+    Examples:
+      python -m train pretrain
+      # Another draw of the weights and of the texts.
+      python -m train pretrain --seed 1 --folder runs/pretrain-1
+      # A run that was stopped, from where it was saved.
+      python -m train pretrain --resume
     """
 
     optimizer: OptimizerOptions = OptimizerOptions(optimizer="muon", lr=0.02, warmup=100)
@@ -86,6 +93,10 @@ def run(chosen: Options) -> None:
         params, _ = ha.optim.combine(result.trainable, tuning.frozen)
         rows = [[KINDS[kind], f"{share:.1%}"] for kind, share in result.best.items()]
         write_model(folder / MODEL, model, params, rows)
+        command = options.command("pretrain", chosen)
+        plan = methods.table(loaded, tuning)
+        title = "Pre-training on arithmetic"
+        runs.report(folder, title, plan, result.rows, result.facts, command)
     if not chosen.run.quiet:
         print(table(["of number families never seen", "right"], rows, right="right"))
         print(f"the model is in {folder / MODEL}")

@@ -29,6 +29,13 @@ class Options:
     Prints a table of medians, and writes rank.json (every matrix) and rank.png (singular values).
     A decomposition of n x m takes n m min(n, m) operations: of a large model, choose some weights
     and some layers.
+
+    Examples:
+      python -m train rank --adapter runs/sft
+      # Of a large model: two weights of four layers.
+      python -m train rank --adapter runs/sft --weights q/kernel up/kernel --limit 4
+      # An adapter's folder alone, and the figure elsewhere.
+      python -m train rank --adapter runs/sft/adapter --folder figures
     """
 
     trained: TrainedOptions

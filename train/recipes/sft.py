@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
 import math
 from typing import Any
 
@@ -19,9 +21,10 @@ from train.chat import Form, Template
 from train.data import Column, Text
 from train.errors import InputError
 from train.loop import Task, fit
-from train.options import AdapterOptions, ModelOptions, OptimizerOptions, RunOptions
+from train.options import AdapterOptions, ModelOptions, OptimizerOptions, Place, RunOptions
 
 PREDICTIONS = "predictions.jsonl"
+SHOWN = 3  # generations in the report
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,16 +34,26 @@ class Options:
     Rows are read as --prompt and --answer say, or are whole chats in a column "messages", shown by
     the tokenizer's chat template. Held-out rows give the loss before, during and after; the best
     step's adapter is kept. The model's own answers to some of them go to predictions.jsonl.
+
+    Examples:
+      # Questions and answers in two columns; the base model shows no chat template.
+      python -m train sft --model Qwen/Qwen2.5-0.5B --data rows.jsonl --folder runs/sft \\
+          --prompt '{question}' --answer ' {answer}' --epochs 3
+      # Whole chats in a column "messages", of an instruction-tuned model; scored by the answers.
+      python -m train sft --model Qwen/Qwen2.5-0.5B-Instruct --data chats.parquet \\
+          --folder runs/chat --score last-number --questions 200 --dtype bfloat16
+      # A run that was stopped, from where it was saved.
+      python -m train sft --config runs/chat/config.yaml --folder runs/chat --resume
     """
 
-    data: str
+    data: Place
     """Training rows: a .json, .jsonl, .parquet, .csv or .tsv file, a folder of such, or a data set
     of the hub."""
     data_config: str | None = None
     """Configuration of a data set of the hub that has several."""
     split: str = "train"
     """Split of a folder or a data set of the hub."""
-    eval_data: str | None = None
+    eval_data: Place | None = None
     """Held-out rows; if not given, some of the training rows are held out."""
     eval_split: str = "test"
     """Split of --eval-data where that is a folder or a data set of the hub."""
@@ -106,8 +119,12 @@ def run(chosen: Options) -> None:
     tokenizer = base.tokenizer(chosen.model)
     training, held_out = read(chosen)
     examples, cut, dropped = chat.examples(training, chosen.form, tokenizer, chosen.max_length)
-    tell(f"{len(training):,} training rows: {cut} cut to {chosen.max_length} tokens, {dropped}"
-         f" dropped, since that left no answer; {len(held_out):,} rows held out")  # fmt: skip
+    counts = {
+        "training rows": f"{len(training):,}: {cut} cut to {chosen.max_length} tokens, {dropped}"
+        " dropped, since that left no answer",
+        "held-out rows": f"{len(held_out):,}",
+    }
+    tell("; ".join(f"{name}: {count}" for name, count in counts.items()))
     base.check_tokens((row["tokens"] for row in examples), tokenizer, chosen.model)
     questions = ask(chosen, described, held_out, tokenizer)
     if skipped := len(questions.prompts) - len(questions.asked):
@@ -137,10 +154,16 @@ def run(chosen: Options) -> None:
             run=chosen.run,
             metadata=config,
         )
+        generations: list[dict[str, Any]] = []
         if questions.prompts:
             found = questions.answers(tuning.forward, result.trainable, tuning.frozen)
             questions.save(folder / PREDICTIONS, found)
-        runs.report(folder, f"Fine-tuning: {chosen.adapter.method}", plan, result.rows)
+            with open(folder / PREDICTIONS, encoding="utf-8") as lines:
+                generations = [json.loads(line) for line in itertools.islice(lines, SHOWN)]
+        command = options.command("sft", chosen)
+        facts = result.facts | counts
+        title = f"Fine-tuning: {chosen.adapter.method}"
+        runs.report(folder, title, plan, result.rows, facts, command, generations)
     tell(f"\n{result}\nadapter, metrics, predictions, curves and report are in {folder}")
 
 
