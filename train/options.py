@@ -247,7 +247,7 @@ def lasting(values: Mapping[str, Any]) -> dict[str, Any]:
 def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
     """The first option whose change makes another run of it, or None; both as :func:`flat`."""
     old, new = lasting(old), lasting(new)
-    for name in sorted({*old, *new}):
+    for name in sorted({*old, *new}, key=lambda name: (name != "recipe", name)):
         if old.get(name) != new.get(name):
             return f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
     return None

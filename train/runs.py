@@ -184,7 +184,13 @@ def report(
         _fenced(plan),
         f"All options are in `{options.CONFIG}`: `--config` reads them back.",
     ]
-    write(folder / REPORT, "\n\n".join(parts) + "\n")
+    write_report(folder, "\n\n".join(parts) + "\n")
+
+
+def write_report(folder: Path, text: str) -> None:
+    """Writes ``report.md``; one that is there is of the session that trained, and stays."""
+    if not (folder / REPORT).exists():
+        write(folder / REPORT, text)
 
 
 def took(facts: Mapping[str, str], command: str) -> str:

@@ -33,6 +33,25 @@ def without_cache(fn, params, prompt: list[int], new: int) -> list[int]:
     return row[len(prompt) :]
 
 
+def test_a_row_whose_logits_are_not_finite_ends_there_and_is_marked():
+    """By -1; rows beside it go on as they are alone, and minus infinity only forbids a token."""
+
+    def fn(forbidden, tokens, mask=None, cache=None):
+        new = jnp.zeros((*tokens.shape, 8)).at[..., 7].set(1.0) + jax.nn.one_hot(tokens + 1, 8) * 2
+        new = jnp.where((tokens == 5)[..., None], jnp.nan, new)  # after 5, nothing is known
+        new = jnp.where((tokens == 3)[..., None], jnp.full(8, -jnp.inf), new)
+        return new + forbidden, cache
+
+    def answers(*rows, **options):
+        none = jnp.zeros(8).at[6].set(-jnp.inf)
+        return models.generate(fn, none, prompts=rows, max_new_tokens=4, **options)
+
+    assert answers([4], [0], [5], [6]) == [[5, -1], [1, 2, 3, -1], [-1], [7, 7, 7, 7]]
+    assert answers([4, 5], temperature=1.0, top_k=1) == [[-1]]
+    overflowing = jnp.zeros(8).at[2].set(jnp.inf)
+    assert models.generate(fn, overflowing, prompts=[[0]], max_new_tokens=4) == [[-1]]
+
+
 @pytest.mark.parametrize("name", [n for n in cases.DECODERS if n != "llama-dynamic"])
 def test_greedy_text_with_a_cache_equals_that_without(name: str) -> None:
     _, fn, params = make(name)

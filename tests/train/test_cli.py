@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers import models as tokenizer_models
@@ -178,6 +180,93 @@ def test_a_model_without_a_tokenizer(command, capsys, tmp_path, bert):
     )
 
 
+def broken(bert: Path, folder: Path, *words: str) -> Path:
+    """The model, which knows nothing finite of some words."""
+    import shutil
+
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(bert, folder)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    (name,) = (name for name in tensors if name.endswith("word_embeddings.weight"))
+    for word in words:
+        tensors[name][4 + WORDS.index(word)] = np.nan
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+def test_outputs_that_are_not_finite_are_wrong_and_counted(command, bert, tmp_path, capsys):
+    """Four of eight rows have the word: no more than the others can be right, of either label."""
+    words = [*command, "--model", str(broken(bert, tmp_path / "broken", "dog")), "--patience", "9"]
+    assert main(words) == 0
+    rows = [r for r in report.read_metrics(tmp_path / "run/metrics.jsonl") if "eval/accuracy" in r]
+    assert all(row["eval/nonfinite"] == 4 and row["eval/accuracy"] <= 0.5 for row in rows)
+    assert "nonfinite" in capsys.readouterr().out
+    metrics = tmp_path / "metrics.json"
+    again = ["evaluate", "--folder", str(tmp_path / "run"), "--metrics", str(metrics)]
+    assert main(again) == 0
+    assert json.loads(metrics.read_text())["nonfinite"] == 4
+    assert "nonfinite" in capsys.readouterr().out
+
+
+def test_a_model_without_any_finite_output_is_refused(command, bert, tmp_path, capsys):
+    model = broken(bert, tmp_path / "broken", "the")
+    error = refused(capsys, *command, "--model", str(model))
+    assert "evaluation after step 0: the model's outputs are NaN or infinite for all 8" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_correlation_with_outputs_that_are_not_finite_is_unknown(
+    command, bert, tmp_path, capsys
+):
+    """So no step is the best one, and the run says so."""
+    task = tmp_path / "glue" / "STS-B"
+    task.mkdir()
+    lines = [f"the {animal} {verb}\tthe film\t{i}" for animal in ("cat", "dog")
+             for i, verb in enumerate(("sat", "ran", "is good"))]  # fmt: skip
+    for name in ("train", "dev"):
+        text = "\n".join(["sentence1\tsentence2\tscore", *lines]) + "\n"
+        (task / f"{name}.tsv").write_text(text)
+    model = broken(bert, tmp_path / "broken", "dog")
+    words = [*command, "--task", "stsb", "--model", str(model), "--patience", "9"]
+    assert main(words) == 2
+    shown = capsys.readouterr().err
+    assert "the score after step 2 is nan: this step is never the best one" in shown
+    assert "gave a finite score, the last nan" in shown.splitlines()[-1]
+    rows = (tmp_path / "run/metrics.jsonl").read_text()
+    assert '"eval/pearson": null' in rows and '"eval/nonfinite": 3.0' in rows
+
+
+@pytest.mark.parametrize("method", ["hyperadapt", "head", "col"])
+def test_a_new_head_trains_whatever_else_is_named(command, tmp_path, method):
+    """It is in the adapter, and the exported model is the one that was measured."""
+    assert main([*command, "--full", "embed/norm/.*", "--method", method, "--quiet"]) == 0
+    saved = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())["full"]
+    assert {"classifier/out/kernel", "classifier/out/bias", "embed/norm/scale"} <= set(saved)
+    merged = str(tmp_path / "merged")
+    assert main(["export", "--adapter", str(tmp_path / "run"), "--folder", merged, "--quiet"]) == 0
+    assert models.read_config(merged).labels == 2
+
+
+def test_the_labels_of_an_adapter_are_its_own(command, tmp_path, capsys):
+    """Not those of a path in it: one whose head stayed is exported with as many."""
+    from hyperadapt_jax import save
+    from train import base, methods
+    from train.options import AdapterOptions, ModelOptions
+
+    loaded = base.load(ModelOptions(model=command[4]), 3, quiet=True)
+    tuning = methods.tune(loaded, AdapterOptions())
+    config = models.config_to_dict(loaded.config)
+    full = {k: v for k, v in tuning.trainable["full"].items() if not k.endswith("out/bias")}
+    rest = {k: v for k, v in loaded.params.items()}
+    save(tmp_path / "adapter", tuning.trainable["scales"], rest, full=full,
+         base_model=command[4], base_config=config)  # fmt: skip
+    from train.trained import TrainedOptions, find
+
+    assert find(TrainedOptions(adapter=tmp_path / "adapter")).base.config.labels == 3
+
+
 def test_what_is_no_recipe(capsys):
     assert "there is no recipe 'tune': choose one of demo, glue" in refused(capsys, "tune")
     assert main([]) == 2
@@ -230,9 +319,11 @@ def test_a_full_disk_is_one_line_and_loses_no_checkpoint(command, tmp_path):
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(command, tmp_path):
+    """In words that a shell reads, whatever the folder is called."""
     words = [*command, "--steps", "100000", "--eval-every", "50000"]
+    words += ["--folder", str(tmp_path / "it's (my) run")]
     process = start(words)
-    metrics = tmp_path / "run" / report.METRICS
+    metrics = tmp_path / "it's (my) run" / report.METRICS
     deadline = time.monotonic() + 120
     while not (metrics.exists() and len(metrics.read_text().splitlines()) > 5):
         assert time.monotonic() < deadline and process.poll() is None
@@ -241,5 +332,32 @@ def test_ctrl_c_saves_and_says_how_to_go_on(command, tmp_path):
     _, shown = process.communicate(timeout=120)
     last = shown.strip().splitlines()[-1]
     assert process.returncode == 130, shown
-    assert last.startswith("SIGINT: saved after step ") and last.endswith("--resume")
+    assert last.startswith("SIGINT: saved after step ")
+    said = last.partition("; go on with: ")[2]
+    assert shlex.split(said) == ["python", "-m", "train", *words, "--resume"]
     assert "Traceback" not in shown, shown
+
+
+def test_a_run_that_is_stopped_before_it_began_leaves_nothing(command, tmp_path):
+    """By SIGTERM as by Ctrl-C: the folder is free, and was not there before."""
+    process = start([*command, "--steps", "100000"])
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run/config.yaml").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, shown = process.communicate(timeout=120)
+    assert process.returncode == 143, shown
+    assert "Traceback" not in shown
+    if not (tmp_path / "run" / report.METRICS).exists():  # else it had just begun
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("redirected", ["| true", ">&-", "2>&-", "> /dev/full"])
+def test_nobody_reads_what_is_printed(redirected):
+    """The status says so, and no traceback does."""
+    line = f"set -o pipefail; '{sys.executable}' -m train demo --help {redirected}"
+    done = subprocess.run(["bash", "-c", line], cwd=ROOT, text=True, capture_output=True)
+    expected = {"| true": (0, 141), "> /dev/full": (2,)}.get(redirected, (0,))
+    assert done.returncode in expected
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -173,6 +175,29 @@ def test_what_a_run_took_is_summed_over_its_sessions(model, tmp_path):
     spent = fit(tiny.task(model), folder, steps=6, eval_every=3, resume=True).spent
     assert (spent.steps, spent.tokens, spent.sessions) == (6, whole.tokens, 2)
     assert whole.sessions == 1 and 0 < whole.seconds < 600
+
+
+def test_a_full_run_holds_its_state_and_no_other_copy(model, tmp_path):
+    """Three times the model, whenever it evaluates or saves: weights and two moments."""
+    plain = tiny.task(model, method="full")
+    size, held = 4 * plain.tuning.count, []
+
+    def live() -> int:
+        gc.collect()
+        buffers = {x.unsafe_buffer_pointer(): x.nbytes for x in jax.live_arrays() if x.nbytes > 64}
+        return sum(buffers.values())
+
+    before = live() - size  # of the base, and of other tests
+
+    def evaluate(trainable):
+        held.append(live() - before)
+        return plain.evaluate(trainable)
+
+    task = dataclasses.replace(plain, evaluate=evaluate)
+    result = fit(task, tmp_path / "run", steps=6, eval_every=2)
+    assert len(held) == 4 and max(held) < 3.3 * size
+    del task
+    assert live() - before < 1.3 * size and result.step >= 0
 
 
 class Ending(Batches):

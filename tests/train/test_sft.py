@@ -3,10 +3,14 @@
 import json
 import math
 import re
+import shutil
+import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 import tokenizers
 import transformers
 import yaml
@@ -146,6 +150,66 @@ def test_other_rows_can_be_measured(done, tmp_path):
     options = dict(folder=done, data=file, rows=3, questions=3, metrics=metrics, quiet=True)
     assert main(["evaluate", *words_of(**options)]) == 0
     assert json.loads(metrics.read_text())["accuracy"] == pytest.approx(2 / 3)
+
+
+def broken(model, folder, *tokens):
+    """The model, which knows nothing finite of some tokens."""
+    shutil.copytree(model, folder)
+    file = folder / "model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    tensors["model.embed_tokens.weight"][list(tokens)] = np.nan
+    safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+def test_rows_whose_outputs_are_not_finite_are_counted(model, rows, tmp_path, capsys):
+    """The loss is unknown then, and answers that are not there are wrong."""
+    held_out = tmp_path / "held.jsonl"
+    lines = [{"question": q, "answer": "yes"} for q in ("w0", "w0 w2", "w1 w0", "w3", "w1")]
+    held_out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    source = broken(model, tmp_path / "model", 8)  # w0
+    options = dict(eval_data=held_out, eval_rows=5, questions=5, score="exact", steps=1, patience=9)
+    folder = tmp_path / "run"
+    assert train(source, rows, folder, **options) == 0
+    for row in evaluations(folder):
+        assert (row["eval/nonfinite"], row["eval/nonfinite_answers"]) == (3, 3)
+        assert math.isnan(row["eval/loss"]) and row["eval/accuracy"] <= 2 / 5
+    assert [row["answer"] for row in predictions(folder / "predictions.jsonl")][:3] == [None] * 3
+    metrics = tmp_path / "metrics.json"
+    assert main(["evaluate", *words_of(folder=folder, metrics=metrics, quiet=True)]) == 0
+    found = json.loads(metrics.read_text(), parse_constant=pytest.fail)
+    assert found["loss"] is None and found["nonfinite"] == 3
+    # By the loss alone, no step has a score.
+    assert train(source, rows, tmp_path / "other", **options | {"score": None}) == 2
+    assert "gave a finite score" in capsys.readouterr().err
+
+
+def test_a_perplexity_that_no_float_holds_is_infinite(monkeypatch):
+    def losses_of(tuning):
+        return lambda trainable, frozen, batch: (
+            jnp.full(batch["tokens"].shape, trainable), batch["labels"] >= 0
+        )  # fmt: skip
+
+    example = {"tokens": np.arange(3), "labels": np.arange(3)}
+    monkeypatch.setattr(sft.chat, "examples", lambda *_: ([example], 0, 0))
+    monkeypatch.setattr(sft.losses, "token_losses", losses_of)
+    chosen = types.SimpleNamespace(form=None, max_length=8, eval_batch_size=1)
+    tuning, questions = types.SimpleNamespace(frozen={}), types.SimpleNamespace(score="none")
+    evaluate = sft.evaluation(chosen, tuning, None, None, questions)
+    assert evaluate(2.0) == {"loss": 2.0, "perplexity": math.exp(2.0)}
+    assert evaluate(750.0) == {"loss": 750.0, "perplexity": math.inf}
+
+
+def test_the_report_says_what_the_run_took(done):
+    report = (done / "report.md").read_text()
+    for fact in ("best step", "duration", "tokens", "training rows", "held-out rows", "peak memory",
+                 "device", "versions"):  # fmt: skip
+        assert f"\n| {fact} | " in report
+    assert "Python" in report and "of 20 |" in report and "cpu" in report
+    assert "\npython -m train sft --data " in report and "--method full" in report
+    first = predictions(done / "predictions.jsonl")[0]
+    for name in ("prompt", "answer", "reference"):
+        assert f"{name}: {first[name]}\n" in report
 
 
 @pytest.mark.parametrize(

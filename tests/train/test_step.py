@@ -276,10 +276,11 @@ def test_the_learning_rates_that_are_in_use():
 
 @pytest.mark.usefixtures("optimised")
 def test_a_full_step_needs_room_for_the_gradient_alone():
-    """Beside the state, three times the model, that it reuses: by XLA's own account."""
-    wide = {**tiny.CONFIG, "hidden_size": 128, "intermediate_size": 512}
-    config = models.config_from_dict(wide)
-    fn, params = models.functional(models.abstract(config))
+    """And a part of the updates, beside the state that it reuses, by XLA's own account."""
+    sizes = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=4)
+    heads = dict(num_attention_heads=4, num_key_value_heads=4)
+    config = models.config_from_dict(tiny.CONFIG | sizes | heads)
+    fn, params = models.functional(models.abstract(config, remat="full"))
     tuned = methods.tune(
         base.Base("wide", config, fn, params, (), None), AdapterOptions(method="full")
     )
@@ -294,4 +295,4 @@ def test_a_full_step_needs_room_for_the_gradient_alone():
     memory = step.lower(state, tuned.frozen, batch).compile().memory_analysis()
     model = 4 * tuned.count
     assert memory.alias_size_in_bytes == pytest.approx(3 * model, rel=0.01)
-    assert memory.temp_size_in_bytes < 1.6 * model
+    assert memory.temp_size_in_bytes < 1.7 * model

@@ -120,7 +120,7 @@ def test_plan_fetches_the_configuration_alone(tmp_path, monkeypatch, capsys):
     (["--model", "{llama}", "--targets", "nothing=in out"], "'nothing' matches none"),
     (["--model", "{llama}", "--method", "head"], "trains nothing here"),
     (["--model", "{llama}", "--labels", "2"], "is a decoder, llama"),
-    (["--model", "{llama}", "--labels", "0"], "--labels is 0"),
+    (["--model", "{llama}", "--labels", "0"], "--labels 0"),
 ])  # fmt: skip
 def test_plan_refuses(tmp_path, monkeypatch, capsys, args, reason):
     monkeypatch.chdir(tmp_path)
@@ -306,7 +306,7 @@ def test_rank_refuses(decoder, tmp_path, capsys):
     model, _, where = decoder
     run = ["rank", "--adapter", str(where / "run")]
     refused(capsys, [*run, "--weights", "qq/kernel"], "nearest: layers/q/kernel")
-    refused(capsys, [*run, "--limit", "0"], "--limit is 0")
+    refused(capsys, [*run, "--limit", "0"], "--limit 0")
     refused(capsys, [*run, "--folder", str(where / "base" / "config.json")], "cannot be written")
     full = paths.arrays(models.functional(build(LLAMA))[1])
     save(tmp_path / "full", build(LLAMA), {}, where / "base", full=full)

@@ -16,7 +16,7 @@ from train.errors import InputError
 from train.exam import Exam
 from train.loop import Task, fit
 from train.options import AdapterOptions, ModelOptions, OptimizerOptions, Place, RunOptions
-from train.report import draw, markdown_table, write
+from train.report import draw, markdown_table
 
 TINY = Path(__file__).resolve().parents[1] / "tiny"
 RANK = "rank.png"
@@ -105,7 +105,7 @@ def run(chosen: Options) -> None:
         answers = _answers(final, before, after, chosen.show)
         total = sum(leaf.size for leaf in jax.tree.leaves(loaded.params))
         learned = f"{tuning.count:,} of {total:,} numbers trained ({tuning.count / total:.1%})"
-        write(folder / runs.REPORT, REPORT.format(
+        runs.write_report(folder, REPORT.format(
             method=chosen.adapter.method, learned=learned, step=result.step, answers=answers,
             table=markdown_table(header, rows, "before after"),
             rank=f"\n![singular values]({RANK})\n" if scales else "", plan=plan,

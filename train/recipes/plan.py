@@ -42,7 +42,7 @@ def run(options: Options) -> None:
       InputError: there is no such model, a target matches nothing, or nothing would train.
     """
     if options.labels is not None and options.labels < 1:
-        raise InputError(f"--labels is {options.labels}: give at least 1")
+        raise InputError(f"--labels {options.labels}: give at least 1")
     described = base.describe(_config_alone(options.model), options.labels)
     print(methods.table(described, methods.tune(described, options.adapter)))
 

@@ -59,7 +59,9 @@ def run(options: Options) -> RankReport:
       AdapterError, CheckpointError: the adapter or the base is damaged, or they do not fit.
     """
     if options.limit is not None and options.limit < 1:
-        raise InputError(f"--limit is {options.limit}: give at least 1")
+        raise InputError(f"--limit {options.limit}: give at least 1")
+    if options.seed < 0:
+        raise InputError(f"--seed {options.seed}: give a number from 0 on")
     trained = find(options.trained)
     folder = options.folder or options.trained.adapter
     with report.writing(folder):
