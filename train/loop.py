@@ -26,7 +26,7 @@ from train.batches import Batches, stream
 from train.checkpoints import Checkpoints, Position
 from train.errors import InputError
 from train.methods import Tuning
-from train.options import OptimizerOptions, RunOptions, lasting
+from train.options import LARGEST, OptimizerOptions, RunOptions, lasting
 from train.runs import ADAPTER
 from train.step import Loss, learning_rates, make_optimizer, make_step, start
 
@@ -132,8 +132,15 @@ class Interrupted(Exception):
 
 
 def total_steps(run: RunOptions, per_epoch: int) -> int:
-    """The optimizer steps of a run, from its number of steps or of epochs."""
-    return run.steps if run.steps is not None else max(1, round(run.epochs * per_epoch))
+    """The optimizer steps of a run, from its number of steps or of epochs.
+
+    Raises:
+      InputError: there is no room for their number.
+    """
+    steps = run.steps if run.steps is not None else max(1, round(run.epochs * per_epoch))
+    if steps > LARGEST:
+        raise InputError(f"--epochs {run.epochs:g} are {steps} steps: give fewer than {LARGEST}")
+    return steps
 
 
 def fit(

@@ -155,8 +155,8 @@ class RunOptions:
             value = getattr(self, name)
             if value is not None and not 1 <= value <= LARGEST:
                 raise InputError(f"{flag(name)} {value}: give a number from 1 to {LARGEST}")
-        if not (math.isfinite(self.epochs) and self.epochs > 0):
-            raise InputError(f"--epochs {self.epochs}: give a positive number")
+        if not 0 < self.epochs <= LARGEST:
+            raise InputError(f"--epochs {self.epochs}: give a positive number up to {LARGEST}")
         if self.batch_size % self.accumulate:
             raise InputError(
                 f"--batch-size {self.batch_size} cannot be computed in {self.accumulate} equal"
@@ -345,6 +345,8 @@ class _Field:
         if not isinstance(value, str):
             raise ValueError("give text, in quotes" if value is not None else "give a value")
         if self.kind in (Path, Place):
+            if not value or "\0" in value:
+                raise ValueError("give a path" if self.kind is Path else "give a path or a name")
             return self.kind(_at_home(value))
         choices = typing.get_args(self.kind)
         if choices and value not in choices:

@@ -22,6 +22,7 @@ TINY = Path(__file__).resolve().parents[1] / "tiny"
 RANK = "rank.png"
 Answers = list[str | None]
 WATCHED = 128  # problems of each kind while it trains, other ones than are measured in the end
+MOST = 10_000_000  # problems or texts, which are made on the spot
 KINDS = {
     "ride": "two-step problems, the new task",
     "equation": "bare equations, known before",
@@ -58,8 +59,8 @@ class Options:
 
     def __post_init__(self):
         for name in ("texts", "problems", "show"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name} {getattr(self, name)}: give at least 1")
+            if not 1 <= getattr(self, name) <= MOST:
+                raise InputError(f"--{name} {getattr(self, name)}: give a number from 1 to {MOST}")
 
 
 def run(chosen: Options) -> None:

@@ -20,6 +20,7 @@ from train.options import AdapterOptions, ModelOptions, OptimizerOptions, RunOpt
 from train.report import markdown_table, write
 
 FRESH, MODEL = "fresh", "model"
+MOST = 10_000_000  # problems or texts, which are made on the spot
 KINDS = {
     "equation": "bare equations",
     "story": "word problems, answered by a number",
@@ -54,8 +55,8 @@ class Options:
 
     def __post_init__(self):
         for name in ("texts", "problems"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name} {getattr(self, name)}: give at least 1")
+            if not 1 <= getattr(self, name) <= MOST:
+                raise InputError(f"--{name} {getattr(self, name)}: give a number from 1 to {MOST}")
 
 
 def run(chosen: Options) -> None:
