@@ -48,6 +48,11 @@ class Batches(Sequence):
         those of similar length being gathered.
       epochs: how often each example comes.
       shard: ``(index, count)``: of each batch, the index-th of ``count`` equal parts.
+      divisor: of the rows of a batch, for each shard.
+      places: where the row of each example stands, to be told of it.
+
+    No batch is larger than the data: ``batch_size`` is then as many rows as there are, and as many
+    more as ``count`` and ``divisor`` need.
 
     Raises:
       InputError: there are no examples, one is empty or too long, or a number is out of range.
@@ -71,6 +76,8 @@ class Batches(Sequence):
         shuffle: bool = True,
         epochs: int = 1,
         shard: tuple[int, int] = (0, 1),
+        divisor: int = 1,
+        places: Sequence[str] | None = None,
     ):
         index, count = shard
         for name, number in (("batch size", batch_size), ("epochs", epochs), ("shards", count)):
@@ -78,24 +85,27 @@ class Batches(Sequence):
                 raise InputError(f"{name} {number}: expected at least 1")
         if batch_size % count or not 0 <= index < count:
             raise InputError(f"shard {index} of {count} does not divide a batch of {batch_size}")
+        self.examples, self._places = examples, places
         sizes = _sizes(examples)
         if not len(sizes):
             raise InputError("the data set is empty: there is nothing to make batches of")
         longest = int(sizes.max())
         lengths = [pack] if pack else sorted(lengths or usual_lengths(longest))
         if sizes.min() == 0:
-            raise InputError(f"row {sizes.argmin()} has no tokens: leave it out")
+            raise InputError(f"{self.where([sizes.argmin()])} has no tokens: leave it out")
         if longest > lengths[-1]:
             raise InputError(
-                f"row {sizes.argmax()} has {longest} tokens and must fit into {lengths[-1]}: cut it"
+                f"{self.where([sizes.argmax()])} has {longest} tokens and must fit into"
+                f" {lengths[-1]}: cut it"
             )
-        self.examples = examples
-        self.batch_size = batch_size
         self.seed, self.shuffle, self.epochs = seed, shuffle, epochs
         self.packed = bool(pack)
-        self._part = slice(index * batch_size // count, (index + 1) * batch_size // count)
         # The examples of each row, [N, n], -1 where it has fewer; the length that it needs, [N].
         self._rows = _pack(sizes, pack, seed) if pack else np.arange(len(sizes))[:, None]
+        unit = count * divisor
+        batch_size = min(batch_size, -(-len(self._rows) // unit) * unit)
+        self.batch_size = batch_size
+        self._part = slice(index * batch_size // count, (index + 1) * batch_size // count)
         filled = np.where(self._rows < 0, 0, sizes[self._rows]).sum(axis=1)
         self._lengths = np.asarray(lengths)[np.searchsorted(lengths, filled)]
         self.per_epoch = -(-len(self._rows) // batch_size)
@@ -111,6 +121,12 @@ class Batches(Sequence):
         rows[: len(batch)] = self._rows[batch]
         # The length is the whole batch's, so that all its parts have one.
         return self._collate(rows[self._part], self._lengths[batch].max())
+
+    def where(self, rows: Sequence[int], limit: int = 8) -> str:
+        """Where examples stand: the files and lines of some, or else their numbers."""
+        numbers = sorted({int(row) for row in np.ravel(rows) if row >= 0})
+        some = [f"row {n}" if self._places is None else self._places[n] for n in numbers]
+        return ", ".join(some[:limit]) + (f" and {len(some) - limit} more" if some[limit:] else "")
 
     def _cut(self, epoch: int) -> list[np.ndarray]:
         """The rows of each batch of an epoch."""
@@ -160,7 +176,8 @@ class Batches(Sequence):
         for name, value in example.items():
             if value.shape != shape and (value.ndim or self.packed):
                 what = "it cannot be packed" if not value.ndim else f"tokens has {shape}"
-                raise InputError(f"row {number}: {name} has the shape {value.shape}: {what}")
+                where = self.where([number])
+                raise InputError(f"{where}: {name} has the shape {value.shape}: {what}")
         return example
 
 

@@ -33,12 +33,14 @@ class Position(NamedTuple):
       base: the fingerprint of the frozen parameters.
       metrics: of the evaluation after this step; None if there was none.
       spent: seconds, tokens and sessions of the run so far.
+      sources: `train.loop.Task.sources`; empty in checkpoints of before there were such.
     """
 
     data: dict[str, Any]
     base: str
     metrics: dict[str, float] | None
     spent: dict[str, float] = {}
+    sources: dict[str, str] = {}
 
 
 class Checkpoints:

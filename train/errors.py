@@ -1,8 +1,15 @@
 """The one error that the command line answers with a line and exit status 2; others in a line."""
 
+import sys
+
 
 class InputError(ValueError):
     """Something from outside cannot be used: says what, where, and what to do, in one line."""
+
+
+def warn(text: str) -> None:
+    """Says what nobody should miss, even who asked for quiet."""
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def first_line(error: BaseException) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,12 @@ import datasets
 import numpy as np
 
 from train import data
-from train.data import Examples, Label, Number, Text
+from train.data import PLACE, Examples, Label, Number, Text
 from train.errors import InputError
+from train.special import SpecialTokens
 
 HUB = "nyu-mll/glue"
+EMPTY = "with an empty text"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +114,8 @@ def read(
       cache_dir: where rows are kept.
 
     Returns:
-      The rows, with columns ``text``, ``pair`` if there are two texts, and ``label``; and how many
-      were dropped, because they lack columns or a label.
+      The rows, with columns ``text``, ``pair`` if there are two texts, ``label`` and
+      `train.data.PLACE`; and how many were dropped, because they lack columns or a label.
 
     Raises:
       InputError: a file is missing, a row is not what it should be, or all training rows have one
@@ -132,7 +134,7 @@ def read(
         texts, label = task.texts or texts, "label"
         options = {"config": task.name, "split": split.replace("dev", "validation")}
     columns = {**dict.fromkeys(texts, Text()), label: kind}
-    rows = data.read(source, columns, cache_dir=cache_dir, **options)
+    rows = data.read(source, columns, places=True, cache_dir=cache_dir, **options)
     names = *("text", "pair")[: len(texts)], "label"
     rows = rows.rename_columns(dict(zip(columns, names, strict=True)))
     labels = rows["label"][:]
@@ -150,7 +152,9 @@ def read(
 
 
 def tokenise(rows: datasets.Dataset, tokenizer: Any, max_length: int) -> Examples:
-    """Make examples of rows, with special tokens, the longer text of a pair cut first.
+    """Make examples of rows, between special tokens, the longer text of a pair cut first.
+
+    Text that spells a special token is text.
 
     Args:
       rows: what `read` gave.
@@ -168,26 +172,40 @@ def tokenise(rows: datasets.Dataset, tokenizer: Any, max_length: int) -> Example
     if max_length < least:
         raise InputError(f"max_length {max_length}: expected at least {least}")
 
-    def encode(texts: list[list[str]], **options: Any) -> Mapping[str, list]:
+    special = SpecialTokens(tokenizer)
+
+    def encode(texts: Sequence[list], **options: Any) -> Mapping[str, list]:
         return tokenizer(*texts, return_attention_mask=False, verbose=False, **options)
 
     def examples(columns: Mapping[str, list]) -> dict[str, list]:
         texts = [columns["text"], columns["pair"]] if pairs else [columns["text"]]
-        encoded = encode(texts)
-        truncated = [len(tokens) > max_length for tokens in encoded["input_ids"]]
-        for i in np.flatnonzero(truncated):
-            options = {"truncation": "longest_first", "max_length": max_length}
-            for name, values in encode([[text[i]] for text in texts], **options).items():
+        encoded, count = encode(texts), len(columns["label"])
+        apart = [[special.apart(text[i]) for text in texts] for i in range(count)]
+        truncated = [False] * count
+        for i, parts in enumerate(apart):
+            # A text that has to be read in parts is given as they are, others as a whole.
+            split = max(map(len, parts)) > 1
+            row = [[part] for part in parts] if split else [[text[i]] for text in texts]
+            again = encode(row, is_split_into_words=split) if split else {}
+            for name, values in again.items():
                 encoded[name][i] = values[0]
+            truncated[i] = len(encoded["input_ids"][i]) > max_length
+            if truncated[i]:
+                cut = {"truncation": "longest_first", "max_length": max_length}
+                for name, values in encode(row, is_split_into_words=split, **cut).items():
+                    encoded[name][i] = values[0]
         made = {names[name]: values for name, values in encoded.items()}
-        return {**made, "label": columns["label"], "truncated": truncated}
+        kept = {name: columns[name] for name in ("label", PLACE) if name in columns}
+        empty = [any(not text[i].strip() for text in texts) for i in range(count)]
+        return {**made, **kept, "truncated": truncated, EMPTY: empty}
 
     integers = datasets.List(datasets.Value("int32"))
     names = {"input_ids": "tokens"}
     if "token_type_ids" in tokenizer.model_input_names:
         names["token_type_ids"] = "token_types"
     features = {**dict.fromkeys(names.values(), integers), "label": rows.features["label"]}
-    return data.tokenise(rows, examples, features, (data.identity(tokenizer), max_length))
+    key = (data.identity(tokenizer), max_length)
+    return data.tokenise(rows, examples, features, key, (EMPTY,))
 
 
 def metrics(task: Task, found: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:

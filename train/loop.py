@@ -24,7 +24,7 @@ from train import report
 from train.base import Base, fingerprint
 from train.batches import Batches, stream
 from train.checkpoints import Checkpoints, Position
-from train.errors import InputError
+from train.errors import InputError, warn
 from train.methods import Tuning
 from train.options import LARGEST, OptimizerOptions, RunOptions, lasting
 from train.runs import ADAPTER
@@ -33,6 +33,7 @@ from train.step import Loss, learning_rates, make_optimizer, make_step, start
 Metrics = dict[str, float]
 
 SAVE_SECONDS = 600.0  # the most that a killed run loses, where its evaluations are far apart
+SOURCES, BASE = "sources", "base model"  # in an adapter's metadata
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,6 +49,7 @@ class Task:
       evaluate: from what trains to metrics.
       score: from metrics to a number, higher is better, by which the best step is chosen; one that
         is not finite is never the best.
+      sources: digests of what else the run is made of, by name: its examples and its tokenizer.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Task:
     batches: Batches
     evaluate: Callable[[Any], Metrics]
     score: Callable[[Metrics], float]
+    sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 class Spent(NamedTuple):
@@ -187,7 +190,14 @@ def fit(
         spent: dict[str, float] = {}  # before this session
         if run.resume and checkpoints.steps:
             _free(state)
-            state, (place, base, metrics, spent) = checkpoints.restore(like)
+            state, (place, base, metrics, spent, sources) = checkpoints.restore(like)
+            if changed := other_source(sources, task.sources):
+                raise InputError(
+                    f"--resume: {changed} changed since the run in {folder} began: give it as it"
+                    " was, or start another run"
+                )
+            if task.sources and not sources:
+                warn(f"{folder} does not say which data it was made on: it is not compared")
             if base != identity:
                 raise InputError(
                     f"--resume: the checkpoints in {folder} were made on another base model; give"
@@ -208,7 +218,8 @@ def fit(
 
         def save() -> None:
             nonlocal saved
-            position = Position(batches.get_state(), identity, metrics, spending())
+            place, made_of = batches.get_state(), dict(task.sources)
+            position = Position(place, identity, metrics, spending(), made_of)
             with log.paused():
                 checkpoints.save(state, position, None if metrics is None else task.score(metrics))
             saved, log.best = time.monotonic(), checkpoints.best
@@ -238,7 +249,7 @@ def fit(
             log.step(number, numbers, tokens=tokens)
             if not bad:
                 return
-            where = f"step {number} (rows {_some(rows)} of the training data)"
+            where = f"step {number} ({task.batches.where(rows)})"
             log.warn(f"the loss or its gradient is not finite in {where}: nothing was changed")
             if bad >= run.patience:
                 save()
@@ -294,7 +305,9 @@ def fit(
     first = next((r for r in report.read_metrics(folder / report.METRICS) if _evaluated(r)), {})
     before = _evaluated(first) if first.get("step") == 0 else {}
     if not (folder / ADAPTER).exists():
-        write_adapter(folder / ADAPTER, task.base, kept, lasting(metadata or {}))
+        made_of = {SOURCES: {**task.sources, BASE: identity}} if task.sources else {}
+        kept_with = {**lasting(metadata or {}), **made_of}
+        write_adapter(folder / ADAPTER, task.base, kept, kept_with)
     return Result(kept, best, before, metrics, last, took)
 
 
@@ -302,6 +315,12 @@ def _free(tree: Any) -> None:
     """Gives the memory of arrays back that are not read again, whoever still names them."""
     for leaf in jax.tree.leaves(tree):
         leaf.delete()
+
+
+def other_source(known: Mapping[str, str], found: Mapping[str, str]) -> str | None:
+    """The first source of which both know a digest, and not the same one."""
+    changed = (name for name in found if known.get(name, found[name]) != found[name])
+    return next((f"the {name}" for name in changed), None)
 
 
 def write_adapter(folder: Path, base: Base, trainable: Any, metadata: Any = None) -> None:
@@ -323,11 +342,6 @@ def write_adapter(folder: Path, base: Base, trainable: Any, metadata: Any = None
 def _evaluated(row: Metrics) -> Metrics:
     """The evaluation's metrics in a row of metrics.jsonl."""
     return {k.removeprefix("eval/"): v for k, v in row.items() if k.startswith("eval/")}
-
-
-def _some(rows: np.ndarray, limit: int = 8) -> str:
-    numbers = [int(row) for row in np.unique(rows) if row >= 0]
-    return ", ".join(map(str, numbers[:limit])) + (" ..." if len(numbers) > limit else "")
 
 
 class _Now(BaseException):

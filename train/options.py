@@ -41,6 +41,7 @@ _COMMON = (
 
 # What may differ between a run and its continuation: where it lies and how it is shown.
 _PASSING = {"config", "folder", "resume", "quiet"}
+_PLACES = {"model", "revision"}  # where the base lies; which one it is, its fingerprint says
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -247,7 +248,8 @@ def lasting(values: Mapping[str, Any]) -> dict[str, Any]:
 def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
     """The first option whose change makes another run of it, or None; both as :func:`flat`."""
     old, new = lasting(old), lasting(new)
-    for name in sorted({*old, *new}, key=lambda name: (name != "recipe", name)):
+    names = {*old, *new} - _PLACES
+    for name in sorted(names, key=lambda name: (name != "recipe", name)):
         if old.get(name) != new.get(name):
             return f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
     return None

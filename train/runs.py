@@ -55,6 +55,9 @@ def claim(folder: Path, config: dict[str, Any], *, resume: bool) -> Iterator[Pat
             _open(folder, config, resume)
             try:
                 yield folder
+                file = folder / options.CONFIG
+                if options.read_config(file).get("model") != config.get("model"):  # it has moved
+                    write(file, options.dump(config))
             except BaseException:
                 if not _began(folder):
                     _clear(folder)

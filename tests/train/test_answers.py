@@ -4,6 +4,8 @@ import decimal
 import json
 
 import pytest
+import tokenizers
+import transformers
 
 from hyperadapt_jax import models
 from train.answers import Questions, last_number, mark
@@ -27,6 +29,48 @@ from train.errors import InputError
         ("none", None),
         ("-", None),
         ("1" * 60, "1" * 60),
+        ("-" + "1" * 60, "-" + "1" * 60),
+        ("about 5e-05", "0.00005"),
+        ("1.5E3 or so", "1500"),
+        ("x = \u22125", "-5"),
+        ("5\u20137", "7"),
+        ("\uff0d\uff11\uff12\uff0e\uff15", "-12.5"),
+        ("\u0663\u0664", "34"),
+        ("\u662f-5", "-5"),
+        ("it is -$5, -US$1,200", "-1200"),
+        ("= - 5", "-5"),
+        ("- 5 apples", "5"),
+        ("+5.", "5"),
+        ("the answer--5", "5"),
+        ("2024-01-05", "5"),
+        ("1\u202f234\u202f567,5", "1234567.5"),
+        ("1\u00a0234", "1234"),
+        ("12,34,567", "1234567"),
+        ("1.234,56", "1234.56"),
+        ("1.234.567", "1234567"),
+        ("1.234", "1.234"),
+        ("1'234", "1234"),
+        (r"1{,}234 or 12\,345", "12345"),
+        (r"**\boxed{-18}**", "-18"),
+        (r"-\frac{3}{4}", "-0.75"),
+        (r"\dfrac34", "0.75"),
+        ("3/4", "0.75"),
+        ("7 1/2 cups", "7.5"),
+        ("1\u00bd", "1.5"),
+        ("3/4/2024", "2024"),
+        ("60/2=30", "30"),
+        ("5/0", None),
+        ("5 x 10^3", "5000"),
+        (r"5 \times 10^{-3}", "0.005"),
+        ("5\u00b710\u00b3", "5000"),
+        ("2**10", "1024"),
+        ("2^99999999", None),
+        ("1e99999999999999999999", None),
+        ("90^\\circ", "90"),
+        ("5 m\u00b2", "5"),
+        ("50\\% of it", "50"),
+        ("COVID-19", "19"),
+        ("inf", None),
     ],
 )
 def test_the_last_number(text, number):
@@ -52,10 +96,69 @@ def test_marks():
         mark("first-match", ["1", "2"], ["3", " "])
 
 
+@pytest.mark.parametrize(
+    ("names", "right", "wrong"),
+    [
+        ("B A C", ["B", "(b)", "b", "B.", "**B**", r"\boxed{B}", "A hard one. B", "a matter of B",
+                   "It is B because A is not", "I'm sure: B", "A's mass, so B", "A-level: B"],
+         ["", "a", "AB", "B's brother", "B12", "B-52", "vitamin b12", "to be", "C, B", "A is B"]),
+        ("true false", ["True", "it is TRUE, not false"], ["Trueish", "untrue", "true-ish", "No"]),
+        ("US OK", ["the US."], ["let us be", "us-based"]),
+        ("June May", ["it may be June", "june"], ["May be", "maybe"]),
+        ("1 2", ["1", "option 1", "1."], ["1.5", "-1", "1/2", "0.1", "1:2", "11"]),
+        ("toxic", ["Toxic!"], ["non-toxic", "a non-toxic one"]),
+        ("answer1 answer10", ["Answer1, not answer10"], ["answer10", "answer1b"]),
+        ("C C++", ["C", "C, not C++"], ["C++", "C++."]),
+        ("New\u00a0York", ["in New  York"], ["New Yorkers"]),
+    ],
+)  # fmt: skip
+def test_the_first_name(names, right, wrong):
+    """The first of the names is the one that is right; the others can be chosen too."""
+    first, *others = names.split(" ")
+    texts = right + wrong
+    marks = mark("first-match", texts, [first] * len(texts), others)
+    assert dict(zip(texts, marks, strict=True)) == {
+        **dict.fromkeys(right, True), **dict.fromkeys(wrong, False)
+    }  # fmt: skip
+
+
+def test_the_same_text_has_many_forms():
+    answers = [" e\u0301\r\nb ", "\ufeffx", "x\u00b2", "a  b"]
+    assert mark("exact", answers, ["\u00e9\nb", "x", "x2", "a b"]) == [True, True, False, False]
+
+
+def test_an_answer_may_be_a_special_token():
+    """Only the token that ends it is left out; spaces stay as they were said."""
+    inner = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({w: i for i, w in enumerate("</s> <yes> i 'm".split())})
+    )
+    inner.add_special_tokens(["</s>", "<yes>"])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="</s>", clean_up_tokenization_spaces=True
+    )
+    questions = Questions([], [], "exact", tokenizer, (0,), 1, 1, 1)
+    assert questions._text([1, 0]) == "<yes>"
+    assert questions._text([2, 3]) == "i 'm"
+    assert questions._text([0]) == questions._text([]) == ""
+
+
+def test_few_questions_are_not_filled_up(monkeypatch):
+    """Two of them compute two rows, whatever number could be answered at once."""
+    asked = []
+
+    def generate(*_, prompts, **__):
+        asked.append(len(prompts))
+        return [[1]] * len(prompts)
+
+    monkeypatch.setattr(models, "generate", generate)
+    questions = Questions([[1], [2]], ["", ""], "none", Letters(), (0,), 1, 9, rows=32)
+    assert questions.answers(None) == ["a", "a"] and asked == [2]
+
+
 class Letters:
     """A tokenizer of letters."""
 
-    def decode(self, tokens, skip_special_tokens=False):
+    def decode(self, tokens, skip_special_tokens=False, clean_up_tokenization_spaces=True):
         return "".join("$abcdefgh"[token] for token in tokens if token or not skip_special_tokens)
 
 
@@ -77,7 +180,7 @@ def test_questions_are_answered_as_if_each_were_alone(tmp_path):
         models.generate(fn, params, prompts=[prompt], **settings)[0] if 0 < len(prompt) <= 5 else []
         for prompt in prompts
     ]
-    expected = [Letters().decode(tokens, skip_special_tokens=True) for tokens in alone]
+    expected = [Letters().decode(tokens).removesuffix("$") for tokens in alone]
     references = [*expected[:3], "x", "", "y"]
     questions = Questions(
         prompts=prompts,

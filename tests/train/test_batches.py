@@ -64,7 +64,7 @@ def test_each_epoch_holds_every_example_once_and_unchanged(sizes, batch_size, pa
         seen = []
         for i in range(batches.per_epoch):
             batch = batches[epoch * batches.per_epoch + i]
-            assert batch["tokens"].shape[0] == batch_size
+            assert batch["tokens"].shape[0] == batches.batch_size <= batch_size
             assert batch["tokens"].shape[1] in ([pack] if pack else [4, 8, 20])
             assert not batch["tokens"][~batch["mask"]].any()
             assert (batch["labels"][~batch["mask"]] == IGNORE).all()
@@ -187,8 +187,8 @@ def test_a_data_set_gives_the_batches_of_a_list(pack):
 
 def test_numbers_of_a_row_are_gathered():
     examples = [{"tokens": [1] * 4, "label": 0.5 * i} for i in range(3)]
-    batch = Batches(examples, 4, shuffle=False)[0]
-    assert batch["label"].tolist() == [0.0, 0.5, 1.0, 0.0]
+    batch = Batches(examples, 2, shuffle=False)[1]
+    assert batch["label"].tolist() == [1.0, 0.0]
     assert batch["label"].dtype == np.float32
 
 

@@ -1,6 +1,7 @@
 """Reading rows: what is right comes as it was written, what is wrong is named with its place."""
 
 import json
+import os
 
 import datasets
 import pyarrow as pa
@@ -8,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from train import data
-from train.data import Label, Messages, Number, Text
+from train.data import PLACE, Label, Messages, Number, Text, Tools
 from train.errors import InputError
 
 ROWS = [
@@ -131,11 +132,20 @@ def test_a_data_set_of_the_hub_is_checked_as_files_are(write, read, monkeypatch)
     assert read("some/name", {"answer": Text()})["answer"][:] == ["1", "2"]
 
 
-def test_conversations_lose_other_fields(write, read):
-    turns = [{"role": "user", "content": "hi", "name": "x"}, {"role": "assistant", "content": "ho"}]
-    file = write("a.jsonl", json.dumps({"messages": turns}))
-    found = read(file, {"messages": Messages()})[0]["messages"]
-    assert found == [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+def test_conversations_keep_all_fields_but_null(write, read):
+    call = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": None, "y": [1]}}]}
+    turns = [{"role": "user", "content": "hi", "name": "x"}, {**call, "content": None, "z": None}]
+    tools = [{"name": "f", "parameters": {}}]
+    rows = [{"messages": turns, "tools": tools}, {"messages": turns[:1], "tools": None}]
+    rows += [{"messages": turns[:1], "tools": json.dumps(tools)}, {"messages": turns[:1]}]
+    file = write("a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    found = read(file, {"messages": Messages(), "tools": Tools()})
+    assert found[0]["messages"] == [turns[0], {**call, "content": ""}]
+    assert found["tools"][:] == [tools, None, tools, None]
+    for wrong in ("no JSON", 3, {}, ["f"]):
+        with pytest.raises(InputError, match="a.jsonl:1: column 'tools' is "):
+            read(write("a.jsonl", json.dumps({"messages": turns, "tools": wrong})),
+                 {"messages": Messages(), "tools": Tools()})  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -155,9 +165,9 @@ def test_conversations_lose_other_fields(write, read):
             '[{"answer": "1", "question": ""}, 3]',
             "a.json: row 2 is a number: expected an ob",
         ),
-        ("a.jsonl", '{"answer": NaN, "question": ""}', "a.jsonl:1: not JSON: NaN"),
+        ("a.jsonl", '{"answer": NaN, "question": ""}', "a.jsonl:1: column 'answer' .* NaN"),
         ("a.jsonl", "[" * 100_000, "a.jsonl:1: not JSON"),
-        ("a.jsonl", b'{"answer": "\xff"}', "a.jsonl is not UTF-8"),
+        ("a.jsonl", b'{"answer": "\xff"}', "a.jsonl:1 is not UTF-8 text, at char"),
         ("a.jsonl", '{"answer": "1"}', "a.jsonl:1: there is no column 'question'; nearest: answer"),
         ("a.jsonl", "{}", "a.jsonl:1: there is no column 'answer'; it has none"),
         (
@@ -181,6 +191,147 @@ def test_a_bad_file_is_refused_in_one_line(write, read, name, text, message):
     with pytest.raises(InputError, match=message) as caught:
         read(write(name, text))
     assert "\n" not in str(caught.value)
+
+
+BAD = {
+    "null": (None, "is null"),
+    "nan": (float("nan"), "is or holds NaN"),
+    "infinity": (float("inf"), "is or holds Infinity"),
+}
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.parquet", "hub"])
+@pytest.mark.parametrize("kind", BAD)
+def test_one_rule_for_values_that_are_none_in_every_reader(tmp_path, read, monkeypatch, name, kind):
+    """They are refused with the file and the row, in columns that are wanted, and in no other."""
+    value, message = BAD[kind]
+    rows = [{"answer": 1.0, "other": value}, {"answer": value, "other": 1.0}]
+    file = tmp_path / ("a.parquet" if name == "hub" else name)
+    {".json": json_array, ".jsonl": json_lines, ".parquet": parquet}[file.suffix](file, rows)
+    where = {"a.json": "a.json: row 2", "a.jsonl": "a.jsonl:3", "a.parquet": "a.parquet: row 2"}
+    if name == "hub":
+        found = datasets.Dataset.from_parquet(str(file), cache_dir=str(tmp_path / "hub"))
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: found)
+    source = "some/name" if name == "hub" else file
+    for column in (Text(), Number()):
+        said = message if isinstance(column, Text) else "is (None|nan|inf): expected a number"
+        with pytest.raises(InputError, match="column 'answer' " + said) as caught:
+            read(source, {"answer": column})
+        assert where.get(name, "some/name (train): row 2") in str(caught.value)
+    rows[1]["answer"] = 2.0
+    if name != "hub":
+        {".json": json_array, ".jsonl": json_lines, ".parquet": parquet}[file.suffix](file, rows)
+        assert read(file, {"answer": Text()})["answer"][:] == ["1.0", "2.0"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.jsonl", '{"answer": "1"}\n\nnull\n', "a.jsonl:3 is null: expected an object"),
+        ("a.json", '[{"answer": "1"}, null]', "a.json: row 2 is null: expected an object"),
+        ("a.jsonl", '{"answer": "1", "answer": "2"}', "a.jsonl:1: column 'answer' comes twice"),
+        ("a.csv", "answer,x,answer\n1,2,3\n", "a.csv:2: column 'answer' comes twice"),
+        ("a.tsv", "answer\tanswer\n1\t2\n", "a.tsv:2: column 'answer' comes twice"),
+        ("a.jsonl", '{"answer": "a\\ud800b"}', "a.jsonl:1: column 'answer' .* half a character"),
+        ("a.jsonl", b'{"answer": "1"}\n{"answer": "\xe9"}\n', "a.jsonl:2 is not UTF-8 text"),
+        ("a.csv", b"answer\n1\n\xe9\n", "a.csv:3 is not UTF-8 text, at character 1"),
+        ("a.tsv", b"answer\n1\n\xe9\n", "a.tsv:3 is not UTF-8 text, at character 1"),
+        ("a.jsonl", '{"answer": 1e999}', "a.jsonl:1: column 'answer' is or holds Infinity"),
+        ("a.jsonl", '{"answer": %s}' % ("9" * 5000), "a.jsonl:1: not JSON: Exceeds the limit"),
+        ("a.csv", 'answer\n"1\n2"\nc,d\n', "a.csv:4 has 2 columns, and the header 1"),
+    ],
+)
+def test_a_row_that_cannot_be_meant_is_named(write, read, name, text, message):
+    with pytest.raises(InputError, match=message) as caught:
+        read(write(name, text), {"answer": Text()})
+    assert "\n" not in str(caught.value)
+
+
+def test_columns_that_are_not_wanted_are_not_looked_at(write, read):
+    file = write("a.jsonl", '{"answer": "1", "x": NaN, "x": "\\ud800"}\n')
+    assert read(file, {"answer": Text()})["answer"][:] == ["1"]
+    file = write("a.csv", "\n,answer,\n\n1,2,3\n")
+    assert read(file, {"answer": Text()})["answer"][:] == ["2"]
+
+
+def test_two_columns_of_one_name_in_parquet(tmp_path, read):
+    names, file = ["answer", "x", "answer"], tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_arrays([pa.array([1])] * 3, names=names), file)
+    assert read(file, {"x": Text()})["x"][:] == ["1"]
+    with pytest.raises(InputError, match="a.parquet: row 1: column 'answer' comes twice"):
+        read(file, {"answer": Text()})
+
+
+def test_numbers_as_text_have_no_exponent(write, read):
+    file = write("a.jsonl", "".join(f'{{"answer": {x}}}\n' for x in (5e-05, 1e16, 18.0, -0.0)))
+    assert read(file, {"answer": Text()})["answer"][:] == [
+        "0.00005", "10000000000000000", "18.0", "-0.0",
+    ]  # fmt: skip
+
+
+def test_a_file_that_changed_at_equal_size_and_time_is_read_again(write, read):
+    file = write("a.csv", "answer\na\n")
+    before = file.stat()
+    assert read(file, {"answer": Text()})["answer"][:] == ["a"]
+    write("a.csv", "answer\nb\n")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_size == before.st_size
+    assert read(file, {"answer": Text()})["answer"][:] == ["b"]
+
+
+def test_a_row_says_where_it_stands(write, read):
+    file = write("a.jsonl", '{"answer": "1"}\n\n{"answer": "2"}\n')
+    rows = read(file, {"answer": Text()}, places=True)
+    assert rows[PLACE][:] == [f"{file}:1", f"{file}:3"]
+    file = write("b.csv", 'answer\n"1\n2"\n3\n')
+    assert read(file, {"answer": Text()}, places=True)[PLACE][:] == [f"{file}:2", f"{file}:4"]
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "found"),
+    [
+        ("train train_socratic train.old", "train", "train"),
+        ("train_socratic test_socratic", "train", "train_socratic"),
+        ("train-0 train-1 train-10", "train", "train-0 train-1 train-10"),
+        ("train-00000-of-00002-0123456789abcdef train-00001-of-00002-0123456789abcdef", "train",
+         "train-00000-of-00002-0123456789abcdef train-00001-of-00002-0123456789abcdef"),
+        ("validation-00000-of-00001 train-0", "dev", "validation-00000-of-00001"),
+        ("dev validation", "dev", "dev"),
+        ("dev validation", "val", None),
+        ("train_a train_b", "train", None),
+        ("train-0 train-old", "train", None),
+        ("train-00000-of-00003 train-00002-of-00003", "train", None),
+        ("train-0-of-2 train-1-of-2 train-0-of-1", "train", None),
+        ("train_0 train-0", "train", None),
+    ],
+)  # fmt: skip
+def test_a_split_is_its_one_file_or_all_its_parts(write, read, names, split, found):
+    for name in names.split():
+        write(f"set/{name}.jsonl", json.dumps({"answer": name}))
+    folder = write("set/README.md", "").parent
+    if found is not None:
+        assert read(folder, {"answer": Text()}, split=split)["answer"][:] == found.split()
+    else:
+        with pytest.raises(InputError, match=f"(several files for|parts of) the split '{split}'"):
+            read(folder, {"answer": Text()}, split=split)
+
+
+def test_a_digest_is_of_what_examples_hold(write, read):
+    def made(text, features="int32"):
+        rows = read(write("a.csv", text))
+        features = {"tokens": datasets.List(datasets.Value(features))}
+        function = lambda c: {  # noqa: E731
+            "tokens": [[ord(x) for x in text] for text in c["question"]],
+            "truncated": [False] * len(c["question"]),
+        }
+        return data.tokenise(rows, function, features, "key").data
+
+    first = data.digest(made("question,answer\nab,1\nc,2\n"))
+    assert first == data.digest(made("answer,question\n7,ab\n8,c\n"))
+    others = ["a,1\nbc,2", "ab,1\nd,2", "c,2\nab,1", "ab,1", "ab,1\nc,2\nc,2"]
+    digests = {data.digest(made(f"question,answer\n{rows}\n")) for rows in others}
+    assert len(digests | {first}) == 6
+    assert data.digest("a", "b") != data.digest("ab") != data.digest("a")
 
 
 @pytest.mark.parametrize(

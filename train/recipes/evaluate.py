@@ -6,15 +6,17 @@ import dataclasses
 import importlib
 import json
 import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import hyperadapt_jax as ha
 from hyperadapt_jax import models
 from hyperadapt_jax.tables import table
-from train import base, glue, methods, options, runs
-from train.errors import InputError
+from train import base, data, glue, methods, options, runs
+from train.errors import InputError, warn
 from train.exam import Exam
+from train.loop import BASE, SOURCES, other_source
 from train.methods import Tuning
 from train.options import AdapterOptions, ModelOptions, Place
 from train.report import write
@@ -91,11 +93,15 @@ def _restore(
     chosen: Options,
     model: ModelOptions,
     adapter: AdapterOptions,
+    sources: Mapping[str, str] | None = None,
     *,
     labels: int | None = None,
     seed: int = 0,
 ) -> tuple[Tuning, Any]:
-    """The run's method on its base, and what it trained."""
+    """The run's method on its base, and what it trained; the same ones that it had, if it says so.
+
+    ``sources`` are digests of what else the run is made of.
+    """
     loaded = base.load(model, labels, seed=seed, quiet=chosen.quiet)
     config = models.config_to_dict(loaded.config)
     found = ha.load(chosen.folder / runs.ADAPTER, loaded.params, base_config=config)
@@ -106,18 +112,35 @@ def _restore(
             raise InputError(
                 f"the adapter in {chosen.folder} is not what its {options.CONFIG} trains"
             )
+    known = found.metadata.get(SOURCES, {})
+    if sources and not known:
+        warn(f"{chosen.folder} does not say which data it was made on: it is not compared")
+    if known:
+        sources = {BASE: base.fingerprint(tuning.frozen), **(sources or {})}
+    if changed := other_source(known, sources or {}):
+        raise InputError(
+            f"{changed} changed since the run in {chosen.folder}, so that other numbers would come"
+            " out: give it as it was" + (", or other rows by --data" if "rows" in changed else "")
+        )
     return tuning, trained
+
+
+def _tell(chosen: Options) -> Callable[[str], None]:
+    return (lambda text: None) if chosen.quiet else print
 
 
 def _glue(chosen: Options, theirs: Any, recipe: Any) -> dict[str, float]:
     task, model = glue.TASKS[theirs.task], _model(chosen, theirs.model)
     tokenizer, examples = base.tokenizer(model), {}
+    sources = {"tokenizer": data.identity(tokenizer)}
+    asked = dataclasses.replace(theirs, data=chosen.data or theirs.data, model=model)
     for split in task.dev:
-        rows, _ = glue.read(task, chosen.data or theirs.data, split)
-        examples[split] = glue.tokenise(rows, tokenizer, theirs.max_length).data
-        base.check_tokens((row["tokens"] for row in examples[split]), tokenizer, model)
+        made, rows, _ = recipe.read(asked, task, split, tokenizer, _tell(chosen))
+        examples[split] = made.data
+        if chosen.data is None:
+            sources[recipe.name(split)] = rows
     tuning, trained = _restore(
-        chosen, model, theirs.adapter, labels=task.outputs, seed=theirs.run.seed
+        chosen, model, theirs.adapter, sources, labels=task.outputs, seed=theirs.run.seed
     )
     return recipe.evaluation(task, tuning, examples, theirs.eval_batch_size)(trained)
 
@@ -136,8 +159,12 @@ def _sft(chosen: Options, theirs: Any, recipe: Any) -> dict[str, float]:
     theirs = dataclasses.replace(theirs, **given)
     described, tokenizer = recipe.describe(theirs), base.tokenizer(theirs.model)
     held_out = recipe.read_eval(theirs) if theirs.eval_data else recipe.read(theirs)[1]
+    sources = {"tokenizer": data.identity(tokenizer)}
+    rows, _ = recipe.measured(theirs, held_out, tokenizer, _tell(chosen))
+    if chosen.data is chosen.split is chosen.rows is None:
+        sources |= rows
     questions = recipe.ask(theirs, described, held_out, tokenizer)
-    tuning, trained = _restore(chosen, theirs.model, theirs.adapter)
+    tuning, trained = _restore(chosen, theirs.model, theirs.adapter, sources)
     metrics = recipe.evaluation(theirs, tuning, held_out, tokenizer, questions)(trained)
     if chosen.predictions is not None:
         answers = questions.answers(tuning.forward, trained, tuning.frozen)

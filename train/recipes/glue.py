@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
-from train import base, finite, glue, losses, methods, options, runs
+from train import base, data, finite, glue, losses, methods, options, runs
 from train.batches import Batches, stream
 from train.errors import InputError
 from train.loop import Task, fit
@@ -67,16 +68,20 @@ def run(chosen: Options) -> None:
     tell(plan)
     with runs.claim(chosen.run.folder, config, resume=chosen.run.resume) as folder:
         tokenizer = base.tokenizer(chosen.model)
-        examples, counts = {}, {}
-        for split in ("train", *task.dev):
-            rows, dropped = glue.read(task, chosen.data, split)
-            examples[split], cut, _ = glue.tokenise(rows, tokenizer, chosen.max_length)
-            found = (row["tokens"] for row in examples[split])
-            base.check_tokens(found, tokenizer, chosen.model)
-            counts[split] = (
-                f"{len(rows):,} rows, {dropped} dropped, {cut} cut to {chosen.max_length} tokens"
-            )
-            tell(f"{split}: {counts[split]}")
+        training, rows, told = read(chosen, task, "train", tokenizer, tell)
+        sources = {"tokenizer": data.identity(tokenizer), "training rows": rows}
+        examples, counts = {}, {"train": told}
+        for split in task.dev:
+            made, rows, counts[split] = read(chosen, task, split, tokenizer, tell)
+            examples[split], sources[name(split)] = made.data, rows
+        batches = Batches(
+            training.data,
+            chosen.run.batch_size,
+            seed=chosen.run.seed,
+            epochs=chosen.run.passes,
+            divisor=chosen.run.accumulate,
+            places=training.places,
+        )
         loaded = base.load(
             chosen.model, task.outputs, seed=chosen.run.seed, quiet=chosen.run.quiet
         )
@@ -87,14 +92,10 @@ def run(chosen: Options) -> None:
                 base=loaded,
                 tuning=tuning,
                 loss=losses.classification(tuning, dropout=chosen.dropout),
-                batches=Batches(
-                    examples.pop("train"),
-                    chosen.run.batch_size,
-                    seed=chosen.run.seed,
-                    epochs=chosen.run.passes,
-                ),
+                batches=batches,
                 evaluate=evaluation(task, tuning, examples, chosen.eval_batch_size),
                 score=lambda metrics: metrics[glue.best(task)],
+                sources=sources,
             ),
             folder,
             optimizer=chosen.optimizer,
@@ -106,6 +107,26 @@ def run(chosen: Options) -> None:
         facts = result.facts | counts
         runs.report(folder, title, plan, result.rows, facts, command)
     tell(f"\n{result}\nadapter, metrics, curves and report are in {folder}")
+
+
+def read(
+    chosen: Options,
+    task: glue.Task,
+    split: str,
+    tokenizer: Any,
+    tell: Callable[[str], None],
+) -> tuple[data.Examples, str, str]:
+    """A split's examples, the digest of what they hold, and what is told of what was lost."""
+    rows, dropped = glue.read(task, chosen.data, split)
+    examples = glue.tokenise(rows, tokenizer, chosen.max_length)
+    base.check_tokens((row["tokens"] for row in examples.data), tokenizer, chosen.model)
+    told = examples.tell(split, chosen.max_length, tell, dropped)
+    return examples, data.digest(examples.data), told
+
+
+def name(split: str) -> str:
+    """What a split's rows are called where they are told from others."""
+    return f"rows of {split}"
 
 
 def evaluation(task: glue.Task, tuning: methods.Tuning, examples: dict, batch_size: int):

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import datasets
@@ -118,14 +119,25 @@ def run(chosen: Options) -> None:
     tell(plan)
     tokenizer = base.tokenizer(chosen.model)
     training, held_out = read(chosen)
-    examples, cut, dropped = chat.examples(training, chosen.form, tokenizer, chosen.max_length)
-    counts = {
-        "training rows": f"{len(training):,}: {cut} cut to {chosen.max_length} tokens, {dropped}"
-        " dropped, since that left no answer",
-        "held-out rows": f"{len(held_out):,}",
-    }
-    tell("; ".join(f"{name}: {count}" for name, count in counts.items()))
-    base.check_tokens((row["tokens"] for row in examples), tokenizer, chosen.model)
+    examples = chat.examples(training, chosen.form, tokenizer, chosen.max_length)
+    base.check_tokens((row["tokens"] for row in examples.data), tokenizer, chosen.model)
+    told = examples.tell("training rows", chosen.max_length, tell)
+    digests, also_told = measured(chosen, held_out, tokenizer, tell)
+    counts = {"training rows": told, "held-out rows": also_told}
+    sources = {"tokenizer": data.identity(tokenizer), "training rows": data.digest(examples.data)}
+    sources |= digests
+    batches = Batches(
+        examples.data,
+        chosen.run.batch_size,
+        pack=chosen.max_length if chosen.pack else None,
+        seed=chosen.run.seed,
+        epochs=chosen.run.passes,
+        divisor=chosen.run.accumulate,
+        places=examples.places,
+    )
+    if batches.batch_size < chosen.run.batch_size:
+        tell(f"--batch-size {chosen.run.batch_size}: there are no more than {len(examples.data)},"
+             " which each step takes")  # fmt: skip
     questions = ask(chosen, described, held_out, tokenizer)
     if skipped := len(questions.prompts) - len(questions.asked):
         tell(f"{skipped} of {len(questions.prompts)} questions are not asked: with"
@@ -139,15 +151,10 @@ def run(chosen: Options) -> None:
                 base=loaded,
                 tuning=tuning,
                 loss=losses.next_token(tuning),
-                batches=Batches(
-                    examples,
-                    chosen.run.batch_size,
-                    pack=chosen.max_length if chosen.pack else None,
-                    seed=chosen.run.seed,
-                    epochs=chosen.run.passes,
-                ),
+                batches=batches,
                 evaluate=evaluation(chosen, tuning, held_out, tokenizer, questions),
                 score=lambda metrics: metrics.get("accuracy", -metrics["loss"]),
+                sources=sources,
             ),
             folder,
             optimizer=chosen.optimizer,
@@ -199,7 +206,9 @@ def describe(chosen: Options) -> base.Base:
 def read(chosen: Options) -> tuple[datasets.Dataset, datasets.Dataset]:
     """The training rows and the held-out ones."""
     columns = chosen.columns
-    rows = data.read(chosen.data, columns, split=chosen.split, config=chosen.data_config)
+    rows = data.read(
+        chosen.data, columns, split=chosen.split, config=chosen.data_config, places=True
+    )
     if chosen.eval_data is not None:
         return rows, read_eval(chosen)
     if len(rows) <= chosen.eval_rows:
@@ -215,9 +224,31 @@ def read(chosen: Options) -> tuple[datasets.Dataset, datasets.Dataset]:
 def read_eval(chosen: Options) -> datasets.Dataset:
     """The first rows of ``--eval-data``."""
     rows = data.read(
-        chosen.eval_data, chosen.columns, split=chosen.eval_split, config=chosen.data_config
+        chosen.eval_data,
+        chosen.columns,
+        split=chosen.eval_split,
+        config=chosen.data_config,
+        places=True,
     )
     return rows.select(range(min(len(rows), chosen.eval_rows)))
+
+
+def measured(
+    chosen: Options, held_out: datasets.Dataset, tokenizer: Any, tell: Callable[[str], None]
+) -> tuple[dict[str, str], str]:
+    """The digest of what the held-out rows hold, under its name; and what is told of their loss."""
+    examples = chat.examples(held_out, chosen.form, tokenizer, chosen.max_length)
+    base.check_tokens((row["tokens"] for row in examples.data), tokenizer, chosen.model)
+    told = examples.tell("held-out rows", chosen.max_length, tell)
+    right = references(chosen, held_out, tokenizer)
+    return {"held-out rows": data.digest(examples.data, *right)}, told
+
+
+def references(chosen: Options, rows: datasets.Dataset, tokenizer: Any) -> list[str]:
+    """What is right, of each row."""
+    if chosen.right is None:
+        return chat.references(rows, tokenizer)
+    return [chosen.right.fill(row) for row in rows]
 
 
 def ask(
@@ -225,14 +256,11 @@ def ask(
 ) -> Questions:
     """The questions of the first held-out rows."""
     rows = held_out.select(range(min(len(held_out), chosen.questions)))
-    if chosen.right is not None:
-        references = [chosen.right.fill(row) for row in rows]
-    else:
-        said = [[t["content"] for t in r["messages"] if t["role"] == "assistant"] for r in rows]
-        references = [turns[-1] for turns in said]
+    right = references(chosen, held_out, tokenizer)
     questions = Questions(
         prompts=chat.prompts(rows, chosen.form, tokenizer) if len(rows) else [],
-        references=references,
+        references=right[: len(rows)],
+        choices=tuple(dict.fromkeys(right)),
         score=chosen.score,
         tokenizer=tokenizer,
         stop_tokens=tuple(sorted({tokenizer.eos_token_id, *described.config.eos_tokens})),
@@ -241,7 +269,7 @@ def ask(
         rows=chosen.eval_batch_size,
     )
     base.check_tokens(questions.prompts, tokenizer, chosen.model)
-    answers.mark(chosen.score, references, references)  # refuses those that cannot be marked
+    answers.mark(chosen.score, right, right)  # refuses those that cannot be marked
     return questions
 
 
@@ -259,9 +287,8 @@ def evaluation(
     answers whose outputs are not finite are counted, as ``nonfinite`` and ``nonfinite_answers``;
     the function raises InputError where all are.
     """
-    examples, _, _ = chat.examples(held_out, chosen.form, tokenizer, chosen.max_length)
-    base.check_tokens((row["tokens"] for row in examples), tokenizer, chosen.model)
-    batches = Batches(examples, chosen.eval_batch_size, shuffle=False)
+    examples = chat.examples(held_out, chosen.form, tokenizer, chosen.max_length)
+    batches = Batches(examples.data, chosen.eval_batch_size, shuffle=False)
     token_losses = losses.token_losses(tuning)
 
     @jax.jit
