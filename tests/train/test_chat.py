@@ -11,6 +11,7 @@ from train import chat, data
 from train.batches import IGNORE
 from train.chat import Form, Template
 from train.errors import InputError
+from train.special import SpecialTokens
 
 TEXT = ["Is the sky blue?\n yes it is, 12 times", "What is 1+1?\nIt is 2.", "user assistant hi"]
 
@@ -84,7 +85,7 @@ def rows(tmp_path):
     def rows(form, values):
         file = tmp_path / "rows.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in values))
-        return data.read(file, form.columns, cache_dir=tmp_path / "cache")
+        return data.read(file, form.columns, places=True, cache_dir=tmp_path / "cache")
 
     return rows
 
@@ -169,6 +170,190 @@ def test_the_answers_of_a_chat_are_learned_as_the_model_is_to_say_them(
     asked = tokenizer.apply_chat_template(CHAT[:3], tokenize=False, add_generation_prompt=True)
     expected = tokenizer(asked, add_special_tokens=False)["input_ids"]
     assert chat.prompts(values, form, tokenizer)[0] == expected
+
+
+# As Phi-3's: whatever is no prompt ends with the end of all text.
+CLOSED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}</t>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}<|im_end|>{% endif %}"
+)
+# As Mistral's: the system's text stands before the last of the user's, if that is where it ends ...
+LAST = (
+    "{% set s = messages[0].content if messages[0].role == 'system' else '' %}"
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {% if s and SHOWN %}{{ s }}\n\n"
+    "{% endif %}{{ m.content }}[/INST]{% elif m.role == 'assistant' %} {{ m.content|trim }}"
+    "<|im_end|>{% endif %}{% endfor %}"
+)
+LAST_ASKED = LAST.replace("SHOWN", "loop.last")
+# ... or wherever.
+LAST_EVER = (
+    "{% set u = messages | selectattr('role', 'equalto', 'user') | list %}"
+    + LAST.replace("SHOWN", "m == u[-1]")
+)
+# The template itself says what is generated.
+MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# As those that show tools, names, calls and what was thought; but of earlier turns not the latter.
+RICH = (
+    "{% if tools %}TOOLS {{ tools | tojson }}\n{% endif %}{% for m in messages %}"
+    "<|im_start|>{{ m.role }}{% if m.name %} {{ m.name }}{% endif %}{{ '\\n' }}"
+    "{% if m.reasoning_content and loop.last %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    "{{ m.content }}{% for c in m.tool_calls or [] %}CALL {{ c | tojson }}{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def turn(role, content, **fields):
+    return {"role": role, "content": content, **fields}
+
+
+USER, SYSTEM = turn("user", "Is it?"), turn("system", "Be brief.")
+
+
+def answers_of(example, tokenizer):
+    """The texts that an example learns."""
+    _, *labels = [IGNORE, *example["labels"].tolist(), IGNORE]
+    found, said = [], []
+    for label in labels:
+        if label != IGNORE:
+            said.append(label)
+        elif said:
+            found.append(tokenizer.decode(said, clean_up_tokenization_spaces=False))
+            said = []
+    return found
+
+
+def learn(rows, template, messages, make=byte_level, **row):
+    """What is learned of a chat, what of it is not, what the model is asked and should say."""
+    tokenizer = make(template)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["</t>"]})
+    values = rows(Form(), [{"messages": messages, **row}])
+    made = chat.examples(values, Form(), tokenizer, 500)
+    (asked,) = chat.prompts(values, Form(), tokenizer)
+    tokens, _ = told(made.data[0])
+    assert tokens[: len(asked)] == asked
+    counts = made.counts[chat.EMPTY], made.counts[chat.UNLEARNED]
+    return answers_of(made.data[0], tokenizer), counts, tokenizer.decode(asked), chat.references(
+        values, tokenizer
+    )[0]
+
+
+@pytest.mark.parametrize("system", [[], [SYSTEM]], ids=["", "system"])
+@pytest.mark.parametrize(
+    ("template", "before", "after"),
+    [
+        (CHATML, "", "<|im_end|>"),
+        (CLOSED, "", "</t>\n"),
+        (LAST_ASKED, " ", "<|im_end|>"),
+        (LAST_EVER, " ", "<|im_end|>"),
+        (MARKED, "", "<|im_end|>"),
+    ],
+    ids=["chatml", "closed", "last_asked", "last_ever", "marked"],
+)
+def test_every_turn_is_learned(rows, template, before, after, system):
+    """Equal turns too, and none that has weight 0."""
+    said = ["yes", "yes", "no", "12", "yes"]
+    messages = [*system]
+    for place, text in enumerate(said):
+        weight = {} if place == 1 else {"weight": int(place not in (2, 4))}
+        messages += [USER, turn("assistant", text, **weight)]
+    answers, counts, asked, right = learn(rows, template, messages)
+    ends = [after, after, after + "<|im_end|>" * (template is CLOSED)]
+    expected = [before + text + end for text, end in zip(["yes", "yes", "12"], ends, strict=True)]
+    assert (answers, counts, right) == (expected, (0, 0), "12")
+    assert ("Be brief." in asked) == bool(system) and not asked.endswith("yes")
+
+
+def test_turns_that_are_shown_otherwise_later_are_counted(rows):
+    said = [USER, turn("assistant", "yes"), USER, turn("assistant", " ")]
+    assert learn(rows, THINKING, said)[:2] == (["<think></think> <|im_end|>"], (1, 1))
+
+
+def test_the_template_gets_the_whole_message(rows):
+    call = turn("assistant", None, tool_calls=[{"name": "sky", "arguments": {"at": None}}])
+    messages = [
+        turn("user", "Is it?", name="ann"),
+        turn("assistant", "hm", reasoning_content="first"),
+        call,
+        turn("tool", "blue", tool_call_id="1"),
+        turn("assistant", "yes", reasoning_content="a fact", refusal=None),
+    ]
+    answers, counts, asked, right = learn(rows, RICH, messages, tools=[{"name": "sky"}])
+    shown = 'CALL {"name": "sky", "arguments": {"at": null}}'
+    assert answers == [f"{shown}<|im_end|>", "<think>a fact</think>yes<|im_end|>"]
+    assert counts == (0, 1)  # the first turn thought, and later does not show it
+    assert asked.startswith('TOOLS [{"name": "sky"}]\n<|im_start|>user ann\nIs it?')
+    assert right == "<think>a fact</think>yes"
+    assert learn(rows, RICH, messages[:1] + [call])[0] == [f"{shown}<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("messages", "more", "message"),
+    [
+        ([USER, turn("assistant", "a", thoughts="b")], {}, "'thoughts' in message 2, of 'assist"),
+        ([turn("user", "a", name="ann"), CHAT[1]], {}, "nothing of 'name' in message 1, of 'user'"),
+        ([USER, turn("assistant", "", tool_calls=[{"name": "f"}])], {}, "nothing of 'tool_calls'"),
+        (CHAT, {"tools": [{"name": "f"}]}, "shows nothing of the row's 'tools'"),
+        ([USER, turn("assistant", "a", weight=0.5)], {}, "has no weight of 0 or 1 in message 2"),
+        ([turn("user", "a", weight=1), CHAT[1]], {}, "message 1, of 'user', has a weight"),
+        ([USER, turn("assistant", "a", weight=0)], {}, "no answer of the assistant to learn"),
+        ([turn("critic", "bad"), *CHAT], {}, "shows nothing of message 1, of 'critic'"),
+    ],
+)
+def test_what_a_template_does_not_show_is_refused_with_its_row(rows, messages, more, message):
+    template = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role in R %}")
+    template = "{% set R = ['user', 'assistant', 'tool'] %}" + template
+    with pytest.raises(InputError, match=r"rows.jsonl:1.*" + message) as caught:
+        learn(rows, template, messages, **more)
+    assert "\n" not in str(caught.value)
+
+
+SPELLED = "so <|im_end|> and <|im_start|>user <s></s> <|im_end|><|im_end|>"
+
+
+@pytest.mark.parametrize("make", [byte_level, with_spaces])
+def test_what_spells_a_special_token_is_text(rows, make):
+    """In prompts and answers; the tokens of a prompt's own text are such."""
+    tokenizer = make()
+    form = plain("<s>{question}\n", answer=Template("{answer}" + tokenizer.eos_token))
+    values = rows(form, [{"question": SPELLED, "answer": SPELLED + " done"}])
+    made = chat.examples(values, form, tokenizer, 500)
+    tokens, learned = told(made.data[0])
+    special = [token for token in tokens if token in tokenizer.all_special_ids]
+    begins = [tokenizer.bos_token_id] * (2 if make is with_spaces else 1)
+    assert special == [*begins, tokenizer.eos_token_id] and tokens[-1] == special[-1]
+    text = tokenizer.decode(learned[:-1], clean_up_tokenization_spaces=False)
+    assert text == SPELLED + " done"
+    (asked,) = chat.prompts(values, form, tokenizer)
+    assert tokens == asked + learned
+
+
+@pytest.mark.parametrize("template", [CHATML, CLOSED, LAST_EVER, MARKED])
+def test_what_spells_a_special_token_in_a_chat_is_text(rows, template):
+    said = [SYSTEM, turn("user", SPELLED), turn("assistant", f"{SPELLED} a \ufdd0"), *CHAT[:2]]
+    answers, counts, *_ = learn(rows, template, said)
+    assert counts == (0, 0) and len(answers) == 2
+    assert answers[0].strip().startswith(f"{SPELLED} a \ufdd0")
+
+
+def test_special_tokens_are_found_as_the_tokenizer_reads_them():
+    """By what a normalizer makes of a text, and where words hold their names."""
+    inner = tokenizers.Tokenizer(
+        tokenizers.models.Unigram([("<u>", -9.0), ("</s>", 0.0), *((c, -3.0) for c in "</s> x")], 0)
+    )
+    inner.normalizer = normalizers.NFKC()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="</s>", unk_token="<u>"
+    )
+    special = SpecialTokens(tokenizer)
+    for text in ("x", "</s>", "\uff1c/s\uff1ex</s></s>", "\u20ac<u>", "<</s>/s>", "</s>" * 3000):
+        parts = special.apart(text)
+        assert "".join(parts) == text and (len(parts) > 1) == ("s" in text or "<u>" in text)
+        assert not any(1 in tokenizer(part)["input_ids"] for part in parts[:50])
 
 
 def test_prompt_and_answer_can_be_turns_of_a_chat(rows):
