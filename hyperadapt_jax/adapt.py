@@ -16,9 +16,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from hyperadapt_jax import compat, paths
-from hyperadapt_jax.rules import RULES, Names, Scaled, scale
-from hyperadapt_jax.scales import Scales, ScaleVectors, check
+from hyperadapt_jax import compat, paths, rules
+from hyperadapt_jax.rules import Names, Scaled, scale
+from hyperadapt_jax.scales import Scales, check
 from hyperadapt_jax.tables import table
 
 ON_ACTIVATIONS = "on activations"
@@ -67,7 +67,6 @@ class Explanation:
 class _Context:
     """What a rule may ask for: to enter a jaxpr, to note a use, to multiply a weight out."""
 
-    names: type  # tuple; or Names, where layers that are alike are to share one trace
     uses: dict[Use, None] = dataclasses.field(default_factory=dict)  # an ordered set
     bodies: dict[Any, Callable] = dataclasses.field(default_factory=dict)  # one per inner jaxpr
 
@@ -90,20 +89,10 @@ class _Context:
     def _equation(self, eqn: Any, operands: Sequence[Any]) -> list[Any]:
         if not any(isinstance(x, Scaled) for x in operands):
             return compat.bind(eqn, *operands)
-        rule = RULES.get(eqn.primitive.name)
-        results = rule(self, eqn, operands) if rule else None
+        results = rules.apply(self, eqn, operands)
         if results is None:
             results = compat.bind(eqn, *self.plain(eqn, operands))
         return results
-
-    def enter(self, path: str, weight: Any, vectors: ScaleVectors) -> Any:
-        """A weight with its vectors; multiplied at once where it is no larger than a vector."""
-        factors = vectors.factors()
-        inexact = jnp.issubdtype(weight.dtype, jnp.inexact)
-        if inexact and any(delta.size == weight.size for _, delta in factors):
-            self.uses[Use(path, ON_ACTIVATIONS, reason="it is no larger than its vector")] = None
-            return scale(weight, factors)
-        return Scaled.of(weight, factors, self.names([path]))
 
     def applied(self, eqn: Any, weight: Any, onto: Any = None) -> None:
         """Notes that a weight's vectors multiply activations, or (onto) another adapted weight."""
@@ -112,20 +101,22 @@ class _Context:
         if isinstance(onto, Scaled):
             self._note(onto, MATERIALISED, eqn, "it is multiplied with another adapted weight")
 
-    def plain(self, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    def plain(self, eqn: Any, operands: Sequence[Any], reason: str = "") -> list[Any]:
         """The operands with every Scaled among them multiplied out, and noted."""
-        return [self._resolve(x, eqn) if isinstance(x, Scaled) else x for x in operands]
+        return [self._resolve(x, eqn, reason) if isinstance(x, Scaled) else x for x in operands]
 
-    def _resolve(self, x: Scaled, eqn: Any) -> jax.Array:
+    def _resolve(self, x: Scaled, eqn: Any, reason: str) -> jax.Array:
         if not jnp.issubdtype(x.value.dtype, jnp.inexact):
             raise MaterialisedError(
                 f"{' * '.join(x.origin)}: integer codes cannot be scaled at `{_name(eqn)}`"
-                f" ({_where(eqn)}); dequantise them first, or adapt the out side alone"
+                f" ({_where(eqn)}); dequantize them first, or adapt the out side alone"
             )
         if x.product:
             self._note(x, ON_ACTIVATIONS, eqn)
+        elif x.is_vector:
+            self._note(x, ON_ACTIVATIONS, eqn, "it is no larger than its vector")
         else:
-            self._note(x, MATERIALISED, eqn, _reason(eqn))
+            self._note(x, MATERIALISED, eqn, reason or _reason(eqn))
         return scale(x.value, x.factors)
 
     def _note(self, x: Scaled, how: str, eqn: Any, reason: str = "") -> None:
@@ -196,10 +187,10 @@ class Adapted:
             return results
 
         jaxpr = jax.make_jaxpr(flat)(operands)
-        context = _Context(names_type)
+        context = _Context()
         for i, (path, weight) in enumerate(weights.items()):  # the parameters come first
             if path in scales:
-                operands[i] = context.enter(path, weight, scales[path])
+                operands[i] = Scaled.of(weight, scales[path].factors(), names_type([path]))
         results = context.plain(None, context.run(jaxpr, operands))
         used = {use.path for use in context.uses}
         unused = [Use(path, UNUSED) for path in scales if path not in used]

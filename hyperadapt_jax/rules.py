@@ -7,6 +7,8 @@ the results; or it returns None where no vector can pass, and then the weight is
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -39,12 +41,16 @@ class Names(tuple):
 class Scaled:
     """``value * prod(1 + delta)``, with the product not carried out.
 
+    A factor spans no axis of size one, so that such an axis may be broadcast; it may span none.
+
     Attributes:
       value: an array of any shape.
       deltas: for each factor, an array with the shape of the axes that it spans.
       axes: for each factor, the axes of ``value`` that it spans, ascending (static).
       origin: the paths of the weights it comes from (static).
       product: it is no weight any more but a product with one, waiting to be scaled (static).
+      codes: it is a quantized weight that is not yet, or may not yet be, dequantized: what is
+        scaled is not this value but the weight that the function makes of it (static).
     """
 
     value: Any
@@ -52,39 +58,66 @@ class Scaled:
     axes: tuple[tuple[int, ...], ...] = dataclasses.field(metadata={"static": True})
     origin: tuple[str, ...] = dataclasses.field(metadata={"static": True})
     product: bool = dataclasses.field(default=False, metadata={"static": True})
+    codes: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @classmethod
     def of(
-        cls, value: Any, factors: Factors, origin: tuple[str, ...], product: bool = False
+        cls,
+        value: Any,
+        factors: Factors,
+        origin: tuple[str, ...],
+        product: bool = False,
+        codes: bool = False,
     ) -> Scaled:
-        """Builds one from (axes, delta) pairs, whose axes may come in any order."""
+        """Builds one from (axes, delta) pairs, whose axes may come in any order.
+
+        Integers that are no product are codes.
+        """
         axes, deltas = [], []
         for spans, delta in factors:
+            if single := [i for i, axis in enumerate(spans) if value.shape[axis] == 1]:
+                delta = lax.squeeze(delta, single)
+                spans = tuple(axis for axis in spans if value.shape[axis] != 1)
             order = sorted(range(len(spans)), key=lambda i: spans[i])
             axes.append(tuple(spans[i] for i in order))
             in_order = order == list(range(len(order)))
             deltas.append(delta if in_order else lax.transpose(delta, order))
-        return cls(value, tuple(deltas), tuple(axes), origin, product)
+        codes = not product and (codes or not _inexact(value))
+        return cls(value, tuple(deltas), tuple(axes), origin, product, codes)
+
+    @property
+    def is_vector(self) -> bool:
+        """A weight no larger than a vector of its own: multiplying it out costs nothing."""
+        vector = any(delta.size == self.value.size for delta in self.deltas)
+        return vector and not self.product and _inexact(self.value)
 
     @property
     def factors(self) -> Factors:
         return list(zip(self.axes, self.deltas, strict=True))
 
 
-def scale(x: jax.Array, factors: Factors) -> jax.Array:
-    """``x * prod(1 + delta)``, multiplied in float32 or wider and rounded once to x's dtype."""
-    wide = widen(x.dtype)
+def scale(x: jax.Array, factors: Factors, dtype: Any = None) -> jax.Array:
+    """``x * prod(1 + delta)``, multiplied in float32 or wider and rounded once.
+
+    The result has x's dtype, or the one given.
+    """
+    dtype = x.dtype if dtype is None else dtype
+    wide = widen(dtype)
 
     def product(x, *deltas):
         y = x.astype(wide)
         for (axes, _), delta in zip(factors, deltas, strict=True):
             y = y * along(delta.astype(wide), axes, x.ndim)
-        return y.astype(x.dtype)
+        return y.astype(dtype)
 
     # A narrow operand is kept for the backward pass as it is, not as a copy in float32.
     if x.dtype != wide:
         product = jax.checkpoint(product, prevent_cse=False)
     return product(x, *(delta for _, delta in factors))
+
+
+def _inexact(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.inexact)
 
 
 def value_of(x: Any) -> Any:
@@ -97,7 +130,7 @@ def factors_of(x: Any) -> Factors:
 
 def origin_of(*operands: Any) -> tuple[str, ...]:
     origins = [x.origin for x in operands if isinstance(x, Scaled)]
-    return type(origins[0])(path for origin in origins for path in origin)
+    return type(origins[0])(dict.fromkeys(path for origin in origins for path in origin))
 
 
 # Contractions: vectors move from the weight to the activations, and here they are applied.
@@ -107,8 +140,10 @@ def dot_general(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None
     """A vector on free or batch axes scales the result, one on contracted axes the other operand.
 
     Where a vector spans contracted and free axes (experts that all see one input), its free axes
-    become batch axes of the product: the other operand is repeated along them, and scaled.
+    become batch axes of the product: the other operand is repeated along them, and scaled. What is
+    a product already, such as looked-up rows, is an activation: its own vectors scale it.
     """
+    operands, result = _settled(ctx, eqn, operands), eqn.outvars[0].aval
     contract, batch = eqn.params["dimension_numbers"]
     values = [value_of(x) for x in operands]
     names = [[("free", side, axis) for axis in range(v.ndim)] for side, v in enumerate(values)]
@@ -122,18 +157,26 @@ def dot_general(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None
 
     after, before, repeated = [], ([], []), []
     for side, operand in enumerate(operands):
+        stay, go = [], []
         for axes, delta in factors_of(operand):
             spans = [names[side][axis] for axis in axes]
-            if all(name in out for name in spans):
-                after.append((tuple(out.index(name) for name in spans), delta))
-            else:
-                before[1 - side].append((spans, delta))
-                repeated += [n for n in spans if n[0] == "free" and n not in repeated]
-    if any(before[side] and not jnp.issubdtype(values[side].dtype, jnp.inexact) for side in (0, 1)):
+            (stay if all(name in out for name in spans) else go).append((spans, delta))
+        along = [n for n in free[side] if any(n in spans for spans, _ in go)]
+        if (stay or go) and not operand.product and _inexact(operand.value):
+            repeats = math.prod(size[n] for n in along)
+            products = math.prod(size.values())
+            if why := _dearer(values, side, result, products, repeats, len(stay), len(go)):
+                [operands[side]] = [values[side]] = ctx.plain(eqn, [operand], why)
+                continue
+        after += [(tuple(map(out.index, spans)), delta) for spans, delta in stay]
+        before[1 - side].extend(go)
+        repeated += along
+    if not _inexact(result) and any(before[side] and not _inexact(values[side]) for side in (0, 1)):
         return None
     if repeated and eqn.params.get("out_sharding") is not None:
         return None
 
+    parts: list[list[Any]] = []
     for side in (0, 1):
         missing = [n for n in repeated if n[1] != side]
         if missing:
@@ -142,43 +185,129 @@ def dot_general(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None
             names[side] = missing + names[side]
         if before[side]:
             ctx.applied(eqn, operands[1 - side], onto=operands[side])
-            onto = [(tuple(map(names[side].index, spans)), delta) for spans, delta in before[side]]
-            ordered = Scaled.of(values[side], onto, ())
-            values[side] = scale(ordered.value, ordered.factors)
+        onto = [(tuple(map(names[side].index, spans)), delta) for spans, delta in before[side]]
+        ordered = Scaled.of(values[side], onto, ())
+        parts.append(_parts(eqn, side, ordered.value, ordered.factors))
 
-    def places(kind):
-        found = [n for n in names[0] if n in names[1] and (n[0] == "contract") == kind]
-        return tuple(tuple(names[side].index(n) for n in found) for side in (0, 1)), found
-
+    changed = {}
     if repeated:
+
+        def places(kind):
+            found = [n for n in names[0] if n in names[1] and (n[0] == "contract") == kind]
+            return tuple(tuple(names[side].index(n) for n in found) for side in (0, 1)), found
+
         new_contract, _ = places(True)
         new_batch, shared = places(False)
         new_out = shared + [n for ns in names for n in ns if n[0] == "free" and n not in shared]
-        [y] = compat.bind(eqn, *values, dimension_numbers=(new_contract, new_batch))
+        changed["dimension_numbers"] = (new_contract, new_batch)
+    y = _contract(eqn, parts, **changed)
+    if repeated:
         y = lax.transpose(y, [new_out.index(n) for n in out])
-    else:
-        [y] = compat.bind(eqn, *values)
     return [_scale_result(ctx, eqn, operands, y, after)]
+
+
+def _dearer(
+    values: Sequence[Any],
+    side: int,
+    result: Any,
+    products: int,
+    repeats: int,
+    after: int,
+    before: int,
+) -> str:
+    """Why a step costs less with the weight of one side multiplied out; empty where it does not.
+
+    Scaling activations takes a few operations for each of their numbers: about 4 of an operand, 6
+    of a result, with the gradients. What multiplying out takes is the weight's own gradient, as
+    many operations as the contraction: far more, unless an axis of it is tiny. In memory, it is
+    the repeated operand that can be far too large.
+    """
+    weight, other = values[side].size, values[1 - side].size
+    scaled = repeats * other
+    if repeats > 1 and scaled > weight + other + result.size:
+        return (
+            f"scaling would repeat an operand of {other:,} numbers {repeats:,} times,"
+            f" to more than weight, operand and result together"
+        )
+    if 6 * after * result.size + 4 * before * scaled > 2 * products + 4 * (after + before) * weight:
+        return "too few products are made with it here: scaling the activations would cost more"
+    return ""
+
+
+def _settled(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    """A contraction's operands; those that are products already are activations, and are scaled."""
+    settled = list(operands)
+    for side, x in enumerate(operands):
+        inexact = _inexact(value_of(x)) or _inexact(eqn.outvars[0].aval)
+        if isinstance(x, Scaled) and x.product and inexact:
+            ctx.applied(eqn, x)
+            settled[side] = scale(x.value, x.factors, _operand_dtype(eqn, side))
+    return settled
+
+
+def _operand_dtype(eqn: Any, side: int) -> Any:
+    """The dtype in which one operand of a contraction is scaled: its own, or a wider result's.
+
+    Types below 16 bits have no room for a scale, and integers none at all.
+    """
+    own, result = eqn.invars[side].aval.dtype, eqn.outvars[0].aval.dtype
+    if jnp.issubdtype(own, jnp.complexfloating):
+        return own
+    types = [t for t in (own, result) if jnp.issubdtype(t, jnp.inexact)]
+    return jnp.finfo(max([*types, jnp.bfloat16], key=lambda t: jnp.finfo(t).bits)).dtype
+
+
+def _parts(eqn: Any, side: int, x: Any, factors: Factors) -> list[Any]:
+    """One operand of a contraction, scaled; as several that add up where it is scaled wider.
+
+    A product in 16 bits with a wider result stays one, as fast and, at zero deltas, as exact to the
+    last bit: what its operand's dtype does not hold of a scaled number is a second operand.
+    """
+    own, dtype = eqn.invars[side].aval.dtype, _operand_dtype(eqn, side)
+    if not factors and x.dtype == own:
+        return [x]
+    x = scale(x, factors, dtype)
+    other = eqn.invars[1 - side].aval.dtype
+    bits = [jnp.finfo(t).bits if jnp.issubdtype(t, jnp.inexact) else 0 for t in (own, other)]
+    if dtype == own or bits[0] < max(16, bits[1]):
+        return [x]
+    info = jnp.finfo(own)
+    # A cast there and back would be optimized away.
+    high = lax.reduce_precision(jnp.clip(x, info.min, info.max), info.nexp, info.nmant)
+    return [high.astype(own), (x - high).astype(own)]
+
+
+def _contract(eqn: Any, parts: Sequence[Sequence[Any]], **changed: Any) -> Any:
+    """A contraction of two operands, each a sum of parts, of any dtypes."""
+    dtypes = [x.aval.dtype for x in eqn.invars]
+    if [p[0].dtype for p in parts] != dtypes:
+        changed["preferred_element_type"] = eqn.outvars[0].aval.dtype
+        if not isinstance(eqn.params["precision"], (tuple, lax.Precision)):
+            changed["precision"] = None  # an algorithm for the dtypes that there were
+    ys = [compat.bind(eqn, a, b, **changed)[0] for a, b in itertools.product(*parts)]
+    return functools.reduce(jnp.add, ys)
 
 
 def conv_general_dilated(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
     """The kernel's out vector scales the result's features, its in vector the input's features."""
-    lhs, rhs = operands
+    lhs, rhs = operands = _settled(ctx, eqn, operands)
     numbers, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
     out_axis, in_axis = numbers.rhs_spec[:2]
     if isinstance(lhs, Scaled) or eqn.params["batch_group_count"] != 1:
         return None
     after, before = [], []
-    for axes, delta in rhs.factors:
-        if axes == (out_axis,):
-            after.append(((numbers.out_spec[1],), delta))
+    for axes, delta in factors_of(rhs):
+        if axes in ((), (out_axis,)):
+            after.append((tuple(numbers.out_spec[1] for _ in axes), delta))
         elif axes == (in_axis,):
             before.append(((numbers.lhs_spec[1],), jnp.tile(delta, groups)))
         else:
             return None
     if before:
-        ctx.applied(eqn, rhs, onto=lhs)
-    [y] = compat.bind(eqn, scale(lhs, before), rhs.value)
+        ctx.applied(eqn, rhs)
+    kernel, inputs = value_of(rhs), _parts(eqn, 0, lhs, before)
+    # Unlike a product of matrices, a convolution takes operands of one dtype.
+    y = _contract(eqn, [inputs, [kernel.astype(inputs[0].dtype)]])
     return [_scale_result(ctx, eqn, operands, y, after)]
 
 
@@ -196,6 +325,10 @@ def gather(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
     fill = eqn.params["fill_value"]
     if not whole or not (fill is None or fill == 0 or np.isnan(fill)):
         return None
+    is_rows, size = len(kept) < 2, eqn.outvars[0].aval.size
+    if is_rows and size > table.value.size and _inexact(table.value) and not table.product:
+        why = "what is looked up is larger than the whole table"
+        return compat.bind(eqn, *ctx.plain(eqn, [table], why), indices)
     [y] = compat.bind(eqn, table.value, indices)
     rows = [axis for axis in range(y.ndim) if axis not in numbers.offset_dims]
     factors = []
@@ -211,7 +344,7 @@ def gather(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
             delta = delta.get(mode=eqn.params["mode"], fill_value=0, wrap_negative_indices=False)
             spans = rows + spans
         factors.append((tuple(spans), delta))
-    return [Scaled.of(y, factors, table.origin, product=len(kept) < 2)]
+    return [Scaled.of(y, factors, table.origin, product=is_rows)]
 
 
 def _scale_result(ctx: Any, eqn: Any, operands: Sequence[Any], y: Any, factors: Factors) -> Any:
@@ -237,13 +370,20 @@ def _layout(move: Callable[[Any, Any, Scaled], Factors | None]) -> Callable:
         if factors is None:
             return None
         [y] = compat.bind(eqn, scaled.value, *others)
-        return [Scaled.of(y, factors, scaled.origin, scaled.product)]
+        return [Scaled.of(y, factors, scaled.origin, scaled.product, scaled.codes)]
 
     return rule
 
 
 def _keep(eqn: Any, others: Any, x: Scaled) -> Factors | None:
-    return x.factors if jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.inexact) else None
+    """Where every number stays what it is: integers in a type that holds all of theirs."""
+    old, new = x.value.dtype, eqn.outvars[0].aval.dtype
+    held = jnp.issubdtype(new, jnp.inexact) or jnp.promote_types(old, new) == new
+    return x.factors if held else None
+
+
+def _divide(eqn: Any, others: Any, x: Scaled) -> Factors | None:
+    return x.factors if _inexact(x.value) else None
 
 
 def _stop_gradient(eqn: Any, others: Any, x: Scaled) -> Factors:
@@ -263,23 +403,12 @@ def _transpose(eqn: Any, others: Any, x: Scaled) -> Factors:
 def _squeeze(eqn: Any, others: Any, x: Scaled) -> Factors:
     gone = {axis % x.value.ndim for axis in eqn.params["dimensions"]}
     left = [axis for axis in range(x.value.ndim) if axis not in gone]
-    return [
-        (
-            tuple(left.index(axis) for axis in axes if axis in left),
-            lax.squeeze(delta, [i for i, axis in enumerate(axes) if axis in gone]),
-        )
-        for axes, delta in x.factors
-    ]
+    return [(tuple(map(left.index, axes)), delta) for axes, delta in x.factors]
 
 
 def _broadcast_in_dim(eqn: Any, others: Any, x: Scaled) -> Factors:
-    shape, to = eqn.params["shape"], eqn.params["broadcast_dimensions"]
-    factors = []
-    for axes, delta in x.factors:
-        repeated = [i for i, a in enumerate(axes) if x.value.shape[a] != shape[to[a]]]
-        spans = tuple(to[axis] for i, axis in enumerate(axes) if i not in repeated)
-        factors.append((spans, lax.squeeze(delta, repeated)))
-    return factors
+    to = eqn.params["broadcast_dimensions"]
+    return [(tuple(to[axis] for axis in axes), delta) for axes, delta in x.factors]
 
 
 def _reshape(eqn: Any, others: Any, x: Scaled) -> Factors | None:
@@ -297,7 +426,7 @@ def _reshape(eqn: Any, others: Any, x: Scaled) -> Factors | None:
         spans = tuple(axis for _, after in touched for axis in after)
         if wide != list(axes):
             shape = tuple(old[axis] for axis in wide)
-            if len(wide) > 1 and math.prod(shape) == math.prod(old):
+            if delta.size < math.prod(shape) == math.prod(old):
                 return None  # as large as the weight itself
             missing = [i for i, axis in enumerate(wide) if axis not in axes]
             delta = jnp.broadcast_to(jnp.expand_dims(delta, missing), shape)
@@ -362,10 +491,15 @@ def _all_gather(eqn: Any, others: Any, x: Scaled) -> Factors | None:
     axis = eqn.params["all_gather_dimension"]
     if not eqn.params["tiled"]:
         return None
-    return [
-        (axes, compat.bind(eqn, d, all_gather_dimension=axes.index(axis))[0] if axis in axes else d)
-        for axes, d in x.factors
-    ]
+    factors = []
+    for axes, delta in x.factors:
+        if axis not in axes and x.value.shape[axis] == 1:  # each device may have one of its own
+            place = sum(a < axis for a in axes)
+            axes, delta = (*axes[:place], axis, *axes[place:]), jnp.expand_dims(delta, place)
+        if axis in axes:
+            [delta] = compat.bind(eqn, delta, all_gather_dimension=axes.index(axis))
+        factors.append((axes, delta))
+    return factors
 
 
 def split(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
@@ -377,11 +511,9 @@ def split(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
         jnp.split(d, cuts, axes.index(axis)) if axis in axes else [d] * len(sizes)
         for axes, d in x.factors
     ]
-    values = compat.bind(eqn, x.value)
-    deltas = zip(*pieces, strict=True)
     return [
-        dataclasses.replace(x, value=v, deltas=tuple(d))
-        for v, d in zip(values, deltas, strict=True)
+        Scaled.of(v, list(zip(x.axes, deltas, strict=True)), x.origin, x.product, x.codes)
+        for v, *deltas in zip(compat.bind(eqn, x.value), *pieces, strict=True)
     ]
 
 
@@ -395,11 +527,93 @@ def each(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
 
 
 def mul(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
-    """Products of scaled and plain arrays, as in dequantisation: the vectors wait."""
+    """Products of scaled and plain arrays, as in dequantization: the vectors wait."""
+    size = eqn.outvars[0].aval.size
+    small = [isinstance(x, Scaled) and x.is_vector and x.value.size < size for x in operands]
+    if any(small):
+        operands = [
+            ctx.plain(eqn, [x])[0] if s else x for x, s in zip(operands, small, strict=True)
+        ]
+    if not any(isinstance(x, Scaled) for x in operands):
+        return compat.bind(eqn, *operands)
     [y] = compat.bind(eqn, *map(value_of, operands))
     factors = [pair for x in operands for pair in factors_of(x)]
-    product = any(isinstance(x, Scaled) and x.product for x in operands)
-    return [Scaled.of(y, factors, origin_of(*operands), product)]
+    scaled = [x for x in operands if isinstance(x, Scaled)]
+    product = any(x.product for x in scaled)
+    return [Scaled.of(y, factors, origin_of(*scaled), product, codes=all(x.codes for x in scaled))]
+
+
+# Dequantization: the vectors wait for the weight that codes stand for.
+
+
+def _affine(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
+    """Sums of what has one scale; and a zero point, or what a step makes of it, taken off codes."""
+    [first, *others] = [x for x in operands if isinstance(x, Scaled)]
+    if others:
+        [second] = others
+        alike = (first.product, first.codes) == (second.product, second.codes)
+        return _waiting(eqn, operands, first) if alike and _same_factors(first, second) else None
+    return _waiting(eqn, operands, first) if first.codes else None
+
+
+def decode(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
+    """Codes that are unpacked, shifted, compared, looked up: what is scaled is what they become.
+
+    A scale of a code is a scale of everything that is decoded from it, so the vectors keep to the
+    axes of the codes. None where this is no step of a decoding.
+    """
+    codes = [x for x in operands if isinstance(x, Scaled)]
+    first, name = codes[0], eqn.primitive.name
+    if not all(x.codes and _same_factors(x, first) for x in codes):
+        return None
+    if name == "mul" and len(codes) == 2 and codes[0].value is not codes[1].value:
+        return _waiting(eqn, operands, first)  # as of a sign and a magnitude; else it is a square
+    if name in _ON_CODES or name in _ON_INTEGERS and not any(_inexact(x.value) for x in codes):
+        return _waiting(eqn, operands, first)
+    if name == "gather" and len(codes) == 1 and operands[1] is first:
+        rows = [i for i in range(eqn.outvars[0].aval.ndim)]
+        rows = [i for i in rows if i not in eqn.params["dimension_numbers"].offset_dims]
+        if any(axis >= len(rows) for axes in first.axes for axis in axes):
+            return None
+        return _waiting(eqn, operands, first, rows)
+    if name == "bitcast_convert_type":
+        ndim = eqn.outvars[0].aval.ndim  # an axis of parts at the end, or one less
+        if any(axis >= ndim for axes in first.axes for axis in axes):
+            return None
+        return _waiting(eqn, operands, first)
+    if name in ("stack", "concatenate") and len(codes) == len(operands):
+        along = eqn.params["axis" if name == "stack" else "dimension"]
+        axes = list(range(first.value.ndim))
+        if name == "stack":
+            axes = [i + (i >= along) for i in axes]
+        elif any(along in spans for spans in first.axes):
+            return None
+        return _waiting(eqn, operands, first, axes)
+    return None
+
+
+# Steps of a decoding, on any codes; and those that floating weights take too, on integers alone.
+_ON_CODES = frozenset(
+    "eq ne lt le gt ge select_n floor ceil round sign exp exp2 pow erf_inv tanh".split()
+)
+_ON_INTEGERS = frozenset(
+    "convert_element_type add sub mul div rem neg abs max min clamp integer_pow and or xor not"
+    " shift_left shift_right_logical shift_right_arithmetic population_count clz".split()
+)
+
+
+def _waiting(
+    eqn: Any, operands: Sequence[Any], like: Scaled, to: Sequence[int] | None = None
+) -> list[Any]:
+    """Runs an equation on the values, and hands their vectors on, to other axes where given."""
+    [y] = compat.bind(eqn, *map(value_of, operands))
+    axes = like.axes if to is None else [tuple(to[axis] for axis in spans) for spans in like.axes]
+    factors = list(zip(axes, like.deltas, strict=True))
+    return [Scaled.of(y, factors, origin_of(*operands), like.product, like.codes)]
+
+
+def _same_factors(x: Scaled, y: Scaled) -> bool:
+    return x.axes == y.axes and all(a is b for a, b in zip(x.deltas, y.deltas, strict=True))
 
 
 # Primitives with inner jaxprs: they are entered, through JAX's own transformations.
@@ -505,7 +719,7 @@ def shard_map(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
         for x, spec in zip(operands, params["in_specs"], strict=True)
     )
     body = jax.shard_map(
-        lambda *xs: tuple(ctx.plain(eqn, ctx.run(params["jaxpr"], xs))),
+        lambda *xs: tuple(ctx.plain(eqn, ctx.run(params["jaxpr"], [*map(_shard, xs)]))),
         mesh=params["mesh"],
         in_specs=specs,
         out_specs=tuple(params["out_specs"]),
@@ -513,6 +727,13 @@ def shard_map(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
         check_vma=params["check_vma"],
     )
     return list(body(*operands))
+
+
+def _shard(x: Any) -> Any:
+    """A device's part of a weight, which may be of size one along an axis."""
+    if not isinstance(x, Scaled):
+        return x
+    return Scaled.of(x.value, x.factors, x.origin, x.product, x.codes)
 
 
 def _split(operands: Sequence[Any], *counts: int) -> list[list[Any]]:
@@ -530,7 +751,7 @@ def _scan_operand(x: Any) -> tuple[Any, Callable[[Any], Any]]:
     def make(part):
         value, rows = part[0], iter(part[1:])
         deltas = (next(rows) if s else d for s, d in zip(sliced, x.deltas, strict=True))
-        return Scaled(value, tuple(deltas), axes, x.origin, x.product)
+        return Scaled(value, tuple(deltas), axes, x.origin, x.product, x.codes)
 
     return [x.value, *(d for s, d in zip(sliced, x.deltas, strict=True) if s)], make
 
@@ -567,9 +788,11 @@ RULES: dict[str, Rule] = {
     "device_put": each,
     **dict.fromkeys(
         ["convert_element_type", "copy", "copy_p", "reduce_precision", "pvary", "pcast", "name"]
-        + ["neg", "div", "sharding_constraint"],
+        + ["neg", "sharding_constraint"],
         _layout(_keep),
     ),
+    "div": _layout(_divide),
+    **dict.fromkeys(["add", "sub", "add_any"], _affine),
     "stop_gradient": _layout(_stop_gradient),
     "reshard": _layout(_reshard),
     "transpose": _layout(_transpose),
@@ -588,3 +811,12 @@ RULES: dict[str, Rule] = {
     "while": while_loop,
     "shard_map": shard_map,
 }
+
+
+def apply(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
+    """Runs an equation of which some operands are Scaled by its rule; None if there is none."""
+    results = None
+    if any(isinstance(x, Scaled) and x.codes for x in operands):
+        results = decode(ctx, eqn, operands)
+    rule = RULES.get(eqn.primitive.name)
+    return rule(ctx, eqn, operands) if results is None and rule else results

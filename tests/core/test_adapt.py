@@ -78,6 +78,10 @@ def score(params, x):
     return jax.grad(lambda x: jnp.sum(jnp.tanh(x @ params["w"]) ** 2))(x)
 
 
+def rms(x):
+    return x * lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
+
+
 def qkv(params, x):
     q, k, v = jnp.split(x @ params["w"], 3, -1)
     return q * jnp.tanh(k) + v
@@ -122,6 +126,22 @@ def nested_scan(params, x):
     return x, sums
 
 
+def per_row(x, w):
+    return jnp.einsum("bi,bio->bo", x, w)
+
+
+def conditioned(use):
+    """One class's weight made into one for each example of a batch, and then used."""
+    return lambda p, x: use(x, p["w"] * CONDITIONS)
+
+
+def summed_layers(x, ws):
+    return lax.scan(lambda total, w: (total + x @ w, None), jnp.zeros((5, 4)), ws)[0]
+
+
+ONE_CLASS = {"w": draw(6, 1, 8, 4)}
+CONDITIONS = draw(7, 5, 8, 4)
+PICKED = jnp.array([4, 0, 1, 3, 3])
 IMAGE = draw(5, 2, 6, 5, 8)
 CASES = {
     "matmul": Case(lambda p, x: x @ p["w"], SQUARE, IN_OUT, (X,)),
@@ -200,6 +220,12 @@ CASES = {
         IN_OUT,
         (X,),
     ),
+    "reshape beside axes of one": Case(
+        lambda p, x: x @ p["w"].reshape(8, 1, 3)[:, 0].reshape(1, 8, 1, 3)[0, :, 0],
+        {"w": draw(6, 1, 8, 3, 1)},
+        [("w", "out in out stack")],
+        (X,),
+    ),
     "reshape that mixes": Case(
         lambda p, x: x.reshape(-1)[:16] @ p["w"].reshape(16, 4),
         SQUARE,
@@ -230,6 +256,25 @@ CASES = {
         IN_OUT,
         (jnp.array([3, 7, -1]),),
     ),
+    "more rows than the table": Case(
+        lambda p, t: jnp.tanh(p["w"][t]),
+        {"w": draw(6, 2, 4)},
+        IN_OUT,
+        (jnp.array([0, 1, 1]),),
+        materialised=("w",),
+    ),
+    "embedding, norm, dense": Case(
+        lambda p, t: rms(p["w"][t]) @ p["v"] + p["w"][t] @ p["u"],
+        {"w": draw(6, 9, 4), "v": draw(7, 4, 8), "u": draw(8, 4, 8)},
+        [("w|v", "in out")],
+        (jnp.array([[1, 8, 3]]),),
+    ),
+    "embedding, convolution": Case(
+        lambda p, t: conv({"w": p["v"]}, p["w"][t]),
+        {"w": draw(6, 19, 4), "v": draw(7, 2, 2, 4, 8)},
+        [("w", "in out"), ("v", "- - in out")],
+        (jnp.array([[[1, 8, 3], [11, 3, 5]]]),),
+    ),
     "expert by index": Case(
         lambda p, x: jnp.einsum("td,tdf->tf", x, p["w"][jnp.array([0, 3, 3, 1, 2])]),
         STACK,
@@ -258,6 +303,59 @@ CASES = {
     ),
     "convolution over spatial in": Case(
         conv, {"w": draw(6, 3, 2, 8, 4)}, [("w", "in - in out")], (IMAGE,), materialised=("w",)
+    ),
+    "reshaped depthwise kernel": Case(
+        lambda p, x: conv({"w": p["w"].reshape(3, 3, 1, 8)}, x, feature_group_count=8),
+        {"w": draw(6, 3, 3, 8, 1)},
+        [("w", "- - in out")],
+        (IMAGE,),
+    ),
+    "conditioned, indexed": Case(
+        conditioned(lambda x, w: per_row(x, w[PICKED])), ONE_CLASS, STACKED, (X,)
+    ),
+    "conditioned, taken with fill": Case(
+        conditioned(lambda x, w: per_row(x, jnp.take(w, PICKED, 0, mode="fill", fill_value=0))),
+        ONE_CLASS,
+        STACKED,
+        (X,),
+    ),
+    "conditioned, divided": Case(
+        lambda p, x: per_row(x, (p["w"] / (CONDITIONS + 4))[PICKED]), ONE_CLASS, STACKED, (X,)
+    ),
+    "conditioned, sliced and split": Case(
+        conditioned(lambda x, w: x @ w[2] + sum(x @ part[0] for part in jnp.split(w, 5))),
+        ONE_CLASS,
+        STACKED,
+        (X,),
+    ),
+    "conditioned, sliced where the program runs": Case(
+        conditioned(lambda x, w: x @ lax.dynamic_index_in_dim(w, jnp.argmax(x[0]) % 5, 0, False)),
+        ONE_CLASS,
+        STACKED,
+        (X,),
+    ),
+    "conditioned, scanned": Case(conditioned(summed_layers), ONE_CLASS, STACKED, (X,)),
+    "conditioned, mapped": Case(
+        conditioned(lambda x, w: lax.map(lambda w: x @ w, w)), ONE_CLASS, STACKED, (X,)
+    ),
+    "conditioned, vmapped": Case(
+        conditioned(lambda x, w: jax.vmap(jnp.dot)(x, w)), ONE_CLASS, STACKED, (X,)
+    ),
+    "conditioned by one slice": Case(
+        lambda p, x: x @ (p["w"][2:3] * CONDITIONS[0, :, 0][:, None])[::-1],
+        {"w": draw(6, 4, 6)},
+        IN_OUT,
+        (X,),
+    ),
+    "conditioned by one row looked up": Case(
+        lambda p, i, x: x @ (p["w"][i] * CONDITIONS[0, :, :1])[1:5].T,
+        {"w": draw(6, 9, 8)},
+        IN_OUT,
+        (jnp.array([7]), X),
+    ),
+    "one entry": Case(lambda p, x: p["w"][2, 5] * x, SQUARE, IN_OUT, (X,)),
+    "scan over one layer": Case(
+        lambda p, x: lax.scan(layer, x, p["w"])[0], {"w": draw(4, 1, 8, 8)}, STACKED, (X,)
     ),
     "jit inside": Case(lambda p, x: jax.jit(lambda w, x: x @ w)(p["w"], x), SQUARE, IN_OUT, (X,)),
     "remat": Case(
