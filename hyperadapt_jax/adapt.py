@@ -125,7 +125,7 @@ class _Context:
 
 
 def _name(eqn: Any) -> str:
-    return eqn.primitive.name if eqn is not None else "return"
+    return compat.name_of(eqn) if eqn is not None else "return"
 
 
 def _where(eqn: Any) -> str:
@@ -135,7 +135,7 @@ def _where(eqn: Any) -> str:
 def _reason(eqn: Any) -> str:
     if eqn is None:
         return "the function returns it"
-    name = eqn.primitive.name
+    name = _name(eqn)
     if name.startswith("custom_"):
         return "a derivative rule of its own takes the whole weight"
     if name in ("scan", "while"):

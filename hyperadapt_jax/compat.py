@@ -1,7 +1,10 @@
 """The only place that knows one JAX version from another, and how a jaxpr is read.
 
 JAX 0.10 keeps a scan's counts in ``num_consts`` and ``num_carry``; from 0.11 they are the sizes of
-the first groups of ``ft_in``. JAX 0.12 merged ``ClosedJaxpr`` into ``Jaxpr``.
+the first groups of ``ft_in``. JAX 0.12 merged ``ClosedJaxpr`` into ``Jaxpr``. Under the flags that
+announce its next versions (``jax_remat3`` and others) ``jax.checkpoint``, ``checkpoint_name`` and
+functions with derivatives of their own are one primitive, ``call_hi_primitive``, whose parameter is
+an object of a class for each.
 """
 
 from __future__ import annotations
@@ -11,6 +14,28 @@ from typing import Any
 
 from jax.extend import source_info_util
 from jax.sharding import Sharding
+
+_OBJECTS = {
+    "RematTraced": "remat2",
+    "CheckpointName": "name",
+    "CheckpointNameFwd": "name",
+    "CustomJVPTraced": "custom_jvp_call",
+    "CustomVJPTraced": "custom_vjp_call",
+}
+
+
+def name_of(eqn: Any) -> str:
+    """The name of an equation's primitive, one and the same under all flags."""
+    if eqn.primitive.name != "call_hi_primitive":
+        return eqn.primitive.name
+    name = type(eqn.params["_prim"]).__name__
+    return _OBJECTS.get(name, name)
+
+
+def remat_params(eqn: Any) -> tuple[Any, dict[str, Any]]:
+    """The jaxpr inside a ``jax.checkpoint``, and the keyword arguments that it was called with."""
+    params = eqn.params["_prim"].params if "_prim" in eqn.params else eqn.params
+    return params["jaxpr"], {k: params[k] for k in ("policy", "prevent_cse") if k in params}
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, tuple[Any, ...]]:

@@ -637,13 +637,13 @@ def _constrain(x: Any, sharding: Any) -> Any:
 
 def remat(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     """``jax.checkpoint``, with its policy."""
-    how = {key: eqn.params[key] for key in ("policy", "prevent_cse")}
-    key = (id(eqn.params["jaxpr"]), *how.values())
+    closed, how = compat.remat_params(eqn)
+    key = (id(closed), *how.values())
     if key not in ctx.bodies:
-        inner = partial(ctx.run, eqn.params["jaxpr"])
+        inner = partial(ctx.run, closed)
         ctx.bodies[key] = jax.checkpoint(lambda *xs: inner(xs), **how)
     body = ctx.bodies[key]
-    jaxpr, _ = compat.open_jaxpr(eqn.params["jaxpr"])
+    jaxpr, _ = compat.open_jaxpr(closed)
     handed_on = dict(zip(jaxpr.invars, operands, strict=True))
     results = zip(jaxpr.outvars, body(*operands), strict=True)
     return [handed_on.get(atom, y) if atom in jaxpr.invars else y for atom, y in results]
@@ -818,5 +818,5 @@ def apply(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
     results = None
     if any(isinstance(x, Scaled) and x.codes for x in operands):
         results = decode(ctx, eqn, operands)
-    rule = RULES.get(eqn.primitive.name)
+    rule = RULES.get(compat.name_of(eqn))
     return rule(ctx, eqn, operands) if results is None and rule else results

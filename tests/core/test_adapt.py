@@ -11,6 +11,7 @@ import pytest
 from jax import lax
 
 import hyperadapt_jax as ha
+from hyperadapt_jax import compat
 from tests.core.oracle import bits, check_adapt, draw, error, loss, random_scales
 
 pytestmark = pytest.mark.usefixtures("optimised")
@@ -570,8 +571,8 @@ def test_layers_that_are_alike_are_traced_once():
     scales = ha.init(ha.plan(params, (".", "in out")))
 
     def bodies(jaxpr):
-        eqns = [e for e in jaxpr.eqns if e.primitive.name == "remat2"]
-        return len(eqns), len({id(e.params["jaxpr"]) for e in eqns})
+        eqns = [e for e in jaxpr.eqns if compat.name_of(e) == "remat2"]
+        return len(eqns), len({id(compat.remat_params(e)[0]) for e in eqns})
 
     assert bodies(jax.make_jaxpr(fn)(params, X)) == (6, 1)
     assert bodies(jax.make_jaxpr(ha.adapt(fn))(params, scales, X)) == (6, 1)
@@ -580,6 +581,62 @@ def test_layers_that_are_alike_are_traced_once():
     with pytest.warns(ha.MaterialisedWarning, match="6 of 6 adapted weights"):
         cosine = jax.checkpoint(lambda x, w: x @ jnp.cos(w))
         ha.adapt(lambda params, x: [cosine(x, w) for w in params])(params, scales, X)
+
+
+@pytest.fixture
+def next_checkpoint():
+    """The version of ``jax.checkpoint`` that JAX 0.12 announces: another primitive."""
+    if jax.__version_info__ < (0, 12):
+        pytest.skip("jax_remat3 is not complete before JAX 0.12")
+    before = jax.config.jax_remat3
+    jax.config.update("jax_remat3", True)
+    yield
+    jax.config.update("jax_remat3", before)
+
+
+@pytest.mark.parametrize("policy", [None, "dots_saveable", "names"])
+def test_the_next_checkpoint_keeps_what_its_policy_says(next_checkpoint, policy):
+    from jax.ad_checkpoint import checkpoint_name
+
+    policies = jax.checkpoint_policies
+    policy = policies.save_only_these_names("h") if policy == "names" else policy
+    policy = getattr(policies, policy) if isinstance(policy, str) else policy
+    params = {"w": draw(1, 8, 6), "v": draw(2, 6, 7)}
+
+    def fn(params, x):
+        def body(x):
+            return jnp.tanh(checkpoint_name(jnp.tanh(x @ params["w"]), "h") @ params["v"])
+
+        return jax.checkpoint(body, policy=policy)(x)
+
+    found = check_adapt(fn, params, [(".", "in out")], X)
+    assert not found.materialised
+
+    def saved(fn, over):
+        shapes = [r.shape for r in jax.tree.leaves(jax.vjp(fn, over)[1])]
+        return sorted(s for s in shapes if s[:1] == X.shape[:1])  # of the activations
+
+    scales = random_scales(ha.init(ha.plan(params, (".", "in out"))))
+    ours = saved(lambda scales: ha.adapt(fn)(params, scales, X), scales)
+    assert ours == saved(lambda params: fn(params, X), params)
+
+
+def test_the_next_derivative_rules_are_kept():
+    """Under JAX's next flags too, a derivative rule of its own gets the multiplied-out weight."""
+    flags = ("jax_custom_vjp3", "jax_custom_jvp3")
+    if not all(hasattr(jax.config, flag) for flag in flags):
+        pytest.skip("this JAX does not have them")
+    try:
+        for flag in flags:
+            jax.config.update(flag, True)
+        for name in ("custom_jvp", "custom_vjp"):
+            case = CASES[name]
+            found = check_adapt(case.fn, case.params, case.targets, *case.args)
+            assert found.materialised == case.materialised
+            assert f"{name}_call" in str(found) and "a derivative rule of its own" in str(found)
+    finally:
+        for flag in flags:
+            jax.config.update(flag, False)
 
 
 def test_results_keep_their_structure():
