@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import os
@@ -44,16 +45,21 @@ def main(args: Sequence[str] | None = None) -> int:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)
     try:
-        status = _main(args)
-        sys.stdout.flush()
-        return status
+        try:
+            return _main(args)
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted before there was anything to save", file=sys.stderr)
         return 128 + signal.SIGINT
-    except BrokenPipeError:
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC) or error.filename is not None:
+            raise
         # Else the interpreter fails of it once more when it leaves.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        if error.errno == errno.EPIPE:
+            return 128 + signal.SIGPIPE
+        return _refused(f"train: what is printed cannot be written: {error.strerror}")
     finally:
         if signal.getsignal(signal.SIGTERM) is _terminate:
             signal.signal(signal.SIGTERM, before)
@@ -106,10 +112,9 @@ def _main(args: list[str]) -> int:
             " --max-length, or take --remat full or --dtype bfloat16"
         )
     except OSError as error:
-        if isinstance(error, BrokenPipeError) or error.errno is None:
+        if error.filename is None:
             raise
-        where = error.filename or "what is printed"
-        return _refused(f"train {name}: {where}: {error.strerror or error}")
+        return _refused(f"train {name}: {error.filename}: {error.strerror or error}")
     return 0
 
 

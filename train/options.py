@@ -452,6 +452,9 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise InputError(message.removeprefix("argument "))
 
+    def print_help(self, file: Any = None) -> None:
+        print(self.format_help(), end="", file=file)  # the parser's own drops what fails
+
 
 class _Read(argparse.Action):
     """Stores an option's value as its field reads it, or says in one form what is wrong."""
