@@ -140,11 +140,9 @@ def mark(
     """
     if score == "none":
         return None
-    read: Callable[[str], Any] = {
-        "exact": _plain,
-        "last-number": last_number,
-        "first-match": _Names([*references, *choices]),
-    }[score]
+    read: Callable[[str], Any] = {"exact": _plain, "last-number": last_number}.get(score)
+    if score == "first-match":
+        read = _Names([*references, *choices])
     pairs = [(read(answer), read(right)) for answer, right in zip(answers, references, strict=True)]
     for number, (_, right) in enumerate(pairs):
         if right is None:

@@ -204,6 +204,26 @@ def test_a_stream_goes_on_where_its_state_says():
         assert equal(one, other) and equal(one, batches[i])
 
 
+@pytest.mark.parametrize("pack", [None, 20])
+def test_no_batch_is_larger_than_the_data(pack):
+    """But for what the parts that it is computed in need."""
+    for options, rows in ((dict(), 5), (dict(divisor=4), 8), (dict(divisor=2, shard=(1, 3)), 2)):
+        batches = Batches(make_examples([11] * 5), 4098, pack=pack, **options)
+        assert batches[0]["tokens"].shape[0] == rows and len(batches) == 1
+    assert Batches(make_examples([11] * 5), 4, pack=pack, divisor=4).batch_size == 4
+
+
+def test_examples_are_named_by_where_they_stand():
+    examples = [{"tokens": [1]}, {"tokens": [2]}, {"tokens": []}]
+    places = ["a:1", "a:3", "b:7"]
+    with pytest.raises(InputError, match="^b:7 has no tokens"):
+        Batches(examples, 1, places=places)
+    batches = Batches(examples[:2], 1, places=places)
+    assert batches.where(np.array([[1, -1], [0, 1]])) == "a:1, a:3"
+    assert batches.where([0, 1], limit=1) == "a:1 and 1 more"
+    assert Batches(examples[:2], 1).where([1]) == "row 1"
+
+
 def test_a_stream_passes_an_error_on():
     batches = Batches([{"tokens": [1, 2], "labels": [1]}], 1)
     with pytest.raises(InputError, match="row 0: labels"):

@@ -227,6 +227,20 @@ RTE = [
 ]
 
 
+@pytest.mark.parametrize("most", [20, 9])
+def test_what_spells_a_special_token_is_text(write, read, tokenizer, most):
+    rows = [["a [SEP] b", "[CLS]c[PAD]", "entailment"], ["a", " ", "not_entailment"]]
+    folder = write("RTE/train.tsv", [["sentence1", "sentence2", "label"], *rows])
+    made = glue.tokenise(read("rte", folder)[0], tokenizer, most)
+    tokens = made.data[0]["tokens"].tolist()
+    special = [tokenizer.convert_tokens_to_ids(f"[{name}]") for name in ("CLS", "SEP", "PAD")]
+    assert [token for token in tokens if token in special] == [1, 2, 2]
+    assert (len(tokens) == most, made.truncated) == ((True, 1) if most == 9 else (False, 0))
+    assert made.data[0]["token_types"].sum() == len(tokens) - tokens.index(2) - 1
+    assert made.counts == {glue.EMPTY: 1}
+    assert list(made.places) == [f"{folder / 'RTE' / 'train.tsv'}:{n}" for n in (2, 3)]
+
+
 def test_examples_have_no_types_where_the_tokenizer_has_none(write, read, tokenizer):
     rows, _ = read("cola", write(*FILES["cola"]))
     plain = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)

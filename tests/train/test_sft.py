@@ -281,6 +281,99 @@ def test_whole_chats_are_learned_by_the_tokenizers_template(tmp_path):
     assert "right" not in answers[0]
 
 
+def rows_of(file, count, answer="yes", start=0):
+    """A file of rows, with as many different questions."""
+    lines = [{"question": WORDS[i % 22] + f" w{i}", "answer": answer} for i in range(count)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in lines[start:]))
+    return file
+
+
+def test_a_run_is_what_its_data_hold(model, tmp_path, capsys, monkeypatch):
+    """Measured again or resumed, it needs the rows, the tokenizer and the base that it had."""
+    data, run = rows_of(tmp_path / "rows.jsonl", 12), tmp_path / "run"
+    options = dict(eval_rows=4, questions=1, batch_size=4, steps=2, save_every=1, eval_every=2)
+    assert train(model, data, run, quiet=True, **options) == 0
+    evaluate = ["evaluate", *words_of(folder=run, quiet=True)]
+    assert main(evaluate) == 0
+
+    def resumed(base=model, **more):
+        return ["sft", *words_of(
+            **{**dict(model=base, data=data, folder=run, prompt="what is {question}", remat="none",
+                      max_new_tokens=4, max_length=24, eval_batch_size=16, resume=True, quiet=True),
+               **options, **more})]  # fmt: skip
+
+    moved = tmp_path / "moved"
+    shutil.copytree(model, moved)
+    assert main(resumed(moved)) == 0
+    assert main([*evaluate, "--model", str(moved)]) == 0
+
+    rows_of(data, 13)
+    refused(resumed(), "--resume: the (training|held-out) rows changed since the run in", capsys)
+    refused(evaluate, "the held-out rows changed since .* or other rows by --data", capsys)
+    rows_of(data, 12, answer="no")
+    refused(resumed(), "--resume: the training rows changed", capsys)
+    assert main([*evaluate, "--data", str(data)]) == 0
+    rows_of(data, 12)
+    assert main(evaluate) == 0
+
+    tokenizer = moved / "tokenizer.json"
+    kept = json.loads(tokenizer.read_text())
+    words = kept["model"]["vocab"]
+    words["yes"], words["no"] = words["no"], words["yes"]
+    tokenizer.write_text(json.dumps(kept))
+    refused(resumed(moved), "--resume: the tokenizer changed", capsys)
+    refused([*evaluate, "--model", str(moved)], "the tokenizer changed", capsys)
+
+    # Runs of before there were digests are accepted, with a line.
+    monkeypatch.setattr("train.recipes.evaluate.SOURCES", "not there")
+    assert main(evaluate) == 0
+    assert "does not say which data it was made on" in capsys.readouterr().err
+
+
+def test_what_is_lost_is_told(model, tmp_path, capsys):
+    """Of held-out rows as of others, and as a warning where it is much; with the file and line."""
+    data, held_out = rows_of(tmp_path / "rows.jsonl", 30), tmp_path / "held.jsonl"
+    long = {"question": " ".join(["w1"] * 40), "answer": "yes"}
+    lines = [{"question": "w1", "answer": "no"}, *[long] * 9]
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    with open(data, "a") as file:
+        file.write('{"question": "w1", "answer": " "}\n')
+    options = dict(eval_data=held_out, questions=0, steps=1, batch_size=4096, accumulate=4)
+    assert train(model, data, tmp_path / "run", **options) == 0
+    shown = capsys.readouterr()
+    assert "training rows: 31 rows, 0 dropped, 0 cut to 24 tokens, 1 empty answers" in shown.out
+    assert "warning: held-out rows: 10 rows, 9 dropped, 0 cut to 24 tokens" in shown.err
+    assert "--batch-size 4096: there are no more than 31" in shown.out
+    assert main(["evaluate", *words_of(folder=tmp_path / "run", quiet=True)]) == 0
+    assert "warning: held-out rows: 10 rows, 9 dropped" in capsys.readouterr().err
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in lines[1:]))
+    refused(["evaluate", *words_of(folder=tmp_path / "run")], "none of the 9 rows became", capsys)
+
+
+def test_a_held_out_chat_without_an_answer_is_named(tmp_path, capsys):
+    model = model_folder(tmp_path / "model", CHAT)
+    chats = [[("user", "w1"), ("assistant", "w1")], [("user", "w2")]]
+    rows = [{"messages": [{"role": r, "content": c} for r, c in chat]} for chat in chats]
+    good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
+    good.write_text(json.dumps(rows[0]) + "\n")
+    bad.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    assert train(model, good, tmp_path / "run", prompt=None, eval_data=bad, quiet=True) == 2
+    assert "bad.jsonl:2: there is no answer of the assistant" in capsys.readouterr().err
+
+
+def test_a_name_that_no_question_has_can_be_named(model, tmp_path):
+    """The choices are the references of all held-out rows, however few the model answers."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(f'{{"question": "w1", "answer": "{a}"}}\n' for a in ("yes", "no")))
+    options = sft.Options(
+        data=str(file), eval_data=str(file), prompt="{question}", questions=1, score="first-match",
+        model=ModelOptions(model=str(model)), run=sft.RunOptions(folder=tmp_path / "run"),
+    )  # fmt: skip
+    tokenizer = base.tokenizer(options.model)
+    questions = sft.ask(options, base.describe(options.model), sft.read(options)[1], tokenizer)
+    assert questions.accuracy(["no, not yes"]) == {"accuracy": 0.0}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
