@@ -125,8 +125,10 @@ class Batches(Sequence):
     def where(self, rows: Sequence[int], limit: int = 8) -> str:
         """Where examples stand: the files and lines of some, or else their numbers."""
         numbers = sorted({int(row) for row in np.ravel(rows) if row >= 0})
-        some = [f"row {n}" if self._places is None else self._places[n] for n in numbers]
-        return ", ".join(some[:limit]) + (f" and {len(some) - limit} more" if some[limit:] else "")
+        some = [str(n) if self._places is None else self._places[n] for n in numbers[:limit]]
+        kind = "" if self._places is not None else "rows " if len(numbers) > 1 else "row "
+        more = f" and {len(numbers) - limit} more" if numbers[limit:] else ""
+        return f"{kind}{', '.join(some)}{more}"
 
     def _cut(self, epoch: int) -> list[np.ndarray]:
         """The rows of each batch of an epoch."""

@@ -217,7 +217,8 @@ def references(rows: datasets.Dataset, tokenizer: Any) -> list[str]:
     """
     found, tokens = [], SpecialTokens(tokenizer)
     for row, read in zip(rows, _read(rows[:], Form(), tokenizer), strict=True):
-        turn = row["messages"][_learned(row["messages"])[-1]]
+        messages = json.loads(row["messages"])
+        turn = messages[_learned(messages)[-1]]
         text = "".join(read.pieces[-1].parts)
         plain = turn.keys() <= {"role", "content", "weight"}
         found.append(turn["content"] if plain else tokens.split(text)[0])
@@ -242,6 +243,8 @@ def _read(columns: Mapping[str, list], form: Form, tokenizer: Any) -> list[Read]
     for values in zip(*(columns[name] for name in names), strict=True):
         row = dict(zip(names, values, strict=True))
         place = row.pop(PLACE, None)
+        if form.prompt is None:
+            row = {name: value and json.loads(value) for name, value in row.items()}
         try:
             found.append(form.read(row, tokens))
         except InputError as error:

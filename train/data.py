@@ -28,7 +28,7 @@ import pyarrow.parquet
 from hyperadapt_jax import paths
 from train.errors import InputError, first_line, warn
 
-_VERSION = 2  # of what the cache holds: raise it when rows or examples are made in another way
+_VERSION = 3  # of what the cache holds: raise it when rows or examples are made in another way
 PLACE = "(place)"  # a column that says where a row stands: its file and line
 _HELD_OUT = ("validation", "valid", "val", "dev")  # names of one and the same split
 
@@ -108,10 +108,10 @@ class Label:
 class Messages:
     """A column of conversations: lists of ``{"role": ..., "content": ...}`` with other fields."""
 
-    feature = datasets.Json()
+    feature = datasets.Value("string")  # JSON, which keeps every digit
 
-    def parse(self, value: Any) -> list[dict[str, Any]]:
-        """The conversation, each message with the fields that it has, null ones left out.
+    def parse(self, value: Any) -> str:
+        """The conversation as JSON, each message with its fields, null ones left out.
 
         A message without text is one whose text is empty, if it has something else to say.
         """
@@ -130,18 +130,18 @@ class Messages:
                     f"has no weight of 0 or 1 in message {number}: {_shown(fields['weight'])}"
                 )
             turns.append(fields)
-        return turns
+        return json.dumps(turns, ensure_ascii=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tools:
     """A column, which rows may lack, of what a conversation can call: a list of objects."""
 
-    feature = datasets.Json()
+    feature = datasets.Value("string")  # JSON, which keeps every digit
     optional = True
 
-    def parse(self, value: Any) -> list[dict[str, Any]] | None:
-        """The tools; None where there are none. They may come as the text of that list in JSON."""
+    def parse(self, value: Any) -> str | None:
+        """The tools as JSON; None where there are none. They may come as the text of that JSON."""
         if isinstance(value, str):
             try:
                 value = json.loads(value, object_pairs_hook=_pairs) if value.strip() else None
@@ -152,7 +152,7 @@ class Tools:
         _check(value)
         if not isinstance(value, list) or not all(map(_object, value)):
             raise InputError(f"is {_kind(value)}: expected a list of objects")
-        return value
+        return json.dumps(value, ensure_ascii=False)
 
 
 Column = Text | Number | Label | Messages | Tools

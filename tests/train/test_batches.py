@@ -222,6 +222,7 @@ def test_examples_are_named_by_where_they_stand():
     assert batches.where(np.array([[1, -1], [0, 1]])) == "a:1, a:3"
     assert batches.where([0, 1], limit=1) == "a:1 and 1 more"
     assert Batches(examples[:2], 1).where([1]) == "row 1"
+    assert Batches(examples[:2], 1).where([1, 0]) == "rows 0, 1"
 
 
 def test_a_stream_passes_an_error_on():

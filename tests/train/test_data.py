@@ -133,15 +133,16 @@ def test_a_data_set_of_the_hub_is_checked_as_files_are(write, read, monkeypatch)
 
 
 def test_conversations_keep_all_fields_but_null(write, read):
-    call = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": None, "y": [1]}}]}
+    numbers = {"x": None, "y": [0.1 + 0.2, 2**70, 5e-324]}
+    call = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": numbers}]}
     turns = [{"role": "user", "content": "hi", "name": "x"}, {**call, "content": None, "z": None}]
     tools = [{"name": "f", "parameters": {}}]
     rows = [{"messages": turns, "tools": tools}, {"messages": turns[:1], "tools": None}]
     rows += [{"messages": turns[:1], "tools": json.dumps(tools)}, {"messages": turns[:1]}]
     file = write("a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     found = read(file, {"messages": Messages(), "tools": Tools()})
-    assert found[0]["messages"] == [turns[0], {**call, "content": ""}]
-    assert found["tools"][:] == [tools, None, tools, None]
+    assert json.loads(found[0]["messages"]) == [turns[0], {**call, "content": ""}]
+    assert [x and json.loads(x) for x in found["tools"]] == [tools, None, tools, None]
     for wrong in ("no JSON", 3, {}, ["f"]):
         with pytest.raises(InputError, match="a.jsonl:1: column 'tools' is "):
             read(write("a.jsonl", json.dumps({"messages": turns, "tools": wrong})),
