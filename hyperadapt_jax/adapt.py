@@ -15,15 +15,17 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hyperadapt_jax import compat, paths, rules
-from hyperadapt_jax.rules import Names, Scaled, scale
+from hyperadapt_jax.rules import KEEPS_ZEROS, Facts, Scaled, scale
 from hyperadapt_jax.scales import Scales, check
 from hyperadapt_jax.tables import table
 
 ON_ACTIVATIONS = "on activations"
 MATERIALISED = "materialised"
 UNUSED = "not used"
+ZERO = "zero"
 
 
 class MaterialisedWarning(UserWarning):
@@ -69,6 +71,7 @@ class _Context:
 
     uses: dict[Use, None] = dataclasses.field(default_factory=dict)  # an ordered set
     bodies: dict[Any, Callable] = dataclasses.field(default_factory=dict)  # one per inner jaxpr
+    facts: Facts = dataclasses.field(default_factory=Facts)
 
     def run(self, jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
         """Evaluates a jaxpr on operands of which some may be Scaled; so may the results be."""
@@ -88,11 +91,27 @@ class _Context:
 
     def _equation(self, eqn: Any, operands: Sequence[Any]) -> list[Any]:
         if not any(isinstance(x, Scaled) for x in operands):
-            return compat.bind(eqn, *operands)
+            results = compat.bind(eqn, *operands)
+            if eqn.primitive.name in KEEPS_ZEROS:
+                x = operands[0]
+                if self.facts.of(x) == ZERO or np.ndim(x) == 0 and self.is_zero(x):
+                    self.facts.note(results[0], ZERO)
+            return results
         results = rules.apply(self, eqn, operands)
         if results is None:
             results = compat.bind(eqn, *self.plain(eqn, operands))
         return results
+
+    def is_zero(self, x: Any) -> bool:
+        """Whether an array is known to hold nothing but zeros, which any scale leaves as they are.
+
+        Traced, it is known where it was broadcast from a constant. A constant is looked at.
+        """
+        if self.facts.of(x) == ZERO:
+            return True
+        if isinstance(x, Scaled | jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
+            return False
+        return jnp.issubdtype(jnp.result_type(x), jnp.number) and not np.any(x)
 
     def applied(self, eqn: Any, weight: Any, onto: Any = None) -> None:
         """Notes that a weight's vectors multiply activations, or (onto) another adapted weight."""

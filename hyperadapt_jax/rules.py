@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -94,6 +95,20 @@ class Scaled:
     @property
     def factors(self) -> Factors:
         return list(zip(self.axes, self.deltas, strict=True))
+
+
+class Facts:
+    """What is known of traced arrays, each for as long as it lives."""
+
+    def __init__(self) -> None:
+        self._facts: dict[int, tuple[weakref.ref, Any]] = {}
+
+    def note(self, x: Any, fact: Any) -> None:
+        self._facts[id(x)] = weakref.ref(x), fact
+
+    def of(self, x: Any, default: Any = None) -> Any:
+        ref, fact = self._facts.get(id(x), (None, None))
+        return fact if ref is not None and ref() is x else default
 
 
 def scale(x: jax.Array, factors: Factors, dtype: Any = None) -> jax.Array:
@@ -277,15 +292,90 @@ def _parts(eqn: Any, side: int, x: Any, factors: Factors) -> list[Any]:
     return [high.astype(own), (x - high).astype(own)]
 
 
-def _contract(eqn: Any, parts: Sequence[Sequence[Any]], **changed: Any) -> Any:
+def _contract(eqn: Any, parts: Sequence[Sequence[Any]], *others: Any, **changed: Any) -> Any:
     """A contraction of two operands, each a sum of parts, of any dtypes."""
-    dtypes = [x.aval.dtype for x in eqn.invars]
+    dtypes = [x.aval.dtype for x in eqn.invars[:2]]
     if [p[0].dtype for p in parts] != dtypes:
         changed["preferred_element_type"] = eqn.outvars[0].aval.dtype
         if not isinstance(eqn.params["precision"], (tuple, lax.Precision)):
             changed["precision"] = None  # an algorithm for the dtypes that there were
-    ys = [compat.bind(eqn, a, b, **changed)[0] for a, b in itertools.product(*parts)]
+    ys = [compat.bind(eqn, a, b, *others, **changed)[0] for a, b in itertools.product(*parts)]
     return functools.reduce(jnp.add, ys)
+
+
+def ragged_dot_general(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
+    """A dot whose rows come in groups, each with its own slice of the right side (experts).
+
+    A vector over the groups becomes one per row, by the row's group. Then it goes as in any dot:
+    a vector whose axes the result has scales the result, any other the other operand.
+    """
+    group_sizes, result = operands[2], eqn.outvars[0].aval
+    sides = _settled(ctx, eqn, operands[:2])
+    ragged = eqn.params["ragged_dot_dimension_numbers"]
+    contract, batch = ragged.dot_dimension_numbers
+    values = [value_of(x) for x in sides]
+    names = [[("free", side, axis) for axis in range(v.ndim)] for side, v in enumerate(values)]
+    for kind, pairs in (("contract", contract), ("batch", batch)):
+        for i, axes in enumerate(zip(*pairs, strict=True)):
+            for side, axis in enumerate(axes):
+                names[side][axis] = (kind, i)
+    for axis in ragged.rhs_group_dimensions:
+        names[1][axis] = ("group",)
+    [rows] = (names[0][axis] for axis in ragged.lhs_ragged_dimensions)
+    out = [("batch", i) for i in range(len(batch[0]))]
+    out += [n for n in names[0] + names[1] if n[0] == "free"]
+    if rows[0] == "contract":
+        out = [("group",), *out]
+
+    after, before = [], ([], [])
+    for side, operand in enumerate(sides):
+        for axes, delta in factors_of(operand):
+            spans = [names[side][axis] for axis in axes]
+            if ("group",) in spans:
+                outer = [n for n in out if n in names[0]]
+                outer = outer[: outer.index(rows)] if group_sizes.ndim > 1 else []
+                count = values[0].shape[names[0].index(rows)]
+                spans, delta = _by_row(spans, delta, group_sizes, [*outer, rows], count)
+            if all(name in out for name in spans):
+                after.append((tuple(map(out.index, spans)), delta))
+            elif all(name in names[1 - side] for name in spans):
+                before[1 - side].append((tuple(map(names[1 - side].index, spans)), delta))
+            else:
+                return None
+    if not _inexact(result) and any(before[i] and not _inexact(values[i]) for i in (0, 1)):
+        return None
+    parts: list[list[Any]] = []
+    for side in (0, 1):
+        if before[side]:
+            ctx.applied(eqn, sides[1 - side], onto=sides[side])
+        ordered = Scaled.of(values[side], before[side], ())
+        parts.append(_parts(eqn, side, ordered.value, ordered.factors))
+    y = _contract(eqn, parts, group_sizes)
+    return [_scale_result(ctx, eqn, sides, y, after)]
+
+
+def _by_row(
+    spans: list[Any], delta: Any, group_sizes: Any, rows: list[Any], count: int
+) -> tuple[list[Any], Any]:
+    """A vector over groups as one over the rows that they consist of.
+
+    Args:
+      spans: names of the vector's axes, among them ``("group",)``.
+      delta: the vector.
+      group_sizes: [..., groups], how many rows each group has.
+      rows: names of the axes that the rows lie on: those of ``...``, then the ragged one.
+      count: how many rows there are; those that belong to no group are scaled by one.
+    """
+    ends = jnp.cumsum(group_sizes, axis=-1)[..., None, :]
+    groups = jnp.sum(ends <= jnp.arange(count, dtype=ends.dtype)[:, None], axis=-1)
+    shared = [n for n in spans if n in rows]
+    index = [groups]
+    for name in shared:
+        axis = rows.index(name)
+        index.append(lax.broadcasted_iota(groups.dtype, groups.shape, axis))
+    left = [n for n in spans if n not in rows and n != ("group",)]
+    delta = lax.transpose(delta, [spans.index(n) for n in [("group",), *shared, *left]])
+    return [*rows, *left], delta.at[tuple(index)].get(mode="fill", fill_value=0)
 
 
 def conv_general_dilated(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
@@ -293,7 +383,7 @@ def conv_general_dilated(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[An
     lhs, rhs = operands = _settled(ctx, eqn, operands)
     numbers, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
     out_axis, in_axis = numbers.rhs_spec[:2]
-    if isinstance(lhs, Scaled) or eqn.params["batch_group_count"] != 1:
+    if isinstance(lhs, Scaled):
         return None
     after, before = [], []
     for axes, delta in factors_of(rhs):
@@ -301,6 +391,15 @@ def conv_general_dilated(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[An
             after.append((tuple(numbers.out_spec[1] for _ in axes), delta))
         elif axes == (in_axis,):
             before.append(((numbers.lhs_spec[1],), jnp.tile(delta, groups)))
+        elif set(axes) == {in_axis, out_axis}:
+            # Each group's own input features, as where a function of one kernel is mapped over
+            # many: the factor must be the same for all output features of a group.
+            size = rhs.value.shape[out_axis] // groups
+            if size > 1 and ctx.facts.of(delta, {}).get(out_axis, 1) % size:
+                return None
+            delta = lax.slice_in_dim(delta, 0, None, size, axes.index(out_axis))
+            delta = delta if axes.index(out_axis) == 0 else delta.T
+            before.append(((numbers.lhs_spec[1],), delta.reshape(-1)))
         else:
             return None
     if before:
@@ -312,39 +411,77 @@ def conv_general_dilated(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[An
 
 
 def gather(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
-    """Whole slices picked by index: so are the vectors. Looked-up rows are activations."""
+    """Rows or windows picked by index: the vectors are gathered as their table is.
+
+    A vector over axes that are kept whole stays as it is, one over batching axes moves with them,
+    and any other is gathered by its own columns of the indices. Looked-up rows are activations.
+    """
     table, indices = operands
-    numbers, slice_sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    picked = numbers.collapsed_slice_dims
-    kept = [axis for axis in range(table.value.ndim) if axis not in picked]
-    whole = (
-        sorted(picked) == sorted(numbers.start_index_map)
-        and not numbers.operand_batching_dims
-        and all(slice_sizes[axis] == table.value.shape[axis] for axis in kept)
-    )
-    fill = eqn.params["fill_value"]
-    if not whole or not (fill is None or fill == 0 or np.isnan(fill)):
+    if isinstance(indices, Scaled) or not _fills_with_nothing(eqn):
         return None
-    is_rows, size = len(kept) < 2, eqn.outvars[0].aval.size
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    # Which axis of the indices belongs to an axis of the table.
+    pairs = zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True)
+    batching = dict(pairs)
+    gone = {*batching, *numbers.collapsed_slice_dims}
+    kept = [axis for axis in range(table.value.ndim) if axis not in gone]
+    is_rows, size = _is_vector([sizes[axis] for axis in kept]), eqn.outvars[0].aval.size
     if is_rows and size > table.value.size and _inexact(table.value) and not table.product:
         why = "what is looked up is larger than the whole table"
         return compat.bind(eqn, *ctx.plain(eqn, [table], why), indices)
     [y] = compat.bind(eqn, table.value, indices)
     rows = [axis for axis in range(y.ndim) if axis not in numbers.offset_dims]
+    to = dict(zip(kept, numbers.offset_dims, strict=True))
+    to |= {axis: rows[i] for axis, i in batching.items()}
+    whole = {a for a, n in enumerate(table.value.shape) if sizes[a] == n or a in batching}
     factors = []
     for axes, delta in table.factors:
-        spans = [numbers.offset_dims[kept.index(axis)] for axis in axes if axis in kept]
-        looked_up = [axis for axis in axes if axis in picked]
-        if looked_up:
-            columns = [numbers.start_index_map.index(axis) for axis in looked_up]
-            index = tuple(indices[..., column] for column in columns)
-            order = [axes.index(axis) for axis in looked_up]
-            order += [i for i in range(len(axes)) if i not in order]
-            delta = lax.transpose(delta, order).at[index]
-            delta = delta.get(mode=eqn.params["mode"], fill_value=0, wrap_negative_indices=False)
-            spans = rows + spans
-        factors.append((tuple(spans), delta))
-    return [Scaled.of(y, factors, table.origin, product=is_rows)]
+        if whole.issuperset(axes):
+            spans = tuple(to[axis] for axis in axes if axis in to)
+            delta = lax.squeeze(delta, [i for i, axis in enumerate(axes) if axis not in to])
+        else:
+            windows = [axis for axis in axes if axis in kept]
+            spans = (*rows, *(to[axis] for axis in windows))
+            delta = _gather_vector(eqn, axes, delta, indices, windows, batching)
+        factors.append((spans, delta))
+    return [_moved(table, y, factors, product=is_rows)]
+
+
+def _fills_with_nothing(eqn: Any) -> bool:
+    """Whether what lies outside the table is filled with zero, NaN or, in codes, a mark."""
+    fill = eqn.params["fill_value"]
+    if eqn.params["mode"] != lax.GatherScatterMode.FILL_OR_DROP or fill is None:
+        return True
+    inexact = jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.inexact)
+    return not inexact or fill == 0 or bool(np.isnan(fill))
+
+
+def _gather_vector(
+    eqn: Any,
+    axes: Sequence[int],
+    delta: Any,
+    indices: Any,
+    windows: Sequence[int],
+    batching: dict[int, int],
+) -> Any:
+    """The gather of a table, of a vector over some of its axes: rows first, then the windows."""
+    numbers = eqn.params["dimension_numbers"]
+    columns = [i for i, axis in enumerate(numbers.start_index_map) if axis in axes]
+    if len(columns) < indices.shape[-1]:
+        indices = indices[..., np.array(columns, int)]
+    shared = [axis for axis in axes if axis in batching]
+    picked = [axis for axis in axes if axis not in windows and axis not in shared]
+    first = indices.ndim - 1
+    own = lax.GatherDimensionNumbers(
+        offset_dims=tuple(range(first, first + len(windows))),
+        collapsed_slice_dims=tuple(map(axes.index, picked)),
+        start_index_map=tuple(axes.index(numbers.start_index_map[i]) for i in columns),
+        operand_batching_dims=tuple(map(axes.index, shared)),
+        start_indices_batching_dims=tuple(batching[axis] for axis in shared),
+    )
+    sizes = [eqn.params["slice_sizes"][axis] for axis in axes]
+    # Outside the table the scale is one.
+    return lax.gather(delta, indices, own, sizes, mode=eqn.params["mode"], fill_value=0)
 
 
 def _scale_result(ctx: Any, eqn: Any, operands: Sequence[Any], y: Any, factors: Factors) -> Any:
@@ -359,6 +496,16 @@ def _scale_result(ctx: Any, eqn: Any, operands: Sequence[Any], y: Any, factors: 
 # Layout: the value passes, and the vectors move with their axes.
 
 
+def _moved(x: Scaled, value: Any, factors: Factors, product: bool = False) -> Scaled:
+    """The same weight after a step that changes no number; it may be an activation from there."""
+    return Scaled.of(value, factors, x.origin, x.product or product, x.codes)
+
+
+def _is_vector(shape: Sequence[int]) -> bool:
+    """What is no larger than a vector is as cheap to scale as an activation."""
+    return sum(size > 1 for size in shape) < 2
+
+
 def _layout(move: Callable[[Any, Any, Scaled], Factors | None]) -> Callable:
     """A rule for one scaled operand, one result, and factors that ``move`` carries to its axes."""
 
@@ -370,7 +517,8 @@ def _layout(move: Callable[[Any, Any, Scaled], Factors | None]) -> Callable:
         if factors is None:
             return None
         [y] = compat.bind(eqn, scaled.value, *others)
-        return [Scaled.of(y, factors, scaled.origin, scaled.product, scaled.codes)]
+        row = _is_vector(y.shape) and _inexact(y) and not scaled.codes
+        return [_moved(scaled, y, factors, product=row)]
 
     return rule
 
@@ -411,16 +559,20 @@ def _broadcast_in_dim(eqn: Any, others: Any, x: Scaled) -> Factors:
     return [(tuple(to[axis] for axis in axes), delta) for axes, delta in x.factors]
 
 
-def _reshape(eqn: Any, others: Any, x: Scaled) -> Factors | None:
+def _reshape(ctx: Any, eqn: Any, others: Any, x: Scaled) -> Factors | None:
     """Axes that split or join: a factor is repeated over the axes that join its own."""
-    if eqn.params["dimensions"] is not None:
-        return None
-    old, new = x.value.shape, eqn.params["new_sizes"]
+    order = eqn.params["dimensions"] or range(x.value.ndim)
+    old, new = [x.value.shape[axis] for axis in order], eqn.params["new_sizes"]
     groups = _regroup(old, new)
     if groups is None:
         return None
     factors = []
-    for axes, delta in x.factors:
+    moved = Scaled.of(
+        jax.ShapeDtypeStruct(tuple(old), x.value.dtype),
+        [(tuple(map(order.index, axes)), delta) for axes, delta in x.factors],
+        x.origin,
+    )
+    for axes, delta in moved.factors:
         touched = [(before, after) for before, after in groups if set(before) & set(axes)]
         wide = [axis for before, _ in touched for axis in before]
         spans = tuple(axis for _, after in touched for axis in after)
@@ -430,8 +582,20 @@ def _reshape(eqn: Any, others: Any, x: Scaled) -> Factors | None:
                 return None  # as large as the weight itself
             missing = [i for i, axis in enumerate(wide) if axis not in axes]
             delta = jnp.broadcast_to(jnp.expand_dims(delta, missing), shape)
-        factors.append((spans, lax.reshape(delta, tuple(new[axis] for axis in spans))))
+        delta = lax.reshape(delta, tuple(new[axis] for axis in spans))
+        # Two axes in one, of which the factor spans the first: it comes in runs of equal numbers.
+        runs = {
+            after[0]: math.prod(old[axis] for axis in before if axis not in axes)
+            for before, after in touched
+            if len(after) == 1 and set(before[: len(set(before) & set(axes))]) <= set(axes)
+        }
+        ctx.facts.note(delta, runs)
+        factors.append((spans, delta))
     return factors
+
+
+def reshape(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
+    return _layout(partial(_reshape, ctx))(ctx, eqn, operands)
 
 
 def _regroup(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]] | None:
@@ -480,6 +644,20 @@ def _dynamic_slice(eqn: Any, others: Any, x: Scaled) -> Factors:
     ]
 
 
+def _reduce_sum(eqn: Any, others: Any, x: Scaled) -> Factors | None:
+    """A sum over axes that no vector spans."""
+    gone = eqn.params["axes"]
+    if any(axis in gone for axes in x.axes for axis in axes):
+        return None
+    left = [axis for axis in range(x.value.ndim) if axis not in gone]
+    return [(tuple(map(left.index, axes)), delta) for axes, delta in x.factors]
+
+
+def _ppermute(eqn: Any, others: Any, x: Scaled) -> Factors:
+    """Each device's weight goes to another, and its vectors with it."""
+    return [(axes, compat.bind(eqn, delta)[0]) for axes, delta in x.factors]
+
+
 def _rev(eqn: Any, others: Any, x: Scaled) -> Factors:
     flipped = eqn.params["dimensions"]
     return [
@@ -515,6 +693,104 @@ def split(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
         Scaled.of(v, list(zip(x.axes, deltas, strict=True)), x.origin, x.product, x.codes)
         for v, *deltas in zip(compat.bind(eqn, x.value), *pieces, strict=True)
     ]
+
+
+def concatenate(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
+    """Arrays joined along an axis, old or new (``stack``): so are their vectors.
+
+    What is scaled by nothing is scaled by one. A vector that does not span the joined axis stays
+    as it is where all operands share it, and is repeated along it where they differ.
+    """
+    operands = [
+        ctx.plain(eqn, [x])[0] if isinstance(x, Scaled) and x.product and _inexact(x.value) else x
+        for x in operands
+    ]
+    [y] = compat.bind(eqn, *map(value_of, operands))
+    scaled = [x for x in operands if isinstance(x, Scaled)]
+    if not scaled:
+        return [y]
+    new = compat.name_of(eqn) == "stack"
+    joined = eqn.params["axis" if new else "dimension"]
+    sizes = [1 if new else value_of(x).shape[joined] for x in operands]
+
+    def moved(axes):
+        return tuple(axis + (new and axis >= joined) for axis in axes)
+
+    first = operands[0] if len(scaled) == len(operands) else None
+    shared = [
+        (axes, delta)
+        for axes, delta in factors_of(first)
+        if (new or joined not in axes)
+        and all(any(a == axes and d is delta for a, d in x.factors) for x in scaled)
+    ]
+    factors = [(moved(axes), delta) for axes, delta in shared]
+
+    # For each set of axes, what each operand has there: a column of this table is a new vector.
+    columns: dict[tuple[tuple[int, ...], int], dict[int, Any]] = {}
+    repeated = set()
+    for i, x in enumerate(operands):
+        seen: list[tuple[int, ...]] = []
+        for axes, delta in factors_of(x):
+            if any(a == axes and d is delta for a, d in shared):
+                continue
+            spans = tuple(sorted({*moved(axes), joined}))
+            if new or joined not in axes:
+                delta = jnp.expand_dims(delta, spans.index(joined))
+                repeated |= {spans} if sizes[i] > 1 else set()
+            shape = [sizes[i] if axis == joined else y.shape[axis] for axis in spans]
+            columns.setdefault((spans, seen.count(spans)), {})[i] = jnp.broadcast_to(delta, shape)
+            seen.append(spans)
+    for (spans, _), column in columns.items():
+        shape = [y.shape[axis] for axis in spans]
+        inexact = jnp.issubdtype(y.dtype, jnp.inexact)
+        if inexact and spans in repeated and 2 * math.prod(shape) > y.size:
+            return None  # about as large as the weights themselves
+        along_it = spans.index(joined)
+        dtype = jnp.result_type(*column.values())
+        parts = []
+        for i, size in enumerate(sizes):
+            shape[along_it] = size
+            parts.append(column[i].astype(dtype) if i in column else jnp.zeros(shape, dtype))
+        factors.append((spans, lax.concatenate(parts, along_it)))
+    product, codes = (any(getattr(x, flag) for x in scaled) for flag in ("product", "codes"))
+    return [Scaled.of(y, factors, origin_of(*scaled), product, codes)]
+
+
+def pad(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
+    """What is padded with zeros may be scaled by anything: by one."""
+    x, padding = operands
+    config = eqn.params["padding_config"]
+    grows = any(low > 0 or high > 0 or interior for low, high, interior in config)
+    if not isinstance(x, Scaled) or grows and not ctx.is_zero(padding):
+        return None
+    [y] = compat.bind(eqn, x.value, padding)
+    factors = [
+        (axes, lax.pad(d, jnp.zeros((), d.dtype), [config[axis] for axis in axes]))
+        for axes, d in x.factors
+    ]
+    return [_moved(x, y, factors)]
+
+
+def select_n(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
+    """A choice between arrays that the same vectors scale, as they do zeros (a pruned weight)."""
+    which, *cases = operands
+    scaled = [x for x in cases if isinstance(x, Scaled)]
+    alike = all(_same_factors(x, scaled[0]) for x in scaled)
+    others = [x for x in cases if not isinstance(x, Scaled)]
+    if isinstance(which, Scaled) or not alike or not all(map(ctx.is_zero, others)):
+        return None
+    [y] = compat.bind(eqn, which, *map(value_of, cases))
+    return [dataclasses.replace(_moved(scaled[0], y, scaled[0].factors), origin=origin_of(*scaled))]
+
+
+def overwrite(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
+    """Zeros written into a weight, as into a padding token's row of a table."""
+    x, *others = operands
+    at = 1 if compat.name_of(eqn) == "scatter" else 0  # the indices come first there
+    if any(isinstance(o, Scaled) for o in others) or not ctx.is_zero(others[at]):
+        return None
+    [y] = compat.bind(eqn, x.value, *others)
+    return [_moved(x, y, x.factors)]
 
 
 def each(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
@@ -778,12 +1054,23 @@ class _Loop:
 
 Rule = Callable[[Any, Any, Sequence[Any]], list[Any] | None]
 
+# Zeros in, zeros out.
+KEEPS_ZEROS = {"broadcast_in_dim", "convert_element_type", "copy", "copy_p", "pvary", "pcast"}
+KEEPS_ZEROS |= {"reshape", "squeeze", "transpose", "slice", "neg", "sharding_constraint"}
+
 RULES: dict[str, Rule] = {
     "dot_general": dot_general,
+    "ragged_dot_general": ragged_dot_general,
     "conv_general_dilated": conv_general_dilated,
     "gather": gather,
     "mul": mul,
     "split": split,
+    "concatenate": concatenate,
+    "stack": concatenate,
+    "pad": pad,
+    "select_n": select_n,
+    "scatter": overwrite,
+    "dynamic_update_slice": overwrite,
     "optimization_barrier": each,
     "device_put": each,
     **dict.fromkeys(
@@ -798,10 +1085,12 @@ RULES: dict[str, Rule] = {
     "transpose": _layout(_transpose),
     "squeeze": _layout(_squeeze),
     "broadcast_in_dim": _layout(_broadcast_in_dim),
-    "reshape": _layout(_reshape),
+    "reshape": reshape,
     "slice": _layout(_slice),
     "dynamic_slice": _layout(_dynamic_slice),
     "rev": _layout(_rev),
+    "reduce_sum": _layout(_reduce_sum),
+    "ppermute": _layout(_ppermute),
     "all_gather": _layout(_all_gather),
     "all_gather_invariant": _layout(_all_gather),
     "jit": jit,
