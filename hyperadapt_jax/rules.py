@@ -394,11 +394,11 @@ def conv_general_dilated(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[An
         elif set(axes) == {in_axis, out_axis}:
             # Each group's own input features, as where a function of one kernel is mapped over
             # many: the factor must be the same for all output features of a group.
-            size = rhs.value.shape[out_axis] // groups
-            if size > 1 and ctx.facts.of(delta, {}).get(out_axis, 1) % size:
+            size, place = rhs.value.shape[out_axis] // groups, axes.index(out_axis)
+            if ctx.facts.of(delta, {}).get(place, 1) % size:
                 return None
-            delta = lax.slice_in_dim(delta, 0, None, size, axes.index(out_axis))
-            delta = delta if axes.index(out_axis) == 0 else delta.T
+            delta = lax.slice_in_dim(delta, 0, None, size, place)
+            delta = delta if place == 0 else delta.T
             before.append(((numbers.lhs_spec[1],), delta.reshape(-1)))
         else:
             return None
@@ -583,15 +583,29 @@ def _reshape(ctx: Any, eqn: Any, others: Any, x: Scaled) -> Factors | None:
             missing = [i for i, axis in enumerate(wide) if axis not in axes]
             delta = jnp.broadcast_to(jnp.expand_dims(delta, missing), shape)
         delta = lax.reshape(delta, tuple(new[axis] for axis in spans))
-        # Two axes in one, of which the factor spans the first: it comes in runs of equal numbers.
-        runs = {
-            after[0]: math.prod(old[axis] for axis in before if axis not in axes)
-            for before, after in touched
-            if len(after) == 1 and set(before[: len(set(before) & set(axes))]) <= set(axes)
-        }
-        ctx.facts.note(delta, runs)
+        if wide != list(axes):
+            ctx.facts.note(delta, _runs(touched, axes, old, spans))
         factors.append((spans, delta))
     return factors
+
+
+def _runs(
+    touched: Sequence[tuple[list[int], list[int]]],
+    axes: Sequence[int],
+    old: Sequence[int],
+    spans: Sequence[int],
+) -> dict[int, int]:
+    """Of a factor repeated over axes that join its own: where it comes in runs of equal numbers.
+
+    Returns:
+      For axes of the factor, the length of the runs.
+    """
+    runs = {}
+    for before, after in touched:
+        first = [axis for axis in before if axis in axes]
+        if len(after) == 1 and first == before[: len(first)]:
+            runs[spans.index(after[0])] = math.prod(old[axis] for axis in before[len(first) :])
+    return runs
 
 
 def reshape(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
