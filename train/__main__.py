@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from typing import Any
 
 RECIPES = {
-    "demo": "adapt an embedded model to a new task and show that it learned: two minutes on a CPU",
+    "demo": "adapt an embedded model to a new task: two minutes on a CPU",
     "glue": "fine-tune an encoder on a task of GLUE",
     "sft": "fine-tune a decoder on instructions and answers",
     "pretrain": "make the embedded model of the demo from scratch",
     "evaluate": "measure a run's adapter again, on its own data or on other",
-    "export": "merge an adapter into its base: a Hugging Face folder for any other software",
+    "export": "merge an adapter into its base, as a Hugging Face folder",
     "rank": "what rank an adapter's updates have, as a table and a figure",
     "plan": "what would train, with which memory; reads no weights",
 }
@@ -59,7 +59,7 @@ def main(args: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if error.errno == errno.EPIPE:
             return 128 + signal.SIGPIPE
-        return _refused(f"train: what is printed cannot be written: {error.strerror}")
+        return _refused(f"what is printed cannot be written: {error.strerror}")
     finally:
         if signal.getsignal(signal.SIGTERM) is _terminate:
             signal.signal(signal.SIGTERM, before)
@@ -76,7 +76,7 @@ def _main(args: list[str]) -> int:
     name, *rest = args
     if name not in RECIPES:
         known = ", ".join(RECIPES)
-        return _refused(f"train: there is no recipe {name!r}: choose one of {known}")
+        return _refused(f"there is no recipe {name!r}: choose one of {known}")
     # Orbax and grain tell of each save, with tracebacks; what matters comes as an exception too.
     for noisy in ("absl", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
@@ -103,23 +103,23 @@ def _main(args: list[str]) -> int:
         print(f"{name}: {stopped}; go on with: {command}", file=sys.stderr)
         return 128 + stopped.number
     except refusals as error:
-        return _refused(f"train {name}: {error}")
+        return _refused(str(error))
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return _refused(
-            f"train {name}: there is too little memory: raise --accumulate, lower --batch-size or"
+            "there is too little memory: raise --accumulate, lower --batch-size or"
             " --max-length, or take --remat full or --dtype bfloat16"
         )
     except OSError as error:
         if error.filename is None:
             raise
-        return _refused(f"train {name}: {error.filename}: {error.strerror or error}")
+        return _refused(f"{error.filename}: {error.strerror or error}")
     return 0
 
 
 def _refused(reason: str) -> int:
-    print(" ".join(reason.split()), file=sys.stderr)
+    print(f"error: {' '.join(reason.split())}", file=sys.stderr)
     return 2
 
 
@@ -136,8 +136,8 @@ def _help() -> str:
             *lines,
             "",
             "python -m train RECIPE --help lists a recipe's options. Exit status: 0 done,",
-            "2 something given cannot be used, 130 or 143 stopped by Ctrl-C or SIGTERM with",
-            "everything saved.",
+            "2 something given cannot be used, 130 or 143 stopped by Ctrl-C or SIGTERM,",
+            "with everything saved.",
         ]
     )
 

@@ -13,6 +13,7 @@ import dataclasses
 import inspect
 import math
 import shlex
+import shutil
 import textwrap
 import types
 import typing
@@ -473,6 +474,8 @@ class _Read(argparse.Action):
 
 def _parser(recipe: str, cls: type, fields: Iterable[_Field]) -> _Parser:
     about, _, examples = inspect.getdoc(cls).partition("\n\nExamples:\n")
+    width = min(shutil.get_terminal_size().columns - 2, 98)
+    about = "\n\n".join(textwrap.fill(text, width) for text in about.split("\n\n"))
     parser = _Parser(
         prog=f"python -m train {recipe}",
         usage=f"python -m train {recipe} [OPTIONS]",

@@ -311,7 +311,7 @@ def test_a_full_disk_is_one_line_and_loses_no_checkpoint(command, tmp_path):
     process = start(words, largest_file=30_000)
     _, shown = process.communicate(timeout=240)
     assert process.returncode == 2, shown
-    assert shown.strip().splitlines()[-1].startswith("train glue: "), shown
+    assert shown.strip().splitlines()[-1].startswith("error: "), shown
     assert "cannot be written" in shown.splitlines()[-1]
     assert "Traceback" not in shown, shown
     # With room again, the run goes on.

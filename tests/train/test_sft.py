@@ -17,6 +17,7 @@ import yaml
 
 from train import base, chat, methods
 from train.__main__ import main
+from train.data import Examples
 from train.options import AdapterOptions, ModelOptions
 from train.recipes import sft
 from train.report import read_metrics
@@ -191,7 +192,7 @@ def test_a_perplexity_that_no_float_holds_is_infinite(monkeypatch):
         )  # fmt: skip
 
     example = {"tokens": np.arange(3), "labels": np.arange(3)}
-    monkeypatch.setattr(sft.chat, "examples", lambda *_: ([example], 0, 0))
+    monkeypatch.setattr(sft.chat, "examples", lambda *_: Examples([example], 0, 0))
     monkeypatch.setattr(sft.losses, "token_losses", losses_of)
     chosen = types.SimpleNamespace(form=None, max_length=8, eval_batch_size=1)
     tuning, questions = types.SimpleNamespace(frozen={}), types.SimpleNamespace(score="none")
@@ -229,7 +230,7 @@ def refused(words, message, capsys):
     assert main(words) == 2
     error = capsys.readouterr().err.strip()
     assert re.search(message, error), error
-    assert error.startswith("train ") and "\n" not in error
+    assert error.startswith("error: ") and "\n" not in error
 
 
 def test_a_run_of_another_recipe_has_no_questions(done, tmp_path, capsys):

@@ -134,7 +134,7 @@ def refused(capsys, args, reason):
     """The command ends with status 2 and one line that gives the reason."""
     assert main(args) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"train {args[0]}: ") and reason in line
+    assert line.startswith("error: ") and reason in line
 
 
 def test_the_exported_model_is_the_merged_one(stored, tmp_path, capsys):

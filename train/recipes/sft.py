@@ -38,9 +38,9 @@ class Options:
 
     Examples:
       # Questions and answers in two columns; the base model shows no chat template.
-      python -m train sft --model Qwen/Qwen2.5-0.5B --data rows.jsonl --folder runs/sft \\
-          --prompt '{question}' --answer ' {answer}' --epochs 3
-      # Whole chats in a column "messages", of an instruction-tuned model; scored by the answers.
+      python -m train sft --model Qwen/Qwen2.5-0.5B --data rows.jsonl \\
+          --folder runs/sft --prompt '{question}' --answer ' {answer}' --epochs 3
+      # Whole chats in a column "messages", scored by the model's own answers.
       python -m train sft --model Qwen/Qwen2.5-0.5B-Instruct --data chats.parquet \\
           --folder runs/chat --score last-number --questions 200 --dtype bfloat16
       # A run that was stopped, from where it was saved.
