@@ -517,8 +517,7 @@ def _layout(move: Callable[[Any, Any, Scaled], Factors | None]) -> Callable:
         if factors is None:
             return None
         [y] = compat.bind(eqn, scaled.value, *others)
-        row = _is_vector(y.shape) and _inexact(y) and not scaled.codes
-        return [_moved(scaled, y, factors, product=row)]
+        return [_moved(scaled, y, factors, product=_is_vector(y.shape))]
 
     return rule
 
