@@ -402,6 +402,8 @@ def conv_general_dilated(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[An
             before.append(((numbers.lhs_spec[1],), delta.reshape(-1)))
         else:
             return None
+    if before and not _inexact(eqn.outvars[0].aval) and not _inexact(lhs):
+        return None
     if before:
         ctx.applied(eqn, rhs)
     kernel, inputs = value_of(rhs), _parts(eqn, 0, lhs, before)

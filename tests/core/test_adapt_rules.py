@@ -385,6 +385,27 @@ def test_integer_codes_pass(name):
         assert bits(jax.jit(forward)(CODES, zeros)) == bits(jax.jit(fn)(CODES["w"]))
 
 
+@pytest.mark.parametrize("result", [jnp.int32, jnp.float32])
+def test_integer_images_meet_integer_kernels(result):
+    """The in side scales no integer: it is refused, unless the result has room for its scale."""
+    codes, images = CODES["w"].reshape(4, 3, 8, 2), jnp.round(20 * IMAGE).astype(jnp.int8)
+
+    def fn(w, x):
+        return 0.01 * conv(x, w, preferred_element_type=result).astype(jnp.float32)
+
+    for axes, fits in (("- - in out", result == jnp.float32), ("- - - out", True)):
+        target = ha.Target("w", axes, quantised=True)
+        scales = random_scales(ha.init(ha.plan({"w": codes}, target)))
+        forward = ha.adapt(lambda p, x: fn(p["w"], x), materialise="allow")
+        if not fits:
+            with pytest.raises(ha.MaterialisedError, match="integer codes.*conv_general_dilated"):
+                forward({"w": codes}, scales, images)
+            continue
+        dense = ha.merge({"w": codes.astype(jnp.float32)}, scales)["w"]
+        want = 0.01 * conv(images.astype(jnp.float32), dense)
+        assert error(forward({"w": codes}, scales, images), want) < 1e-5
+
+
 def test_zeros_are_known_outside_jit_too():
     scales = random_scales(ha.init(ha.plan(WEIGHT, *IN_OUT)))
     forward = ha.adapt(CASES["joined: pruned"].fn, materialise="error")
