@@ -250,8 +250,11 @@ def adapt(
 
     The same function with every weight ``W`` in scales replaced by ``diag(1+col) W diag(1+row)``
     (kernels stored in x out), computed on the activations: no scaled copy of a weight and no
-    gradient of a weight's size. At zero deltas every product is exact, so the results are the
-    base's, bit for bit (as far as XLA compiles the rest of both programs alike). It composes with
+    gradient of a weight's size. A weight is multiplied out where that costs less, as for a vector
+    that would repeat the activations many times over. Scales multiply in float32, and nothing is
+    rounded that the function itself keeps. At zero deltas every product is exact, so the results
+    are the base's, bit for bit, as far as XLA compiles the rest of both programs alike (under jit
+    it may leave out a rounding to bfloat16 that the base function states). It composes with
     ``jit``, ``grad``, ``jvp``, ``vmap``, ``checkpoint``, ``shard_map`` and with itself, and
     enters those (and ``scan``, ``while_loop``, ``cond``) inside fn. A function with a derivative
     rule of its own gets the multiplied-out weight, so that its rule holds.

@@ -419,7 +419,7 @@ def gather(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
     and any other is gathered by its own columns of the indices. Looked-up rows are activations.
     """
     table, indices = operands
-    if isinstance(indices, Scaled) or not _fills_with_nothing(eqn):
+    if isinstance(indices, Scaled) or not (table.codes or _fills_with_nothing(eqn)):
         return None
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     # Which axis of the indices belongs to an axis of the table.
@@ -427,7 +427,9 @@ def gather(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
     batching = dict(pairs)
     gone = {*batching, *numbers.collapsed_slice_dims}
     kept = [axis for axis in range(table.value.ndim) if axis not in gone]
-    is_rows, size = _is_vector([sizes[axis] for axis in kept]), eqn.outvars[0].aval.size
+    # Rows in an order that is a parameter too are a weight still.
+    is_rows = _is_vector([sizes[axis] for axis in kept]) and not ctx.is_frozen(indices)
+    size = eqn.outvars[0].aval.size
     if is_rows and size > table.value.size and _inexact(table.value) and not table.product:
         why = "what is looked up is larger than the whole table"
         return compat.bind(eqn, *ctx.plain(eqn, [table], why), indices)

@@ -33,7 +33,10 @@ class Target:
         Equinox one, ``"stack in out"`` a scanned one, ``"in out out"`` a query projection
         (D, N, H), ``"- - in out"`` a convolution. Without ``in`` there is no ``col``, without
         ``out`` no ``row``: ``"- out"`` is (IA)^3.
-      quantised: the weight holds integer codes which the model's function dequantises itself.
+      quantised: the weight holds integer codes which the model's function dequantizes itself. What
+        is scaled is the weight that comes of them: their zero point and step, which must be among
+        the parameters or constants, a code book, shifts and masks may all come first. Vectors have
+        the codes' shape: where one code holds several numbers, its scale is theirs.
 
     Raises:
       PlanError: an unknown role, no ``in`` and no ``out``, or a pattern that is no regex.

@@ -523,6 +523,27 @@ def test_adapting_an_adapted_function_applies_both(name):
     assert error(got, want) < 1e-5
 
 
+def test_shards_of_size_one_are_gathered_with_their_vectors():
+    """Each device holds one row of the weight, and so one number of its vector."""
+    spec = jax.sharding.PartitionSpec
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def fn(params, x):
+        def inner(w, x):
+            own = w[0] * lax.axis_index("d")  # of size one before it is gathered, too
+            return x @ lax.all_gather(w, "d", tiled=True) + lax.psum(own, "d")
+
+        specs = (spec("d"), spec())
+        return jax.shard_map(inner, mesh=mesh, in_specs=specs, out_specs=spec(), check_vma=False)(
+            params["w"], x
+        )
+
+    params = {"w": draw(6, 8, 3)}
+    scales = random_scales(ha.init(ha.plan(params, *IN_OUT)))
+    forward = jax.jit(ha.adapt(fn, materialise="error"))
+    assert error(forward(params, scales, X), fn(ha.merge(params, scales), X)) < 1e-5
+
+
 def test_runs_operation_by_operation_outside_jit():
     case, forward, scales = make("scan over layers")
     eager, jitted = (f(case.params, scales, *case.args) for f in (forward, jax.jit(forward)))
@@ -721,6 +742,48 @@ def test_materialise_says_what_where_and_why():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ha.adapt(fn, materialise="allow")(SQUARE, scales, X)
+
+
+# An einsum, its sizes, the weight's roles, and whether scaling the activations costs less.
+COSTS = {
+    "tensor train": ("brjk,rjl->bkl", dict(b=64, r=16, j=8, k=16, l=16), "in out out", False),
+    "heads as inputs": ("bd,dnh->bnh", dict(b=256, d=64, n=8, h=8), "in in out", False),
+    "narrow experts": ("td,edf->tef", dict(t=512, d=64, e=8, f=16), "stack in out", False),
+    "one product a result": ("bij,ij->bij", dict(b=64, i=16, j=16), "in out", False),
+    "two inputs": ("td,df->tf", dict(t=1024, d=2, f=64), "in out", False),
+    "two outputs": ("td,df->tf", dict(t=1024, d=64, f=2), "in out", False),
+    "dense": ("td,df->tf", dict(t=256, d=64, f=64), "in out", True),
+    "few tokens, two outputs": ("td,df->tf", dict(t=8, d=64, f=2), "in out", True),
+    "wide experts": ("td,edf->tef", dict(t=64, d=32, e=4, f=64), "stack in out", True),
+}
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_a_weight_is_multiplied_out_only_where_that_costs_less(name):
+    equation, sizes, roles, scaled = COSTS[name]
+    operands = equation.split("->")[0].split(",")
+    x, w = (jax.ShapeDtypeStruct([sizes[c] for c in o], jnp.float32) for o in operands)
+    scales = jax.eval_shape(lambda: ha.init(ha.plan({"w": w}, ("w", roles))))
+
+    def fn(params, x):
+        return jnp.einsum(equation, x, params["w"])
+
+    def cost(forward):
+        step = jax.value_and_grad(lambda s, p, x: jnp.sum(jnp.sin(forward(p, s, x))), (0, 2))
+        compiled = jax.jit(step).lower(scales, {"w": w}, x).compile()
+        return compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
+
+    forward = ha.adapt(fn, materialise="allow")
+    ours = cost(forward)
+    merged = cost(lambda params, scales, x: fn(ha.merge(params, scales), x))
+    found = ha.explain(forward, {"w": w}, scales, x)
+    if scaled:
+        assert found.on_activations == ("w",) and ours[0] < merged[0]
+    else:
+        assert found.materialised == ("w",) and all(u.reason for u in found.uses)
+        assert ours[0] <= 1.02 * merged[0] and ours[1] <= 1.02 * merged[1]
+        with pytest.raises(ha.MaterialisedError, match="scaling"):
+            jax.eval_shape(ha.adapt(fn, materialise="error"), {"w": w}, scales, x)
 
 
 def test_explain_works_on_shapes_alone_and_names_what_is_not_used():

@@ -239,7 +239,7 @@ DEQUANTIZE = [
     lambda c: c.astype(jnp.float32) * 0.1,
     lambda c: (c.astype(jnp.float32) - 3) * 0.1,
     lambda c: (c.astype(jnp.int32) - 3).astype(jnp.float32) / 8,
-    lambda c: 0.1 * c - 0.25,
+    lambda c: jnp.float32(0.1) * c - 0.25,
     lambda c: jnp.sin(jnp.arange(16.0))[c & 15],
     lambda c: jnp.where(c & 1, -0.5, 1.5) * jnp.exp2((c & 3).astype(jnp.float32)),
     lambda c: ((c >> 1) & 7).astype(jnp.float32) - 3.5,

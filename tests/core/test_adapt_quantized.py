@@ -21,6 +21,7 @@ ZERO = jnp.array([120, 131, 128, 99, 140, 127], jnp.uint8)
 GROUP_STEP = 0.01 + jnp.abs(draw(6, GROUPS, 1, OUT)) / 100
 GROUP_ZERO = jnp.arange(GROUPS * OUT, dtype=jnp.float32).reshape(GROUPS, 1, OUT)
 BOOK = draw(7, 16)
+ORDER = jnp.array([5, 3, 0, 1, 7, 6, 2, 4])
 
 
 def floating(c):
@@ -101,6 +102,9 @@ DEQUANTIZE = {
         UNSIGNED[: IN // 2],
         lambda c: unpacked(jnp.stack([jnp.floor(c / 16), c - 16 * (c // 16)], 1)) - 7.5,
     ),
+    "in another order": (
+        UNSIGNED, lambda c: STEP * c[ORDER].astype(jnp.float32) - (STEP * ZERO)[None][0 * ORDER]
+    ),
     "copied, named": (SIGNED, lambda c: floating(checkpoint_name(jnp.copy(c), "codes")) * STEP),
     "constrained": (SIGNED, lambda c: floating(lax.with_sharding_constraint(c, sharding())) * STEP),
     "wider, negated": (SIGNED, lambda c: floating(-c.astype(jnp.int32)) * STEP),
@@ -125,6 +129,7 @@ def test_equals_the_scaled_dequantized_weight(name):
         weight, vectors = floating(dequantize(params["codes"])), scales["codes"]
         # A code that holds several numbers scales them all.
         col = jnp.repeat(1 + vectors.col, IN // len(codes))[:, None]
+        col = col[ORDER] if name == "in another order" else col
         return x @ (weight * col * (1 + vectors.row)) / 64
 
     def value_and_grad(fn):
@@ -159,6 +164,69 @@ def test_an_embedding_may_meet_a_quantized_layer():
     merged = ha.merge({**params, "codes": floating(SIGNED)}, scales)
     forward = ha.adapt(fn, materialise="error")
     assert error(forward(params, scales, tokens), fn(merged, tokens)) < 1e-5
+
+
+def test_a_quantized_embedding_takes_off_its_zero_points_and_not_what_is_added():
+    """Looked-up codes less their zero points are scaled; positions, added to them, are not."""
+    params = {
+        "codes": UNSIGNED,
+        "zero": ZERO,
+        "rows": jnp.abs(draw(12, IN)),
+        "at": draw(13, 3, OUT),
+    }
+    tokens = jnp.array([2, 7, 2])
+
+    def fn(params, tokens, scale=1):
+        rows = floating(params["codes"][tokens]) - floating(params["zero"])
+        return jnp.tanh(scale * rows * params["rows"][tokens][:, None] / 50 + params["at"])
+
+    scales = random_scales(ha.init(ha.plan(params, ha.Target("codes", "in out", quantised=True))))
+    vectors = scales["codes"]
+    want = fn(params, tokens, (1 + vectors.col)[tokens][:, None] * (1 + vectors.row))
+    got = ha.adapt(fn, materialise="error")(params, scales, tokens)
+    assert error(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("nest", [jax.checkpoint, jax.jit, "cond", "scan"])
+def test_a_zero_point_is_known_inside_of_inner_functions(nest):
+    params = {
+        "codes": jnp.stack([UNSIGNED, UNSIGNED.T.reshape(IN, OUT)]),
+        "zero": jnp.stack([ZERO, ZERO]),
+    }
+
+    def layer(x, codes, zero):
+        return x @ (STEP * codes - floating(zero) * STEP) / 9
+
+    def fn(params, x):
+        if nest == "scan":
+            body = lambda c, p: (c + layer(x, p["codes"], p["zero"]), None)  # noqa: E731
+            return lax.scan(body, jnp.zeros((5, OUT)), params)[0]
+        args = (x, params["codes"][0], params["zero"][0])
+        return lax.cond(x[0, 0] < 9, layer, layer, *args) if nest == "cond" else nest(layer)(*args)
+
+    target = ha.Target("codes", "stack in out", quantised=True)
+    scales = random_scales(ha.init(ha.plan(params, target)))
+    weights = (floating(params["codes"]) - floating(params["zero"])[:, None]) * STEP
+    weights = ha.merge({"codes": weights}, scales)["codes"]
+    want = X @ (weights.sum(0) if nest == "scan" else weights[0]) / 9
+    assert error(ha.adapt(fn, materialise="error")(params, scales, X), want) < 1e-5
+
+
+def test_what_is_added_to_activations_or_made_of_the_weight_is_no_zero_point():
+    """A product with activations is no weight any more; a mean of the weight is no zero point."""
+
+    def fn(params, x):
+        w = floating(params["codes"]) * STEP
+        gated = jnp.tanh(x[:, :, None] * w + 1.0).sum(1)
+        return gated + x @ (w - jnp.mean(w, 0))
+
+    def oracle(w, x):
+        return jnp.tanh(x[:, :, None] * w + 1.0).sum(1) + x @ (w - jnp.mean(w, 0))
+
+    params = {"codes": SIGNED}
+    scales = random_scales(ha.init(ha.plan(params, ha.Target("codes", "in out", quantised=True))))
+    want = oracle(ha.merge({"codes": floating(SIGNED) * STEP}, scales)["codes"], X)
+    assert error(ha.adapt(fn, materialise="allow")(params, scales, X), want) < 1e-5
 
 
 def test_codes_shared_by_weights_of_their_own_are_scaled_apart():
