@@ -174,6 +174,11 @@ class Checkpoints:
             yield
         except Exception as error:
             reason = first_line(error)
+            if "structures do not match" in reason:
+                raise InputError(
+                    f"the checkpoints in {self._folder} are of another version of this program:"
+                    " start another run, in another folder"
+                ) from error
             if len(reason) > 200:  # the innermost cause comes last
                 reason = f"{reason[:80]} ... {reason[-100:]}"
             raise InputError(

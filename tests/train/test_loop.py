@@ -268,6 +268,15 @@ def test_a_checkpoint_that_is_damaged_is_named(model, tmp_path):
         fit(tiny.task(model), tmp_path / "run", steps=2, resume=True)
 
 
+def test_a_checkpoint_of_another_version_is_told_from_a_damaged_one(model, tmp_path):
+    """Its state has other parts: no older checkpoint of that run would fit either."""
+    fit(tiny.task(model), tmp_path, steps=2)
+    task = tiny.task(model)
+    like = start(task.tuning, make_optimizer(OPTIMIZER, task.tuning, 20), 0)
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(InputError, match="another version"):
+        checkpoints.restore(like._replace(bad=None))
+
+
 def test_the_last_step_is_evaluated_though_it_is_no_multiple(model, tmp_path):
     fit(tiny.task(model), tmp_path / "run", steps=7, eval_every=3)
     rows = report.read_metrics(tmp_path / "run/metrics.jsonl")
