@@ -451,8 +451,11 @@ def _decoder(fields: _Fields, family: str) -> DecoderConfig:
     width = fields.positive("hidden_size")
     layers = _layers(fields)
     heads = fields.positive("num_attention_heads")
-    # A missing field means the family's default, and null as many as there are query heads.
-    kv_heads = heads if "num_key_value_heads" in fields.rest else _KV_HEADS.get(family, heads)
+    # A missing field means the family's default, where that can be meant, and null as many as there
+    # are query heads.
+    kv_heads = _KV_HEADS.get(family, heads)
+    if "num_key_value_heads" in fields.rest or heads % kv_heads:
+        kv_heads = heads
     kv_heads = fields.positive("num_key_value_heads", default=kv_heads)
     if heads % kv_heads:
         raise fields.error("num_key_value_heads", kv_heads, f"does not divide {heads} heads")

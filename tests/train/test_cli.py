@@ -78,7 +78,7 @@ def refused(capsys, *words: str) -> str:
     captured = capsys.readouterr()
     error = captured.err.strip().splitlines()[-1]
     assert status == 2
-    assert error.startswith("train")
+    assert error.startswith("error: ")
     assert "Traceback" not in captured.err
     return error
 
