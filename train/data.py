@@ -15,6 +15,7 @@ import decimal
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -394,7 +395,7 @@ def _parse(where: str, row: Row | None, columns: Mapping[str, Column]) -> dict[s
 
 def _find(source: str | Path, split: str) -> list[Path] | None:
     """The files of a local data set; None where the source is none."""
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.is_file():
         if path.suffix not in _READERS:
             raise InputError(f"{path}: expected a file of the kind {', '.join(_READERS)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,7 @@ def read(
     """
     *texts, label = task.columns
     kind = Label(task.labels, missing=("-",)) if task.labels else Number(0, 5)
-    folder = Path(source).expanduser()
+    folder = Path(os.path.expanduser(source))
     options: dict[str, Any] = {"header": task.header, "short": task.short}
     if folder.is_dir():
         files = [folder / name / f"{split}.tsv" for name in (task.folder, ".")]

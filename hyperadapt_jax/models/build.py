@@ -311,6 +311,8 @@ def export(
         raw = _config_of_export(config, described, source)
         if isinstance(config, EncoderConfig) and config == described and config.labels is None:
             carried = _other_heads(config, source)
+            if _lacks_head(raw.get("architectures") or (), carried):
+                raw |= {"architectures": config_to_dict(config)["architectures"]}
     return weights.export(
         folder,
         tensors(config),
@@ -341,6 +343,17 @@ def _config_of_export(config: Config, described: Config, source: Path) -> dict[s
         return ours
     kept = {name: value for name, value in theirs.items() if name not in dropped}
     return kept | {name: ours[name] for name in sorted(own) if name in ours}
+
+
+def _lacks_head(architectures: Sequence[str], names: Sequence[str]) -> bool:
+    """Whether an architecture has a head of which no tensor is there: readers would make one up."""
+    heads = {
+        "ForMaskedLM": encoder.WORDS_HEAD,
+        "ForPreTraining": encoder.SENTENCES_HEAD,
+        "ForSequenceClassification": encoder.CLASSIFIER,
+    }
+    wanted = [heads[end] for end in heads for name in architectures if name.endswith(end)]
+    return not all(any(re.fullmatch(head, name) for name in names) for head in wanted)
 
 
 def _other_heads(config: EncoderConfig, source: Path) -> tuple[str, ...]:

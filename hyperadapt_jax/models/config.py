@@ -429,7 +429,8 @@ llama, mistral, phi3, qwen2, qwen3, roberta, xlm-roberta
 def _tokens(fields: _Fields, name: str) -> tuple[int, ...]:
     value = fields.rest.pop(name, None)
     values = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
+    whole = all(isinstance(v, int) and not isinstance(v, bool) for v in values)
+    if not whole or any(abs(v) > _LARGEST for v in values):
         raise fields.error(name, value, "expected a token number or a list of them")
     return tuple(values)
 
@@ -669,7 +670,7 @@ def _encoder(fields: _Fields, family: str, classifies: bool) -> EncoderConfig:
     # The pooler and the head own no token prediction: whether that one is tied has no effect.
     fields.rest.pop("tie_word_embeddings", None)
     for name in ("bos_token_id", "eos_token_id"):
-        fields.rest.pop(name, None)
+        _tokens(fields, name)  # an encoder ends no text, but a bad value is one
     return EncoderConfig(
         family=family,
         vocab_size=fields.positive("vocab_size"),

@@ -260,6 +260,8 @@ def _visible(mask: Array | None, segment_ids: Array | None) -> Array | None:
 
 # The heads of a checkpoint stand beside the encoder: those of pre-training, and a classifier.
 PRETRAINING_HEADS = r"(cls|lm_head)\..*"
+WORDS_HEAD = r"(cls\.predictions|lm_head)\..*"
+SENTENCES_HEAD = r"cls\.seq_relationship\..*"
 CLASSIFIER = r"classifier\..*"
 
 

@@ -147,6 +147,14 @@ class Report:
 # ---------------------------------------------------------------------------------------- folders
 
 
+def _at_home(path: str | os.PathLike[str]) -> Path:
+    """A path whose ``~`` is replaced by the user's home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise FileNotFoundError(f"{path}: there is no such user: give the whole path") from None
+
+
 def resolve(
     path_or_name: str | os.PathLike[str],
     *,
@@ -166,7 +174,7 @@ def resolve(
     Raises:
       FileNotFoundError: neither a folder nor a repository that can be read, offline included.
     """
-    name, folder = str(path_or_name), Path(path_or_name).expanduser()
+    name, folder = str(path_or_name), _at_home(path_or_name)
     if name and folder.is_dir():
         return folder
     if folder.is_file():
@@ -699,7 +707,7 @@ def load(
     >>> tree["up"]["kernel"].shape, report.loaded
     ((2, 4, 3), ('up/kernel',))
     """
-    folder = Path(folder).expanduser()
+    folder = _at_home(folder)
     paths, values, treedef = flatten(params)
     leaves = dict(zip(paths, values, strict=True))
     _check_table(tensors, leaves)
@@ -922,7 +930,7 @@ def export(
     ...     print(sorted(os.listdir(folder)), read_json(folder, "config.json"))
     ['config.json', 'model.safetensors'] {'torch_dtype': 'bfloat16'}
     """
-    folder = Path(folder).expanduser().resolve()
+    folder = _at_home(folder).resolve()
     source = None if source is None else resolve(source)
     paths, values, _ = flatten(params)
     leaves = dict(zip(paths, values, strict=True))

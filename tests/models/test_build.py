@@ -229,7 +229,18 @@ def test_a_head_that_does_not_fit_its_own_configuration_is_an_error(tmp_path: pa
         models.load(folder)
 
 
-@pytest.mark.parametrize(("name", "prefix"), [("bert", "cls."), ("roberta", "lm_head.")])
+@pytest.mark.parametrize("head", ["MaskedLM", "PreTraining"])
+def test_a_head_that_no_file_holds_is_not_promised(head: str, tmp_path: pathlib.Path) -> None:
+    """As where a tool saved the encoder alone and left config.json as it was."""
+    folder = models.export(tmp_path / "in", make("bert"))
+    rewrite(folder, lambda tensors: tensors, architectures=[f"BertFor{head}"])
+    out = models.export(tmp_path / "out", models.load(folder), source=folder)
+    assert json.loads((out / "config.json").read_text())["architectures"] == ["BertModel"]
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix"), [("bert", "cls.predictions."), ("roberta", "lm_head.")]
+)
 def test_a_head_of_pretraining_goes_along(name: str, prefix: str, tmp_path: pathlib.Path) -> None:
     model = make(name)
     folder = models.export(tmp_path / "in", model)

@@ -188,6 +188,7 @@ def test_generation_config_names_the_tokens_that_end_a_text(
         ("[2]", "generation_config.json: expected a JSON object, found list"),
         ('{"eos_token_id": "</s>"}', "generation_config.json: field 'eos_token_id'.*token number"),
         ('{"eos_token_id": [2, 3.0]}', "generation_config.json: field 'eos_token_id'"),
+        ('{"eos_token_id": [2, 1000000000000]}', "generation_config.json: field 'eos_token_id'"),
         ('{"eos_token_id": true}', "generation_config.json: field 'eos_token_id'"),
     ],
 )
