@@ -40,10 +40,19 @@ def main(args: Sequence[str] | None = None) -> int:
     for stream in ("stdout", "stderr"):
         if getattr(sys, stream) is None:  # closed before the program began
             setattr(sys, stream, open(os.devnull, "w"))
+    timers: list[threading.Timer] = []
+
+    def terminate(number: int, _: Any) -> None:
+        # Python drops what is raised inside a callback of its garbage collector: ask again then.
+        timers.append(threading.Timer(1.0, os.kill, (os.getpid(), number)))
+        timers[-1].daemon = True
+        timers[-1].start()
+        sys.exit(128 + number)
+
     # A run that is told to end before it can save anything tidies up as after Ctrl-C.
     before = signal.getsignal(signal.SIGTERM)
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _terminate)
+        signal.signal(signal.SIGTERM, terminate)
     try:
         try:
             return _main(args)
@@ -61,12 +70,10 @@ def main(args: Sequence[str] | None = None) -> int:
             return 128 + signal.SIGPIPE
         return _refused(f"what is printed cannot be written: {error.strerror}")
     finally:
-        if signal.getsignal(signal.SIGTERM) is _terminate:
+        for timer in timers:
+            timer.cancel()
+        if signal.getsignal(signal.SIGTERM) is terminate:
             signal.signal(signal.SIGTERM, before)
-
-
-def _terminate(number: int, _: Any) -> None:
-    sys.exit(128 + number)
 
 
 def _main(args: list[str]) -> int:
