@@ -52,6 +52,7 @@ bench: $(VENV)/.ready-bench ## measure speed and memory against other adapters
 
 lint: $(VENV)/.ready ## check the code's style
 	$(bin)/ruff check
+	$(bin)/ruff format --check
 
 other-python: $(VENV)/.ready
 	@$(bin)/python -c 'import sys; sys.exit(sys.version_info < (3, 12))' \

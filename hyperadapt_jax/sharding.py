@@ -72,9 +72,7 @@ def check_axes(mesh: Mesh | AbstractMesh, replicate: Sequence[str]) -> None:
         raise ValueError(f"replicate lists axes of the mesh {mesh.axis_names}, not {replicate!r}")
 
 
-def vector_shardings(
-    scales: Scales, weights: Any, replicate: Sequence[str] = ()
-) -> Scales:
+def vector_shardings(scales: Scales, weights: Any, replicate: Sequence[str] = ()) -> Scales:
     """The shardings of an adapter's vectors: for ``jax.device_put``, ``jax.jit``, a restore.
 
     Args:

@@ -306,9 +306,7 @@ def _learned(messages: Sequence[Mapping[str, Any]]) -> list[int]:
     ]  # fmt: skip
 
 
-def _turns(
-    messages: Sequence[Mapping[str, Any]], tools: list[Any] | None, quoted: _Quoted
-) -> Read:
+def _turns(messages: Sequence[Mapping[str, Any]], tools: list[Any] | None, quoted: _Quoted) -> Read:
     """A chat's pieces: each of the assistant's turns is an answer, up to the last of them.
 
     A template may show an earlier turn in another way once more has been said, as those do that

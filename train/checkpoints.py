@@ -55,9 +55,7 @@ class Checkpoints:
     def __init__(self, folder: Path):
         self._folder = Path(folder).resolve() / CHECKPOINTS
         last = policies.LatestN(2)
-        best = policies.BestN(
-            get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False
-        )
+        best = policies.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
             best_fn=_score,
             preservation_policy=policies.AnyPreservationPolicy([last, best]),
@@ -143,8 +141,9 @@ class Checkpoints:
             name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
             for name, x in zip(names, leaves, strict=True)
         }
-        with self._explained(f"read: remove {self._folder / str(step)} to fall back on the one"
-                             " before it"):
+        with self._explained(
+            f"read: remove {self._folder / str(step)} to fall back on the one before it"
+        ):
             found = self._manager.restore(
                 step,
                 args=ocp.args.Composite(

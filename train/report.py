@@ -128,9 +128,7 @@ class Log:
         speed = total / max(seconds, 1e-9)
         self._record(step, metrics, {"speed/tokens_per_second": speed})
         left = tqdm.format_interval((self.total_steps - step) * seconds / steps)
-        shown = (
-            f"loss {metrics.get('loss', math.nan):.4g}, {speed:,.0f} tokens/s, {left} left"
-        )
+        shown = f"loss {metrics.get('loss', math.nan):.4g}, {speed:,.0f} tokens/s, {left} left"
         self._bar.set_postfix_str(shown, refresh=False)
         self._bar.update(step - self._bar.n)
         if now - self._said >= _EVERY:

@@ -21,56 +21,137 @@ from hyperadapt_jax.models.weights import read_json
 # are null, and those that begin with an underscore.
 IGNORED_FIELDS: dict[str, str] = {
     **dict.fromkeys(
-        ("transformers_version", "name_or_path", "auto_map", "tokenizer_class",
-         "prefix", "finetuning_task", "task_specific_params", "unsloth_fixed", "unsloth_version",
-         "transformers.js_config", "internal_version", "language", "license", "name", "model_name"),
+        (
+            "transformers_version",
+            "name_or_path",
+            "auto_map",
+            "tokenizer_class",
+            "prefix",
+            "finetuning_task",
+            "task_specific_params",
+            "unsloth_fixed",
+            "unsloth_version",
+            "transformers.js_config",
+            "internal_version",
+            "language",
+            "license",
+            "name",
+            "model_name",
+        ),
         "says where the checkpoint came from; remote code is never run",
     ),
     **dict.fromkeys(
-        ("dtype", "torch_dtype", "torchscript", "tf_legacy_loss", "use_bfloat16",
-         "attn_implementation", "use_flash_attn", "use_flash_attention_2", "fp16", "bf16", "fp32",
-         "pretraining_tp", "chunk_size_feed_forward", "gradient_checkpointing", "use_cache",
-         "xla_device"),
+        (
+            "dtype",
+            "torch_dtype",
+            "torchscript",
+            "tf_legacy_loss",
+            "use_bfloat16",
+            "attn_implementation",
+            "use_flash_attn",
+            "use_flash_attention_2",
+            "fp16",
+            "bf16",
+            "fp32",
+            "pretraining_tp",
+            "chunk_size_feed_forward",
+            "gradient_checkpointing",
+            "use_cache",
+            "xla_device",
+        ),
         "says how torch computes or stores, not what",
     ),
     **dict.fromkeys(
-        ("return_dict", "use_return_dict", "output_attentions", "output_hidden_states",
-         "output_past"),
+        (
+            "return_dict",
+            "use_return_dict",
+            "output_attentions",
+            "output_hidden_states",
+            "output_past",
+        ),
         "says what torch returns",
     ),
     **dict.fromkeys(
         ("max_sequence_length", "model_max_length", "seq_length", "max_seq_length"),
         "says how long the texts of training were; max_position_embeddings alone is read",
     ),
-    "dual_chunk_attention_config":
+    **dict.fromkeys(
+        ("dual_chunk_attention_config",),
         "is read by servers of long contexts alone: the reference has no such attention",
+    ),
     **dict.fromkeys(
         ("sentence_transformers", "sbert_ce_default_activation_function"),
         "says what sentence-transformers does with the outputs",
     ),
     **dict.fromkeys(
-        ("directionality", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers",
-         "pooler_size_per_head", "pooler_type"),
+        (
+            "directionality",
+            "pooler_fc_size",
+            "pooler_num_attention_heads",
+            "pooler_num_fc_layers",
+            "pooler_size_per_head",
+            "pooler_type",
+        ),
         "was written into the first multilingual BERT files and is read by no implementation",
     ),
     **dict.fromkeys(
-        ("label2id", "id2label", "num_labels", "classifier_dropout", "problem_type",
-         "initializer_range", "initializer_factor"),
+        (
+            "label2id",
+            "id2label",
+            "num_labels",
+            "classifier_dropout",
+            "problem_type",
+            "initializer_range",
+            "initializer_factor",
+        ),
         "concerns the loss, a head that the model lacks, or a new checkpoint's start",
     ),
     **dict.fromkeys(
-        ("sep_token_id", "cls_token_id", "mask_token_id", "unk_token_id", "decoder_start_token_id",
-         "eos_token_ids", "bos_token", "eos_token", "pad_token", "unk_token", "sep_token",
-         "cls_token", "mask_token"),
+        (
+            "sep_token_id",
+            "cls_token_id",
+            "mask_token_id",
+            "unk_token_id",
+            "decoder_start_token_id",
+            "eos_token_ids",
+            "bos_token",
+            "eos_token",
+            "pad_token",
+            "unk_token",
+            "sep_token",
+            "cls_token",
+            "mask_token",
+        ),
         "concerns the tokenizer, whose own files are read",
     ),
     **dict.fromkeys(
-        ("max_length", "min_length", "do_sample", "early_stopping", "num_beams", "temperature",
-         "num_beam_groups", "diversity_penalty", "top_k", "top_p", "typical_p", "bad_words_ids",
-         "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "num_return_sequences",
-         "encoder_no_repeat_ngram_size", "output_scores", "return_dict_in_generate",
-         "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
-         "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens"),
+        (
+            "max_length",
+            "min_length",
+            "do_sample",
+            "early_stopping",
+            "num_beams",
+            "temperature",
+            "num_beam_groups",
+            "diversity_penalty",
+            "top_k",
+            "top_p",
+            "typical_p",
+            "bad_words_ids",
+            "repetition_penalty",
+            "length_penalty",
+            "no_repeat_ngram_size",
+            "num_return_sequences",
+            "encoder_no_repeat_ngram_size",
+            "output_scores",
+            "return_dict_in_generate",
+            "forced_bos_token_id",
+            "forced_eos_token_id",
+            "remove_invalid_values",
+            "exponential_decay_length_penalty",
+            "suppress_tokens",
+            "begin_suppress_tokens",
+        ),
         "is a default of generation, which takes its options from the call",
     ),
 }
@@ -315,8 +396,12 @@ class _Fields:
         for name in IGNORED_FIELDS:
             self.rest.pop(name, None)
         # Switches that every model here leaves off.
-        for name in ("is_encoder_decoder", "is_decoder", "add_cross_attention",
-                     "tie_encoder_decoder"):
+        for name in (
+            "is_encoder_decoder",
+            "is_decoder",
+            "add_cross_attention",
+            "tie_encoder_decoder",
+        ):
             self.expect(name, False)
         self.expect("pruned_heads", {})
         self.expect("quantization_config")
@@ -330,7 +415,8 @@ class _Fields:
             name, value = next(iter(rest.items()))
             others = ", ".join(sorted(rest)[:8])
             raise self.error(
-                name, value,
+                name,
+                value,
                 f"not understood, so the model could differ from the reference (all such fields: "
                 f"{others}); remove it from the file if it has no effect",
             )
@@ -532,7 +618,8 @@ def _windows(fields: _Fields, family: str, layers: int) -> tuple[int | None, ...
         kinds = ("full_attention", "sliding_attention")
         if len(types) != layers or any(kind not in kinds for kind in types):
             raise fields.error(
-                "layer_types", types,
+                "layer_types",
+                types,
                 f"expected {layers} times 'full_attention' or 'sliding_attention'",
             )
         sliding = [kind == "sliding_attention" for kind in types]
@@ -567,7 +654,8 @@ def _rope(fields: _Fields, family: str, head_dim: int, max_length: int) -> Rope:
     rotated = int(head_dim * fraction) if fraction <= 1.0 else 0
     if rotated < 2 or rotated % 2:
         raise inner.error(
-            "partial_rotary_factor", fraction,
+            "partial_rotary_factor",
+            fraction,
             f"expected to rotate an even part of the {head_dim} dimensions of a head",
         )
     rope = Rope(theta=theta, kind=kind, fraction=fraction)

@@ -284,9 +284,7 @@ class Decoder(nnx.Module):
         if segment_ids is not None:
             raise ValueError("segment_ids: packed sequences cannot be continued from a cache")
         if cache.valid.shape[0] != tokens.shape[0] or cache.valid.shape[1] < tokens.shape[1]:
-            raise ValueError(
-                f"cache: {cache.valid.shape} slots do not hold tokens {tokens.shape}"
-            )
+            raise ValueError(f"cache: {cache.valid.shape} slots do not hold tokens {tokens.shape}")
         cache, context = self._extend(tokens, mask, positions, cache)
         x, (keys, values) = self._run(
             self.embed(tokens, self.dtype), context, (cache.keys, cache.values)
@@ -382,9 +380,7 @@ def _visible(queries: _Tokens, keys: _Tokens, window: Array | int | None) -> Arr
     return visible
 
 
-def _in_blocks(
-    attention: Callable[[Array, _Tokens], Array], q: Array, queries: _Tokens
-) -> Array:
+def _in_blocks(attention: Callable[[Array, _Tokens], Array], q: Array, queries: _Tokens) -> Array:
     """Attention of ``q: [B, T, N, H]``, a block of queries after another, ``[B, T, N, H]``."""
     batch, length = q.shape[:2]
     if length <= BLOCK:
@@ -402,9 +398,7 @@ def _in_blocks(
     return jnp.moveaxis(y, 0, 1).reshape(batch, blocks * BLOCK, *q.shape[2:])[:, :length]
 
 
-def _positions(
-    index: Array, mask: Array | None, segment_ids: Array | None, batch: int
-) -> Array:
+def _positions(index: Array, mask: Array | None, segment_ids: Array | None, batch: int) -> Array:
     """Places counted from the start of each sequence, ``[B, T]``."""
     if segment_ids is not None:
         first = jnp.ones((batch, 1), bool)

@@ -165,7 +165,8 @@ class Encoder(nnx.Module):
         self.dtype = jnp.dtype(dtype)
         self.remat = remat
         shared = {
-            "param_dtype": jnp.dtype(dtype if param_dtype is None else param_dtype), "rngs": rngs
+            "param_dtype": jnp.dtype(dtype if param_dtype is None else param_dtype),
+            "rngs": rngs,
         }
         self.embed = Embeddings(config, **shared)
         self.layers = Layer(config, stack=(config.layers,), attention=attention, **shared)
@@ -293,9 +294,7 @@ def tensors(config: EncoderConfig) -> tuple[Tensor, ...]:
             add(f"{name}.{new}", f"{path}/{part}")
             last = table.pop()
             old_names = tuple(n.removesuffix(new) + old for n in (last.name, *last.aliases))
-            table.append(
-                Tensor(last.name, last.path, aliases=(*last.aliases, *old_names))
-            )
+            table.append(Tensor(last.name, last.path, aliases=(*last.aliases, *old_names)))
 
     for name, path in (("word", "words"), ("position", "positions"), ("token_type", "types")):
         add(f"embeddings.{name}_embeddings.weight", f"embed/{path}/embedding")
@@ -312,13 +311,16 @@ def tensors(config: EncoderConfig) -> tuple[Tensor, ...]:
         linear("pooler.dense", "pooler", optional=True)
     if config.labels is not None:
         # The head stands beside the encoder, without its prefix.
-        parts = (("classifier", "out"),) if config.pooler else (
-            ("classifier.dense", "dense"), ("classifier.out_proj", "out"),
+        parts = (
+            (("classifier", "out"),)
+            if config.pooler
+            else (
+                ("classifier.dense", "dense"),
+                ("classifier.out_proj", "out"),
+            )
         )
         for name, path in parts:
-            table.append(
-                Tensor(f"{name}.weight", f"classifier/{path}/kernel", True, optional=True)
-            )
+            table.append(Tensor(f"{name}.weight", f"classifier/{path}/kernel", True, optional=True))
             table.append(Tensor(f"{name}.bias", f"classifier/{path}/bias", optional=True))
     return tuple(table)
 

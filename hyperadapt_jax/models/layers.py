@@ -100,7 +100,9 @@ class Embedding(nnx.Module):
     def attend(self, x: Array) -> Array:
         """Products of ``x: [..., width]`` with every row in float32, ``[..., rows]``."""
         return jnp.einsum(
-            "...d,vd->...v", x, self.embedding[...].astype(x.dtype),
+            "...d,vd->...v",
+            x,
+            self.embedding[...].astype(x.dtype),
             preferred_element_type=jnp.float32,
         )
 

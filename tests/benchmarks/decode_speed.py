@@ -68,8 +68,10 @@ def main() -> None:
         fn, params = models.functional(models.load(folder, progress=False))
         reference = transformers.AutoModelForCausalLM.from_pretrained(folder).float().eval()
     print(f"jax {jax.__version__}, torch {torch.__version__}, {args.threads} threads of torch")
-    print(f"{sum(a.size for a in jax.tree.leaves(params)):,} float32 parameters, prompts of "
-          f"{args.prompt} tokens, {args.new} new ones, median of {args.repeats} runs")
+    print(
+        f"{sum(a.size for a in jax.tree.leaves(params)):,} float32 parameters, prompts of "
+        f"{args.prompt} tokens, {args.new} new ones, median of {args.repeats} runs"
+    )
     print("| batch | jax, tokens/s | torch, tokens/s | ratio | first call of jax, s | same text |")
     print("|---|---|---|---|---|---|")
     for batch in args.batch:
@@ -83,8 +85,13 @@ def main() -> None:
         def theirs(prompts: list[list[int]] = prompts) -> list[list[int]]:
             tokens = torch.tensor(prompts)
             result = reference.generate(
-                tokens, attention_mask=torch.ones_like(tokens), do_sample=False, use_cache=True,
-                max_new_tokens=args.new, eos_token_id=None, pad_token_id=0,
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                do_sample=False,
+                use_cache=True,
+                max_new_tokens=args.new,
+                eos_token_id=None,
+                pad_token_id=0,
             )
             return result[:, args.prompt :].tolist()
 
@@ -92,8 +99,10 @@ def main() -> None:
         _, slow = seconds(theirs, args.repeats)
         same = mine() == theirs()
         total = batch * args.new
-        print(f"| {batch} | {total / fast:,.0f} | {total / slow:,.0f} | {slow / fast:.1f} | "
-              f"{first:.1f} | {same} |")
+        print(
+            f"| {batch} | {total / fast:,.0f} | {total / slow:,.0f} | {slow / fast:.1f} | "
+            f"{first:.1f} | {same} |"
+        )
 
 
 if __name__ == "__main__":

@@ -128,9 +128,7 @@ JOINED = {
         PAIR,
         [("w|v", "in -")],
     ),
-    "with itself": Case(
-        lambda p, x: x @ jnp.concatenate([p["w"], 2 * p["w"]], 1), WEIGHT, IN_OUT
-    ),
+    "with itself": Case(lambda p, x: x @ jnp.concatenate([p["w"], 2 * p["w"]], 1), WEIGHT, IN_OUT),
     "two whole weights": Case(
         lambda p, x: x @ jnp.concatenate([p["w"], p["v"]], 1), PAIR, BOTH, materialised=("v", "w")
     ),
@@ -176,9 +174,7 @@ JOINED = {
     "pruned by zeros of NumPy": Case(
         lambda p, x: x @ jnp.where(MASK, p["w"], np.zeros((8, 6), p["w"].dtype)), WEIGHT, IN_OUT
     ),
-    "pruned by zeros of JAX": Case(
-        lambda p, x: x @ jnp.where(MASK, p["w"], ZEROS), WEIGHT, IN_OUT
-    ),
+    "pruned by zeros of JAX": Case(lambda p, x: x @ jnp.where(MASK, p["w"], ZEROS), WEIGHT, IN_OUT),
     "pruned inside a checkpoint": Case(
         lambda p, x: jax.checkpoint(lambda x, w: x @ jnp.tril(w))(x, p["w"]), WEIGHT, IN_OUT
     ),
@@ -202,9 +198,7 @@ JOINED = {
     "zeros written": Case(
         lambda p, x, i: x @ p["w"].at[:, i].set(0), WEIGHT, IN_OUT, (X, jnp.array([3, 1]))
     ),
-    "ones written": Case(
-        lambda p, x: x @ p["w"].at[2].set(1), WEIGHT, IN_OUT, materialised=("w",)
-    ),
+    "ones written": Case(lambda p, x: x @ p["w"].at[2].set(1), WEIGHT, IN_OUT, materialised=("w",)),
     "summed": Case(
         lambda p, x: x @ jnp.sum(p["w"], (0, 2)), {"w": draw(6, 2, 8, 3, 6)}, [("w", "- in - out")]
     ),
@@ -217,9 +211,7 @@ STACK = {"w": draw(4, 5, 8, 6)}
 CHOSEN = jnp.array([0, 4, 3, 1, 2])
 
 LOOKED_UP = {
-    "equinox": Case(
-        lambda p, t: jax.vmap(p)(t), EMBEDDING, [("weight", "in out")], (TOKENS[0],)
-    ),
+    "equinox": Case(lambda p, t: jax.vmap(p)(t), EMBEDDING, [("weight", "in out")], (TOKENS[0],)),
     "vmap twice": Case(
         lambda p, t: jax.vmap(jax.vmap(lambda i: jnp.tanh(p["w"][i])))(t) @ p["w"].T,
         TABLE,
@@ -309,9 +301,7 @@ CONVOLVED = {
         (IMAGE,),
     ),
     "kernels, own inputs": Case(each, KERNELS, [("w", "stack - - in out")], (IMAGE,)),
-    "kernels, own inputs, shared vectors": Case(
-        each, KERNELS, [("w", "- - - in out")], (IMAGE,)
-    ),
+    "kernels, own inputs, shared vectors": Case(each, KERNELS, [("w", "- - - in out")], (IMAGE,)),
     "kernels of groups": Case(
         lambda p, x: each(p, x, feature_group_count=2),
         {"w": draw(8, 2, 3, 2, 4, 6)},

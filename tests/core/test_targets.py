@@ -193,9 +193,7 @@ for name, layers, width, kv, inner in (
 def test_counts_of_known_models(name, linears, count):
     layers, shapes = SHAPES[name]
     scanned = {linear: {"kernel": struct(layers, *shape)} for linear, shape in shapes.items()}
-    unrolled = [
-        {linear: {"kernel": struct(*shape)} for linear, shape in shapes.items()}
-    ] * layers
+    unrolled = [{linear: {"kernel": struct(*shape)} for linear, shape in shapes.items()}] * layers
     assert ha.plan(scanned, (rf"({linears})/kernel", "stack in out")).count == count
     assert ha.plan(unrolled, (rf"\d+/({linears})/kernel", "in out")).count == count
 
@@ -265,9 +263,7 @@ def test_two_targets_for_one_weight_names_both():
 
 def test_roles_that_do_not_fit_the_axes():
     says = refused({"q": struct(32, 64, 256)}, ("q", "in out"))
-    assert says == (
-        "q has 3 axes, shape 32x64x256, and the target 'q' gives roles for 2: 'in out'"
-    )
+    assert says == ("q has 3 axes, shape 32x64x256, and the target 'q' gives roles for 2: 'in out'")
     assert "scale has 0 axes, shape scalar" in refused({"scale": struct()}, ("scale", "out"))
 
 

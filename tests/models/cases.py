@@ -70,24 +70,38 @@ CASES: dict[str, Case] = {
     "llama2": Case(_decoder("llama", "Llama", num_key_value_heads=4)),
     "llama3": Case(
         _decoder(
-            "llama", "Llama", eos_token_id=[2, 3], head_dim=8, rope_theta=500.0,
+            "llama",
+            "Llama",
+            eos_token_id=[2, 3],
+            head_dim=8,
+            rope_theta=500.0,
             rope_scaling={
-                "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
             },
         ),
         "right",
     ),
     "llama-linear": Case(
         _decoder(
-            "llama", "Llama", tie_word_embeddings=True, attention_bias=True, mlp_bias=True,
+            "llama",
+            "Llama",
+            tie_word_embeddings=True,
+            attention_bias=True,
+            mlp_bias=True,
             rope_scaling={"type": "linear", "factor": 2.5},
         ),
         "left",
     ),
     "llama-dynamic": Case(
         _decoder(
-            "llama", "Llama", max_position_embeddings=7, head_dim=6,
+            "llama",
+            "Llama",
+            max_position_embeddings=7,
+            head_dim=6,
             rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 100.0},
         ),
     ),
@@ -97,9 +111,7 @@ CASES: dict[str, Case] = {
     "mistral-full": Case(_decoder("mistral", "Mistral", sliding_window=None)),
     "qwen2": Case(_decoder("qwen2", "Qwen2", tie_word_embeddings=True, rope_theta=1e6), "right"),
     "qwen2-sliding": Case(
-        _decoder(
-            "qwen2", "Qwen2", use_sliding_window=True, sliding_window=3, max_window_layers=1
-        )
+        _decoder("qwen2", "Qwen2", use_sliding_window=True, sliding_window=3, max_window_layers=1)
     ),
     "qwen3": Case(
         _decoder("qwen3", "Qwen3", head_dim=8, tie_word_embeddings=True, attention_bias=True),
@@ -107,9 +119,15 @@ CASES: dict[str, Case] = {
     ),
     "qwen3-yarn": Case(
         _decoder(
-            "qwen3", "Qwen3", head_dim=16, rope_theta=50.0,
+            "qwen3",
+            "Qwen3",
+            head_dim=16,
+            rope_theta=50.0,
             rope_scaling={
-                "rope_type": "yarn", "factor": 4.0, "beta_fast": 3.0, "attn_factor": 0.9,
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "beta_fast": 3.0,
+                "attn_factor": 0.9,
                 "original_max_position_embeddings": 16,
             },
         ),
@@ -121,14 +139,25 @@ CASES: dict[str, Case] = {
     "phi4": Case(_decoder("phi3", "Phi3", sliding_window=None, rope_theta=250000.0)),
     "phi4-mini-long": Case(
         _decoder(
-            "phi3", "Phi3", hidden_size=32, partial_rotary_factor=0.75, sliding_window=64,
-            tie_word_embeddings=True, original_max_position_embeddings=8, rope_scaling=_LONGROPE,
+            "phi3",
+            "Phi3",
+            hidden_size=32,
+            partial_rotary_factor=0.75,
+            sliding_window=64,
+            tie_word_embeddings=True,
+            original_max_position_embeddings=8,
+            rope_scaling=_LONGROPE,
         )
     ),
     "phi4-mini-short": Case(
         _decoder(
-            "phi3", "Phi3", hidden_size=32, partial_rotary_factor=0.75, sliding_window=64,
-            original_max_position_embeddings=16, rope_scaling=_LONGROPE,
+            "phi3",
+            "Phi3",
+            hidden_size=32,
+            partial_rotary_factor=0.75,
+            sliding_window=64,
+            original_max_position_embeddings=16,
+            rope_scaling=_LONGROPE,
         ),
         "right",
     ),
@@ -147,8 +176,12 @@ CASES: dict[str, Case] = {
     ),
     "xlm-roberta-regression": Case(
         _encoder(
-            "xlm-roberta", "XLMRobertaForSequenceClassification", hidden_act="relu",
-            id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0}, problem_type="regression",
+            "xlm-roberta",
+            "XLMRobertaForSequenceClassification",
+            hidden_act="relu",
+            id2label={"0": "LABEL_0"},
+            label2id={"LABEL_0": 0},
+            problem_type="regression",
         ),
         "left",
     ),

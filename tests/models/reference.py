@@ -42,7 +42,8 @@ def names_of_kernels(config: models.Config) -> dict[str, str]:
 def outputs_of(model: torch.nn.Module, inputs: dict[str, np.ndarray], weights: dict) -> dict:
     """Outputs of the model with some of its weights replaced, under this library's names."""
     result = torch.func.functional_call(
-        model, weights,
+        model,
+        weights,
         kwargs={
             "input_ids": torch.tensor(inputs["tokens"]),
             "attention_mask": torch.tensor(inputs["mask"]).long(),
@@ -84,8 +85,12 @@ def pretrained(weights: pathlib.Path) -> dict[str, np.ndarray]:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     prompt = tokenizer("Once upon a time", return_tensors="pt").input_ids
     story = model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=200,
-        eos_token_id=None, pad_token_id=0,
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        max_new_tokens=200,
+        eos_token_id=None,
+        pad_token_id=0,
     )[0, prompt.shape[1] :]
     return {
         "minilm/tokens": batch["input_ids"].numpy(),

@@ -38,9 +38,7 @@ def test_what_each_family_returns(name: str) -> None:
 def test_dropout_follows_its_key(name: str) -> None:
     config, fn, params = make(name)
     tokens = cases.batch(config, "none")["tokens"]
-    one, same, other = (
-        fn(params, tokens, rng=jax.random.key(seed)).logits for seed in (0, 0, 1)
-    )
+    one, same, other = (fn(params, tokens, rng=jax.random.key(seed)).logits for seed in (0, 0, 1))
     np.testing.assert_array_equal(one, same)
     assert np.abs(one - other).max() > 1e-3
     still = fn(params, tokens).logits

@@ -72,9 +72,7 @@ def test_a_longrope_text_depends_on_the_tokens_there_are(length: int) -> None:
         (row,) = models.generate(fn, params, prompts=[prompt], max_new_tokens=new)
         assert row[:13] == expected[:new]
     stop = expected[10]
-    (row,) = models.generate(
-        fn, params, prompts=[prompt], max_new_tokens=16, stop_tokens=[stop]
-    )
+    (row,) = models.generate(fn, params, prompts=[prompt], max_new_tokens=16, stop_tokens=[stop])
     assert row == expected[: expected.index(stop) + 1]
 
 
@@ -164,9 +162,7 @@ class Script:
 
 def test_a_row_ends_at_its_stop_token_and_the_loop_with_the_last_row() -> None:
     script = Script([[1, 2, 9, 4, 5, 6], [1, 2, 3, 4, 8, 6], [9, 1, 1, 1, 1, 1]])
-    rows = models.generate(
-        script, {}, prompts=PROMPTS, max_new_tokens=6, stop_tokens=(9, 8)
-    )
+    rows = models.generate(script, {}, prompts=PROMPTS, max_new_tokens=6, stop_tokens=(9, 8))
     jax.effects_barrier()
     assert rows == [[1, 2, 9], [1, 2, 3, 4, 8], [9]]
     assert sorted(script.steps) == [0, 1, 2, 3, 4]
@@ -213,9 +209,7 @@ def test_sampling_of_one_token_is_greedy() -> None:
 def test_sampling_depends_on_its_seed_alone() -> None:
     _, fn, params = make("llama2")
     a, b, c = (
-        models.generate(
-            fn, params, prompts=PROMPTS, max_new_tokens=8, temperature=3.0, seed=seed
-        )
+        models.generate(fn, params, prompts=PROMPTS, max_new_tokens=8, temperature=3.0, seed=seed)
         for seed in (0, 0, 1)
     )
     assert a == b != c
@@ -285,6 +279,4 @@ def test_the_vocabulary_is_sorted_for_top_p_alone(sampling, sorts) -> None:
 )
 def test_wrong_options_are_refused(options, message) -> None:
     with pytest.raises(ValueError, match=message):
-        models.generate(
-            Script([[1]]), {}, **({"prompts": [[1]], "max_new_tokens": 2} | options)
-        )
+        models.generate(Script([[1]]), {}, **({"prompts": [[1]], "max_new_tokens": 2} | options))

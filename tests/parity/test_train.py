@@ -50,9 +50,7 @@ def in_jax(scales: ha.Scales | None = None) -> tuple[np.ndarray, list[str]]:
     prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
     logits = jax.jit(forward)(*trees, np.array([prompts[0]]))[0]
     stop = model.config.eos_tokens
-    found = models.generate(
-        forward, *trees, prompts=prompts, max_new_tokens=16, stop_tokens=stop
-    )
+    found = models.generate(forward, *trees, prompts=prompts, max_new_tokens=16, stop_tokens=stop)
     return logits, [tokenizer.decode(row, skip_special_tokens=True) for row in found]
 
 

@@ -186,9 +186,8 @@ LAST = (
 )
 LAST_ASKED = LAST.replace("SHOWN", "loop.last")
 # ... or wherever.
-LAST_EVER = (
-    "{% set u = messages | selectattr('role', 'equalto', 'user') | list %}"
-    + LAST.replace("SHOWN", "m == u[-1]")
+LAST_EVER = "{% set u = messages | selectattr('role', 'equalto', 'user') | list %}" + LAST.replace(
+    "SHOWN", "m == u[-1]"
 )
 # The template itself says what is generated.
 MARKED = (
@@ -237,9 +236,12 @@ def learn(rows, template, messages, make=byte_level, **row):
     tokens, _ = told(made.data[0])
     assert tokens[: len(asked)] == asked
     counts = made.counts[chat.EMPTY], made.counts[chat.UNLEARNED]
-    return answers_of(made.data[0], tokenizer), counts, tokenizer.decode(asked), chat.references(
-        values, tokenizer
-    )[0]
+    return (
+        answers_of(made.data[0], tokenizer),
+        counts,
+        tokenizer.decode(asked),
+        chat.references(values, tokenizer)[0],
+    )
 
 
 @pytest.mark.parametrize("system", [[], [SYSTEM]], ids=["", "system"])

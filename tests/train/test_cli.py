@@ -217,9 +217,7 @@ def test_a_model_without_any_finite_output_is_refused(command, bert, tmp_path, c
     assert not (tmp_path / "run").exists()
 
 
-def test_a_correlation_with_outputs_that_are_not_finite_is_unknown(
-    command, bert, tmp_path, capsys
-):
+def test_a_correlation_with_outputs_that_are_not_finite_is_unknown(command, bert, tmp_path, capsys):
     """So no step is the best one, and the run says so."""
     task = tmp_path / "glue" / "STS-B"
     task.mkdir()

@@ -159,9 +159,7 @@ def test_a_long_epoch_is_saved_by_the_clock(model, tmp_path, monkeypatch):
     """Between evaluations that are far apart, a kill loses minutes."""
     monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
     kept = []
-    monkeypatch.setattr(
-        Checkpoints, "save", lambda self, state, *_: kept.append(int(state.step))
-    )
+    monkeypatch.setattr(Checkpoints, "save", lambda self, state, *_: kept.append(int(state.step)))
     with pytest.raises(InputError):  # nothing was written
         fit(tiny.task(model), tmp_path / "run", steps=5, eval_every=5)
     assert kept == [0, 1, 2, 3, 4, 5]

@@ -88,7 +88,9 @@ def test_a_signal_saves_and_the_rest_is_equal(model, whole, tmp_path, moment, nu
     before = signal.getsignal(number)
     with pytest.raises(loop.Interrupted, match=r"saved after step \d+ of 60") as stopped:
         loop.fit(
-            task, folder, optimizer=tiny.OptimizerOptions(lr=3e-2),
+            task,
+            folder,
+            optimizer=tiny.OptimizerOptions(lr=3e-2),
             run=tiny.run(folder, steps=STEPS, save_every=3),
         )
     assert stopped.value.number == number
@@ -135,7 +137,9 @@ def _run(model: Path, folder: Path, fatal: int, delay: float) -> None:
     batches = Deadly(tiny.examples(), 8, lengths=[8, 16], epochs=100)
     batches.fatal, batches.delay = fatal, delay
     loop.fit(
-        tiny.task(model, batches=batches), folder, optimizer=tiny.OptimizerOptions(lr=3e-2),
+        tiny.task(model, batches=batches),
+        folder,
+        optimizer=tiny.OptimizerOptions(lr=3e-2),
         run=tiny.run(folder, steps=STEPS, save_every=3, resume=True),
     )
 

@@ -14,8 +14,14 @@ from train.batches import Batches
 from train.options import AdapterOptions, ModelOptions, OptimizerOptions, RunOptions
 
 CONFIG = dict(
-    model_type="llama", vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-    num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
+    model_type="llama",
+    vocab_size=32,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    max_position_embeddings=64,
 )
 
 
@@ -41,9 +47,7 @@ def token_loss(tuning: methods.Tuning):
     def loss(trainable, frozen, batch, key):
         logits = tuning.forward(trainable, frozen, batch["tokens"], mask=batch["mask"])
         counts = (batch["labels"] != -100) & batch["mask"]
-        losses = optax.softmax_cross_entropy_with_integer_labels(
-            logits, batch["labels"].clip(0)
-        )
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"].clip(0))
         return (losses * counts).sum(), counts.sum().astype("float32")
 
     return loss
@@ -64,7 +68,12 @@ def task(model: Path, *, method: str = "hyperadapt", **options) -> loop.Task:
 
     batches = Batches(examples(), 8, lengths=[8, 16], epochs=100)
     fields = dict(
-        name="tiny", base=loaded, tuning=tuning, loss=loss, batches=batches, evaluate=evaluate,
+        name="tiny",
+        base=loaded,
+        tuning=tuning,
+        loss=loss,
+        batches=batches,
+        evaluate=evaluate,
         score=lambda metrics: -metrics["loss"],
     )
     return loop.Task(**{**fields, **options})

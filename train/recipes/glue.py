@@ -82,9 +82,7 @@ def run(chosen: Options) -> None:
             divisor=chosen.run.accumulate,
             places=training.places,
         )
-        loaded = base.load(
-            chosen.model, task.outputs, seed=chosen.run.seed, quiet=chosen.run.quiet
-        )
+        loaded = base.load(chosen.model, task.outputs, seed=chosen.run.seed, quiet=chosen.run.quiet)
         tuning = methods.tune(loaded, chosen.adapter)
         result = fit(
             Task(

@@ -81,9 +81,7 @@ def run(chosen: Options) -> None:
                 tuning=tuning,
                 loss=losses.next_token(tuning),
                 batches=_batches(chosen, tokenizer),
-                evaluate=lambda trainable: exam.measure(
-                    tuning.forward, trainable, tuning.frozen
-                ),
+                evaluate=lambda trainable: exam.measure(tuning.forward, trainable, tuning.frozen),
                 score=lambda metrics: min(metrics.values()),
             ),
             folder,
@@ -144,9 +142,7 @@ def fresh(folder: Path, seed: int) -> Path:
     return folder
 
 
-def write_model(
-    folder: Path, model: ModelOptions, params: object, rows: list[list[str]]
-) -> None:
+def write_model(folder: Path, model: ModelOptions, params: object, rows: list[list[str]]) -> None:
     """Writes the Hugging Face folder: weights in float16, tokenizer, and a model card."""
     loaded = base.describe(model)
     models.export(
