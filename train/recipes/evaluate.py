@@ -108,9 +108,12 @@ def _restore(
     tuning = methods.tune(loaded, adapter)
     trained = {"scales": found.scales, "full": found.full}
     for part, wanted in tuning.trainable.items():
-        if wanted.keys() != trained[part].keys():
+        if other := sorted(wanted.keys() ^ trained[part].keys()):
+            has = "has" if other[0] in trained[part] else "lacks"
             raise InputError(
-                f"the adapter in {chosen.folder} is not what its {options.CONFIG} trains"
+                f"the adapter in {chosen.folder} {has} {other[0]}, unlike what its"
+                f" {options.CONFIG} trains now: another version of this program left it out, or the"
+                " file was changed; train it again"
             )
     known = found.metadata.get(SOURCES, {})
     if sources and not known:
