@@ -23,6 +23,7 @@ from hyperadapt_jax.scales import (
     invert,
 )
 from hyperadapt_jax.targets import Plan, PlanError, Target, Weight, plan
+from hyperadapt_jax.version import __version__
 
 __all__ = [
     "Adapted",
@@ -37,6 +38,7 @@ __all__ = [
     "Target",
     "Use",
     "Weight",
+    "__version__",
     "adapt",
     "adapter_io",
     "average",

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import os
 import re
@@ -31,6 +30,7 @@ from hyperadapt_jax import paths
 from hyperadapt_jax.scales import SIDES, Scales, ScaleVectors, side_axes
 from hyperadapt_jax.sharding import vector_spec
 from hyperadapt_jax.targets import Target
+from hyperadapt_jax.version import __version__
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_TYPE, FORMAT_VERSION = "HYPERADAPT", 1
@@ -108,11 +108,10 @@ def save(
 
     base_config = None if base_config is None else _identity(base_config)
     weights = {path: shape for path, shape in sorted(shapes.items()) if path not in trained}
-    library = importlib.metadata.distributions(name="hyperadapt-jax")
     config = {
         "peft_type": PEFT_TYPE,
         "format_version": FORMAT_VERSION,
-        "library_version": next((found.version for found in library), "unknown"),
+        "library_version": __version__,
         "base_model_name_or_path": base_model,
         "base_fingerprint": _digest([base_config, weights]),
         "base_config": base_config,

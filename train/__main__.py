@@ -1,4 +1,4 @@
-"""The command line: ``python -m train RECIPE ...``."""
+"""The command line: ``python -m train RECIPE ...``, or, installed, ``hyperadapt RECIPE ...``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import sys
 import threading
 from collections.abc import Sequence
 from typing import Any
+
+from . import PROGRAM
 
 RECIPES = {
     "demo": "adapt an embedded model to a new task: two minutes on a CPU",
@@ -94,18 +96,25 @@ def _main(args: list[str]) -> int:
 
     import hyperadapt_jax as ha
     from hyperadapt_jax import models
-    from train import options
-    from train.errors import InputError
-    from train.loop import Interrupted
 
+    try:
+        from . import options
+        from .errors import InputError
+        from .loop import Interrupted
+
+        recipe = importlib.import_module(f".recipes.{name}", __package__)
+    except ModuleNotFoundError as error:
+        return _refused(
+            f"{error.name} is not installed: pip install 'hyperadapt-jax[train]' has all that the"
+            " recipes need"
+        )
     refusals = (InputError, ha.PlanError, ha.AdapterError, models.CheckpointError)
     try:
-        recipe = importlib.import_module(f"train.recipes.{name}")
         chosen = options.parse(name, recipe.Options, rest)
         recipe.run(chosen)
     except Interrupted as stopped:
         words = [word for word in rest if word not in ("--resume", "--no-resume")]
-        command = shlex.join(["python", "-m", "train", name, *words, "--resume"])
+        command = shlex.join([*PROGRAM.split(), name, *words, "--resume"])
         name = signal.Signals(stopped.number).name
         print(f"{name}: {stopped}; go on with: {command}", file=sys.stderr)
         return 128 + stopped.number
@@ -135,16 +144,15 @@ def _help() -> str:
     lines = [f"  {name:<{width}}  {what}" for name, what in RECIPES.items()]
     return "\n".join(
         [
-            "usage: python -m train RECIPE [OPTIONS]",
+            f"usage: {PROGRAM} RECIPE [OPTIONS]",
             "",
             "Fine-tune a frozen model with scale vectors: n + m numbers for an n x m weight.",
             "",
             "recipes:",
             *lines,
             "",
-            "python -m train RECIPE --help lists a recipe's options. Exit status: 0 done,",
-            "2 something given cannot be used, 130 or 143 stopped by Ctrl-C or SIGTERM,",
-            "with everything saved.",
+            f"{PROGRAM} RECIPE --help lists a recipe's options. Exit status: 0 done, 2 something",
+            "given cannot be used, 130 or 143 stopped by Ctrl-C or SIGTERM, with everything saved.",
         ]
     )
 
@@ -159,6 +167,11 @@ def _unraisable(found: Any) -> None:
         sys.__unraisablehook__(found)
 
 
-if __name__ == "__main__":
+def run() -> int:
+    """The program, as the system starts it; see `main`."""
     sys.unraisablehook = _unraisable
-    sys.exit(main())
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hyperadapt_jax import models
-from train import finite
-from train.errors import InputError
-from train.report import write
+
+from . import finite
+from .errors import InputError
+from .report import write
 
 Score = Literal["none", "exact", "last-number", "first-match"]
 

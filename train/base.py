@@ -16,8 +16,9 @@ import numpy as np
 from hyperadapt_jax import models, paths
 from hyperadapt_jax.models import weights
 from hyperadapt_jax.models.layers import check_attention
-from train.errors import InputError, first_line
-from train.options import ModelOptions
+
+from .errors import InputError, first_line
+from .options import ModelOptions
 
 # Without any of these, transformers makes a tokenizer that knows no word, and says nothing.
 _TOKENIZERS = (

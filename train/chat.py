@@ -22,11 +22,11 @@ from typing import Any, NamedTuple
 import datasets
 import jinja2
 
-from train import data
-from train.batches import IGNORE
-from train.data import PLACE, Column, Examples, Messages, Text, Tools
-from train.errors import InputError
-from train.special import SpecialTokens
+from . import data
+from .batches import IGNORE
+from .data import PLACE, Column, Examples, Messages, Text, Tools
+from .errors import InputError
+from .special import SpecialTokens
 
 _BREAK = "\n"
 _NO_CHARACTERS = tuple(map(chr, range(0xFDD0, 0xFDF0)))  # which no text should have

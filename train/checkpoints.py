@@ -19,8 +19,9 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from hyperadapt_jax import paths
-from train.errors import InputError, first_line
-from train.runs import CHECKPOINTS
+
+from .errors import InputError, first_line
+from .runs import CHECKPOINTS
 
 _REMOVED = ".removed"
 

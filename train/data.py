@@ -27,7 +27,8 @@ import pyarrow.compute
 import pyarrow.parquet
 
 from hyperadapt_jax import paths
-from train.errors import InputError, first_line, warn
+
+from .errors import InputError, first_line, warn
 
 _VERSION = 3  # of what the cache holds: raise it when rows or examples are made in another way
 PLACE = "(place)"  # a column that says where a row stands: its file and line

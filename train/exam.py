@@ -9,8 +9,9 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from hyperadapt_jax import models
-from train import arithmetic, finite
-from train.arithmetic import Problem
+
+from . import arithmetic, finite
+from .arithmetic import Problem
 
 ROWS = 384  # answered at once
 LONGEST = 24  # tokens of an answer

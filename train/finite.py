@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from hyperadapt_jax.models.generate import NOT_FINITE
-from train.errors import InputError
+
+from .errors import InputError
 
 
 def decoded(

@@ -11,10 +11,10 @@ from typing import Any
 import datasets
 import numpy as np
 
-from train import data
-from train.data import PLACE, Examples, Label, Number, Text
-from train.errors import InputError
-from train.special import SpecialTokens
+from . import data
+from .data import PLACE, Examples, Label, Number, Text
+from .errors import InputError
+from .special import SpecialTokens
 
 HUB = "nyu-mll/glue"
 EMPTY = "with an empty text"

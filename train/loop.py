@@ -20,15 +20,16 @@ from tqdm import tqdm
 import hyperadapt_jax as ha
 from hyperadapt_jax import models
 from hyperadapt_jax.tables import table
-from train import report
-from train.base import Base, fingerprint
-from train.batches import Batches, stream
-from train.checkpoints import Checkpoints, Position
-from train.errors import InputError, warn
-from train.methods import Tuning
-from train.options import LARGEST, OptimizerOptions, RunOptions, lasting
-from train.runs import ADAPTER
-from train.step import Loss, learning_rates, make_optimizer, make_step, start
+
+from . import report
+from .base import Base, fingerprint
+from .batches import Batches, stream
+from .checkpoints import Checkpoints, Position
+from .errors import InputError, warn
+from .methods import Tuning
+from .options import LARGEST, OptimizerOptions, RunOptions, lasting
+from .runs import ADAPTER
+from .step import Loss, learning_rates, make_optimizer, make_step, start
 
 Metrics = dict[str, float]
 

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from train.batches import IGNORE
-from train.methods import Tuning
-from train.step import Batch, Loss
+from .batches import IGNORE
+from .methods import Tuning
+from .step import Batch, Loss
 
 
 def next_token(tuning: Tuning) -> Loss:

@@ -15,9 +15,10 @@ import jax
 
 import hyperadapt_jax as ha
 from hyperadapt_jax import models
-from train.base import Base
-from train.errors import InputError
-from train.options import AdapterOptions
+
+from .base import Base
+from .errors import InputError
+from .options import AdapterOptions
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -24,7 +24,9 @@ from typing import Any, Literal, NewType, NoReturn, TypeVar
 import yaml
 
 from hyperadapt_jax import paths
-from train.errors import InputError
+
+from . import PROGRAM
+from .errors import InputError
 
 T = TypeVar("T")
 
@@ -33,6 +35,8 @@ Place = NewType("Place", str)
 
 CONFIG = "config.yaml"
 LARGEST = 2**31 - 1  # what the step's number has room for
+
+_EXAMPLES = "python -m train"  # what the examples of a recipe's docstring begin with
 
 # What --help shows first, where a recipe has it.
 _COMMON = (
@@ -264,7 +268,7 @@ def command(recipe: str, chosen: Any, *more: str) -> str:
       chosen: its options.
       *more: words to put behind.
     """
-    words = ["python", "-m", "train", recipe]
+    words = [*PROGRAM.split(), recipe]
     defaults = {field.name: field.default for field in _fields(type(chosen))}
     for name, value in _leaves(chosen):
         if name in {"config", "resume"} or value == defaults[name]:
@@ -433,7 +437,7 @@ def _from_file(
     if not isinstance(other, str):
         raise InputError(f"{file}: recipe is no name of a recipe; write recipe: {recipe}")
     if other != recipe:
-        raise InputError(f"{file} has options of {other!r}: give it to `python -m train {other}`")
+        raise InputError(f"{file} has options of {other!r}: give it to `{PROGRAM} {other}`")
     found = {}
     for name, value in values.items():
         if name not in fields:
@@ -477,10 +481,10 @@ def _parser(recipe: str, cls: type, fields: Iterable[_Field]) -> _Parser:
     width = min(shutil.get_terminal_size().columns - 2, 98)
     about = "\n\n".join(textwrap.fill(text, width) for text in about.split("\n\n"))
     parser = _Parser(
-        prog=f"python -m train {recipe}",
-        usage=f"python -m train {recipe} [OPTIONS]",
+        prog=f"{PROGRAM} {recipe}",
+        usage=f"{PROGRAM} {recipe} [OPTIONS]",
         description=about,
-        epilog=f"examples:\n{examples}" if examples else None,
+        epilog=f"examples:\n{examples.replace(_EXAMPLES, PROGRAM)}" if examples else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,

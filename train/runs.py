@@ -17,9 +17,11 @@ from typing import Any
 
 import jax
 
-from train import options
-from train.errors import InputError
-from train.report import CURVES, EVENTS, METRICS, markdown_table, write, writing
+import hyperadapt_jax as ha
+
+from . import options
+from .errors import InputError
+from .report import CURVES, EVENTS, METRICS, markdown_table, write, writing
 
 ADAPTER, REPORT, LOCK, CHECKPOINTS = "adapter", "report.md", ".lock", "checkpoints"
 
@@ -212,17 +214,14 @@ def _environment() -> dict[str, str]:
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in devices]
     if any(peaks):
         memory += f", {max(peaks) / 1e9:,.2f} GB (device)"
-    names = ("hyperadapt-jax", "jax", "flax", "optax")
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in names if _installed(name)]
+    others = [f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "optax")]
     return {
         "peak memory": memory,
         "device": f"{len(devices)} x {devices[0].device_kind} ({jax.default_backend()})",
-        "versions": ", ".join([*versions, f"Python {platform.python_version()}"]),
+        "versions": ", ".join(
+            [f"hyperadapt-jax {ha.__version__}", *others, f"Python {platform.python_version()}"]
+        ),
     }
-
-
-def _installed(name: str) -> bool:
-    return any(importlib.metadata.distributions(name=name))
 
 
 def _generation(row: Mapping[str, Any]) -> str:

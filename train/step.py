@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import optax
 
 import hyperadapt_jax as ha
-from train.methods import Tuning
-from train.options import OptimizerOptions
+
+from .methods import Tuning
+from .options import OptimizerOptions
 
 Batch = Mapping[str, jax.Array]
 

@@ -14,10 +14,11 @@ import hyperadapt_jax as ha
 from hyperadapt_jax import models, paths
 from hyperadapt_jax.adapter_io import CONFIG
 from hyperadapt_jax.models import weights
-from train.base import Base, describe
-from train.errors import InputError
-from train.options import ModelOptions, Place
-from train.runs import ADAPTER
+
+from .base import Base, describe
+from .errors import InputError
+from .options import ModelOptions, Place
+from .runs import ADAPTER
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,16 +3,16 @@
 import importlib.metadata
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
+
+import hyperadapt_jax
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_metadata_is_the_projects():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     metadata = importlib.metadata.metadata("hyperadapt-jax")
-    assert metadata["Version"] == project["version"]
+    assert metadata["Version"] == hyperadapt_jax.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
     assert "Apache License" in (ROOT / "LICENSE").read_text()
 

@@ -10,13 +10,14 @@ from tokenizers import Tokenizer
 
 from hyperadapt_jax import rank
 from hyperadapt_jax.tables import table
-from train import arithmetic, base, losses, methods, options, runs
-from train.batches import Batches
-from train.errors import InputError
-from train.exam import Exam
-from train.loop import Task, fit
-from train.options import AdapterOptions, ModelOptions, OptimizerOptions, Place, RunOptions
-from train.report import draw, markdown_table
+
+from .. import PROGRAM, arithmetic, base, losses, methods, options, runs
+from ..batches import Batches
+from ..errors import InputError
+from ..exam import Exam
+from ..loop import Task, fit
+from ..options import AdapterOptions, ModelOptions, OptimizerOptions, Place, RunOptions
+from ..report import draw, markdown_table
 
 TINY = Path(__file__).resolve().parents[1] / "tiny"
 RANK = "rank.png"
@@ -150,7 +151,7 @@ def _tokenizer(model: ModelOptions) -> Tokenizer:
     if found.get_vocab() != words:
         raise InputError(
             f"--model {model.model} does not know the words of this demo: give a model that"
-            " `python -m train pretrain` made, or take the recipe sft"
+            f" `{PROGRAM} pretrain` made, or take the recipe sft"
         )
     return found.backend_tokenizer
 

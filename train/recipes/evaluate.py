@@ -13,13 +13,14 @@ from typing import Any
 import hyperadapt_jax as ha
 from hyperadapt_jax import models
 from hyperadapt_jax.tables import table
-from train import base, data, glue, methods, options, runs
-from train.errors import InputError, warn
-from train.exam import Exam
-from train.loop import BASE, SOURCES, other_source
-from train.methods import Tuning
-from train.options import AdapterOptions, ModelOptions, Place
-from train.report import write
+
+from .. import base, data, glue, methods, options, runs
+from ..errors import InputError, warn
+from ..exam import Exam
+from ..loop import BASE, SOURCES, other_source
+from ..methods import Tuning
+from ..options import AdapterOptions, ModelOptions, Place
+from ..report import write
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,7 @@ def run(chosen: Options) -> None:
             raise InputError(f"--{name} is for runs of sft, and {chosen.folder} is one of {recipe}")
     if not (chosen.folder / runs.ADAPTER).is_dir():
         raise InputError(f"{chosen.folder} has no adapter: let the run come to its end (--resume)")
-    module = importlib.import_module(f"train.recipes.{recipe}")
+    module = importlib.import_module(f".{recipe}", __package__)
     theirs = options.parse(recipe, module.Options, ["--config", str(file)])
     metrics = _MEASURES[recipe](chosen, theirs, module)
     if chosen.metrics is not None:

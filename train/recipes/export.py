@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import hyperadapt_jax as ha
 from hyperadapt_jax import models
 from hyperadapt_jax.merge import Rounding
-from train.errors import InputError
-from train.report import writing
-from train.trained import Trained, TrainedOptions, find
+
+from ..errors import InputError
+from ..report import writing
+from ..trained import Trained, TrainedOptions, find
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

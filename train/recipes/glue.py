@@ -10,11 +10,11 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from train import base, data, finite, glue, losses, methods, options, runs
-from train.batches import Batches, stream
-from train.errors import InputError
-from train.loop import Task, fit
-from train.options import AdapterOptions, ModelOptions, OptimizerOptions, Place, RunOptions
+from .. import base, data, finite, glue, losses, methods, options, runs
+from ..batches import Batches, stream
+from ..errors import InputError
+from ..loop import Task, fit
+from ..options import AdapterOptions, ModelOptions, OptimizerOptions, Place, RunOptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import huggingface_hub
 
-from train import base, methods
-from train.errors import InputError, first_line
-from train.options import AdapterOptions, ModelOptions
+from .. import base, methods
+from ..errors import InputError, first_line
+from ..options import AdapterOptions, ModelOptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,13 +11,14 @@ from tokenizers import Tokenizer
 import hyperadapt_jax as ha
 from hyperadapt_jax import models
 from hyperadapt_jax.tables import table
-from train import arithmetic, base, losses, methods, options, runs
-from train.batches import Batches
-from train.errors import InputError
-from train.exam import Exam
-from train.loop import Task, fit
-from train.options import AdapterOptions, ModelOptions, OptimizerOptions, RunOptions
-from train.report import markdown_table, write
+
+from .. import arithmetic, base, losses, methods, options, runs
+from ..batches import Batches
+from ..errors import InputError
+from ..exam import Exam
+from ..loop import Task, fit
+from ..options import AdapterOptions, ModelOptions, OptimizerOptions, RunOptions
+from ..report import markdown_table, write
 
 FRESH, MODEL = "fresh", "model"
 MOST = 10_000_000  # problems or texts, which are made on the spot

@@ -15,9 +15,10 @@ import hyperadapt_jax as ha
 from hyperadapt_jax import paths
 from hyperadapt_jax.rank import RankReport, Spectrum
 from hyperadapt_jax.scales import ScaleVectors
-from train import report
-from train.errors import InputError
-from train.trained import Trained, TrainedOptions, find
+
+from .. import report
+from ..errors import InputError
+from ..trained import Trained, TrainedOptions, find
 
 TABLE, FIGURE = "rank.json", "rank.png"
 

@@ -15,14 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from hyperadapt_jax import models
-from train import answers, base, chat, data, finite, losses, methods, options, runs
-from train.answers import Questions, Score
-from train.batches import Batches, stream
-from train.chat import Form, Template
-from train.data import Column, Text
-from train.errors import InputError
-from train.loop import Task, fit
-from train.options import AdapterOptions, ModelOptions, OptimizerOptions, Place, RunOptions
+
+from .. import answers, base, chat, data, finite, losses, methods, options, runs
+from ..answers import Questions, Score
+from ..batches import Batches, stream
+from ..chat import Form, Template
+from ..data import Column, Text
+from ..errors import InputError
+from ..loop import Task, fit
+from ..options import AdapterOptions, ModelOptions, OptimizerOptions, Place, RunOptions
 
 PREDICTIONS = "predictions.jsonl"
 SHOWN = 3  # generations in the report
