@@ -10,7 +10,7 @@ from hyperadapt_jax.adapt import (
     adapt,
     explain,
 )
-from hyperadapt_jax.adapter_io import AdapterError, load, save
+from hyperadapt_jax.adapter_io import Adapter, AdapterError, load, save
 from hyperadapt_jax.merge import MergeReport, merge, unmerge
 from hyperadapt_jax.scales import (
     ScaleVectors,
@@ -27,6 +27,7 @@ from hyperadapt_jax.version import __version__
 
 __all__ = [
     "Adapted",
+    "Adapter",
     "AdapterError",
     "Explanation",
     "MaterialisedError",

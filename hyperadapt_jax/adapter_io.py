@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
-from jax.sharding import NamedSharding
 
 from hyperadapt_jax import paths
 from hyperadapt_jax.scales import SIDES, Scales, ScaleVectors, side_axes
-from hyperadapt_jax.sharding import vector_spec
+from hyperadapt_jax.scales import check as check_scales
+from hyperadapt_jax.sharding import vector_sharding
 from hyperadapt_jax.targets import Target
 from hyperadapt_jax.version import __version__
 
@@ -44,19 +44,109 @@ class AdapterError(ValueError):
     """An adapter that cannot be saved, or files that are not what they claim to be."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Adapter:
-    """What :func:`load` read: float32 vectors, and by path what else was trained, in float32."""
+    """All that was trained, and the base that it belongs to.
+
+    Attributes:
+      scales: the scale vectors, float32, ``{path: ScaleVectors}``.
+      full: what else was trained, such as a new head: float32 arrays by path.
+      base_model: the base's name.
+      base_config: the base's configuration, as JSON; None where it was not saved.
+      metadata: what else was kept.
+      base_weights: shapes of the base's other parameters by path; None where it was not read from
+        a folder.
+
+    >>> import hyperadapt_jax as ha
+    >>> params = {"body": jnp.ones((2, 3)), "head": jnp.ones(3)}
+    >>> scales = ha.init(ha.plan(params, ha.Target("body", "in out")))
+    >>> adapter = Adapter(scales, full={"head": jnp.zeros(3)})
+    >>> params, scales = adapter.apply(params)
+    >>> params["head"]
+    Array([0., 0., 0.], dtype=float32)
+    """
 
     scales: Scales
-    full: dict[str, jax.Array]
-    base_model: str | None
-    metadata: dict[str, Any]
+    full: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
+    base_model: str | None = None
+    base_config: Mapping[str, Any] | None = None
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    base_weights: Mapping[str, Sequence[int]] | None = None
+
+    def check(self, params: Any = None, base_config: Any = None) -> None:
+        """Compares the base with the one that the adapter was trained on.
+
+        Args:
+          params: the base parameters, arrays or ``jax.ShapeDtypeStruct``, in any dtype, with those
+            of ``full``; None to compare the configuration alone.
+          base_config: the base's configuration, a mapping or a dataclass. Fields that say how it
+            was loaded (dtype, library version) or where its text ends do not count, and None
+            counts as absent.
+
+        Raises:
+          AdapterError: they differ; it names where.
+        """
+        if base_config is not None:
+            if self.base_config is None:
+                raise AdapterError("the adapter was saved without base_config: load it without")
+            _compare(_identity(self.base_config), _identity(base_config), "base_config")
+        if params is None:
+            return
+        known = {path: list(np.shape(leaf)) for path, leaf in self.full.items()}
+        if self.base_weights is not None:
+            shapes = {**self.base_weights, **known}
+            _compare(shapes, _shapes(params, shapes), "the base")
+        else:
+            arrays = paths.arrays(params)
+            found = {path: list(arrays[path].shape) for path in known if path in arrays}
+            _compare(known, found, "the base")
+        with _refuse("the base does not match"):
+            check_scales(self.scales, paths.arrays(params))
+
+    def apply(self, params: Any) -> tuple[Any, Scales]:
+        """The parameters with those that were trained fully in their places, and the vectors.
+
+        Args:
+          params: the base parameters, any pytree of arrays, with a place for each of ``full``.
+
+        Returns:
+          ``(params, scales)``, for a function that `hyperadapt_jax.adapt` made, or for
+          `hyperadapt_jax.merge`. Each has the sharding that its parameter has, and what was
+          trained fully its dtype too.
+
+        Raises:
+          AdapterError: as :meth:`check`.
+        """
+        self.check(params)
+        placed, leaves = self.placed(params), paths.arrays(params)
+        full = {path: leaf.astype(leaves[path].dtype) for path, leaf in placed.full.items()}
+        return paths.replace(params, full), placed.scales
+
+    def placed(self, params: Any) -> Adapter:
+        """The same adapter, its arrays sharded like the axes of their parameters."""
+        leaves = paths.arrays(params)
+
+        def put(x: Any, path: str, axes: Sequence[int]) -> jax.Array:
+            like = paths.named_sharding(leaves.get(path))
+            return jax.device_put(x, like and vector_sharding(like, axes))
+
+        def both(path: str, vectors: ScaleVectors) -> ScaleVectors:
+            sides = {side: getattr(vectors, side) for side in SIDES}
+            put_sides = {
+                side: put(delta, path, side_axes(vectors.axes, side))
+                for side, delta in sides.items()
+                if delta is not None
+            }
+            return dataclasses.replace(vectors, **put_sides)
+
+        scales = {path: both(path, vectors) for path, vectors in self.scales.items()}
+        full = {path: put(leaf, path, range(leaf.ndim)) for path, leaf in self.full.items()}
+        return dataclasses.replace(self, scales=scales, full=full)
 
 
 def save(
     folder: str | os.PathLike,
-    scales: Scales,
+    adapter: Adapter | Scales,
     params: Any,
     *,
     full: Mapping[str, Any] | None = None,
@@ -68,7 +158,8 @@ def save(
 
     Args:
       folder: the folder to create; an empty one will do.
-      scales: the scale vectors, float32. Sharded ones are gathered.
+      adapter: an :class:`Adapter`, or its scale vectors alone, float32, with what belongs to them
+        as the keywords say. Sharded ones are gathered.
       params: the base parameters, arrays or ``jax.ShapeDtypeStruct``, with or without those of
         ``full``: their paths and shapes are recorded.
       full: fully trained parameters by path, float32, such as a new head (see ``optim.split``).
@@ -90,7 +181,12 @@ def save(
     >>> adapter.base_model, adapter.scales["dense/kernel"].col
     ('ones', Array([0., 0., 0.], dtype=float32))
     """
-    shapes, full = _shapes(params, scales), dict(full or {})
+    if not isinstance(adapter, Adapter):
+        adapter = Adapter(adapter, full or {}, base_model, base_config, metadata or {})
+    elif not full is base_model is base_config is metadata is None:
+        raise AdapterError("an Adapter has these of its own: give it alone, or dataclasses.replace")
+    scales, full = adapter.scales, dict(adapter.full)
+    shapes = _shapes(params, scales)
     for path in scales:
         if path not in shapes:
             raise AdapterError(f"the base holds no {path!r}; {paths.nearest(path, shapes)}")
@@ -106,19 +202,19 @@ def save(
             if (delta := getattr(vectors, side)) is not None:
                 tensors[f"{path}.{side}"] = _on_host(delta, f"{path}: {side}")
 
-    base_config = None if base_config is None else _identity(base_config)
+    base_config = None if adapter.base_config is None else _identity(adapter.base_config)
     weights = {path: shape for path, shape in sorted(shapes.items()) if path not in trained}
     config = {
         "peft_type": PEFT_TYPE,
         "format_version": FORMAT_VERSION,
         "library_version": __version__,
-        "base_model_name_or_path": base_model,
+        "base_model_name_or_path": adapter.base_model,
         "base_fingerprint": _digest([base_config, weights]),
         "base_config": base_config,
         "base_weights": weights,
         "targets": {path: {"axes": v.axes, "shape": shapes[path]} for path, v in scales.items()},
         "full": trained,
-        "metadata": _as_json(metadata or {}, "metadata"),
+        "metadata": _as_json(adapter.metadata, "metadata"),
     }
     _check(config, tensors, "the adapter")
     data = safetensors.numpy.save(tensors)
@@ -129,16 +225,15 @@ def save(
     _write(Path(folder).resolve(), {TENSORS: data, CONFIG: text.encode()})
 
 
-def load(folder: str | os.PathLike, params: Any, *, base_config: Any = None) -> Adapter:
+def load(folder: str | os.PathLike, params: Any = None, *, base_config: Any = None) -> Adapter:
     """Reads an adapter, checks all of it, and only then places it.
 
     Args:
       folder: what :func:`save` wrote.
-      params: the base parameters, arrays or ``jax.ShapeDtypeStruct``, in any dtype. Vectors are
-        sharded like the axes of their weight. None: no comparison with the base, for the algebra.
-      base_config: the base's configuration, to compare with the saved one. Fields that say how it
-        was loaded (dtype, library version) or where its text ends do not count, and None counts as
-        absent.
+      params: the base parameters, arrays or ``jax.ShapeDtypeStruct``, in any dtype, to compare:
+        see :meth:`Adapter.check`. Vectors are then sharded like the axes of their weight. None: no
+        comparison with the base, which :meth:`Adapter.apply` makes.
+      base_config: the base's configuration, to compare with the saved one.
 
     Raises:
       AdapterError: a file that is missing, truncated, altered, linked from elsewhere or written by
@@ -151,28 +246,23 @@ def load(folder: str | os.PathLike, params: Any, *, base_config: Any = None) -> 
         if hashlib.sha256(data).hexdigest() != config["tensors_sha256"]:
             raise AdapterError(f"{folder / TENSORS} is truncated or altered: copy the folder again")
         tensors = safetensors.numpy.load(data)
-        spans = _check(config, tensors, folder / TENSORS)
-        if base_config is not None:
-            if config["base_config"] is None:
-                raise AdapterError(f"{folder} was saved without base_config: load it without")
-            saved = _identity(config["base_config"])
-            _compare(saved, _identity(base_config), f"{folder}: base_config")
-        if params is not None:
-            shapes = {**config["base_weights"], **config["full"]}
-            _compare(shapes, _shapes(params, shapes), f"{folder}: the base")
-        name, metadata = config["base_model_name_or_path"], config["metadata"]
-
-    leaves, placed = {} if params is None else paths.arrays(params), {}
-    for key, (path, axes, _) in spans.items():
-        like = paths.named_sharding(leaves.get(path))
-        to = like and NamedSharding(like.mesh, vector_spec(like.spec, axes))
-        placed[key] = jax.device_put(tensors[key], to)
-    scales = {
-        path: ScaleVectors(*(placed.get(f"{path}.{side}") for side in SIDES), target["axes"])
-        for path, target in config["targets"].items()
-    }
-    full = {path: placed[f"{path}.full"] for path in config["full"]}
-    return Adapter(scales, full, name, metadata)
+        _check(config, tensors, folder / TENSORS)
+        adapter = Adapter(
+            scales={
+                path: ScaleVectors(*(tensors.get(f"{path}.{s}") for s in SIDES), target["axes"])
+                for path, target in config["targets"].items()
+            },
+            full={path: tensors[f"{path}.full"] for path in config["full"]},
+            base_model=config["base_model_name_or_path"],
+            base_config=config["base_config"],
+            metadata=config["metadata"],
+            base_weights=dict(config["base_weights"]),
+        )
+    try:
+        adapter.check(params, base_config)
+    except AdapterError as error:
+        raise AdapterError(f"{folder}: {error}") from None
+    return adapter.placed(params)
 
 
 @contextlib.contextmanager
@@ -186,15 +276,9 @@ def _refuse(what: str) -> Iterator[None]:
         raise AdapterError(f"{what}: {error}") from error
 
 
-def _check(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], where: Any) -> dict:
-    """Refuses tensors that are not exactly those which the configuration calls for.
-
-    Returns, for each, the path of its parameter, the axes of it that it spans, and their sizes.
-    """
-    spans = {
-        f"{path}.full": (path, range(len(shape)), tuple(shape))
-        for path, shape in config["full"].items()
-    }
+def _check(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], where: Any) -> None:
+    """Refuses tensors that are not exactly those which the configuration calls for."""
+    shapes = {f"{path}.full": tuple(shape) for path, shape in config["full"].items()}
     for path, target in config["targets"].items():
         roles, shape = target["axes"], target["shape"]
         with _refuse(path):
@@ -203,9 +287,9 @@ def _check(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], where: 
             raise AdapterError(f"{path} has the shape {shape}, and the axis roles {roles!r}")
         for side in SIDES:
             if axes := side_axes(roles, side):
-                spans[f"{path}.{side}"] = path, axes, tuple(shape[i] for i in axes)
-    for name in {**spans, **tensors}:
-        array, (_, _, shape) = tensors.get(name), spans.get(name, (None, None, None))
+                shapes[f"{path}.{side}"] = tuple(shape[i] for i in axes)
+    for name in {**shapes, **tensors}:
+        array, shape = tensors.get(name), shapes.get(name)
         if array is None:
             problem = f" is missing; it has the shape {shape}"
         elif shape is None:
@@ -220,7 +304,6 @@ def _check(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], where: 
         else:
             continue
         raise AdapterError(f"{where}: {name}{problem}")
-    return spans
 
 
 def _compare(saved: Mapping[str, Any], given: Mapping[str, Any], what: str) -> None:

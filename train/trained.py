@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ class Trained:
       base: the frozen model, as shapes alone.
     """
 
-    adapter: ha.adapter_io.Adapter
+    adapter: ha.Adapter
     base: Base
 
     @property
@@ -87,18 +87,21 @@ def find(options: TrainedOptions) -> Trained:
             f"--adapter {options.adapter} holds no {CONFIG}, nor {ADAPTER}/{CONFIG}: give an"
             " adapter folder, or the folder of a run that came to its end"
         )
-    adapter = ha.load(folder, None)
+    adapter = ha.load(folder)
     model = options.model or adapter.base_model
     if model is None:
         raise InputError(f"{folder} does not name its base model: give it with --model")
-    known = json.loads((folder / CONFIG).read_text())["base_config"]
+    known = adapter.base_config
     labels = None if known is None else _labels(known, folder)
     base = describe(ModelOptions(model=model, revision=options.revision), labels)
-    config = None if known is None else models.config_to_dict(base.config)
-    return Trained(ha.load(folder, base.params, base_config=config), base)
+    try:
+        adapter.check(base.params, None if known is None else models.config_to_dict(base.config))
+    except ha.AdapterError as error:
+        raise ha.AdapterError(f"{folder}: {error}") from None
+    return Trained(adapter, base)
 
 
-def _labels(base_config: dict[str, Any], folder: Path) -> int | None:
+def _labels(base_config: Mapping[str, Any], folder: Path) -> int | None:
     """How many outputs the head had that the adapter was trained with; None without a head."""
     try:
         return getattr(models.config_from_dict(base_config), "labels", None)

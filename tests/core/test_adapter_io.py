@@ -671,3 +671,47 @@ def test_fuzz_configuration(tmp_path_factory, pristine, drop, checksum, value, d
 
     edit_config(folder, change, checksum)
     right_or_refused(folder, params, scales)
+
+
+# --------------------------------------------------------------------------------- Adapter objects
+
+
+def test_an_adapter_is_saved_loaded_and_applied_as_one(tmp_path):
+    """With what trained fully, in the model's dtype; equal to the merged weights by hand."""
+    params = {"body": jnp.full((2, 3), 2.0, jnp.bfloat16), "head": jnp.ones(3, jnp.bfloat16)}
+    scales = noisy(ha.init(ha.plan(params, ha.Target("body", "in out"))))
+    adapter = ha.Adapter(scales, {"head": jnp.arange(3.0)}, "base", {"width": 3}, {"steps": 1})
+    ha.save(tmp_path / "a", adapter, params)
+    again = ha.load(tmp_path / "a")
+    kept = again.base_model, again.base_config, again.metadata
+    assert kept == ("base", {"width": 3}, {"steps": 1})
+    assert again.base_weights == {"body": [2, 3]}
+    for found in (adapter, again):
+        applied, vectors = found.apply(params)
+        assert applied["body"] is params["body"]
+        assert applied["head"].dtype == jnp.bfloat16
+        assert applied["head"].tolist() == [0.0, 1.0, 2.0]
+        same(vectors, scales)
+
+
+def test_an_adapter_refuses_another_base(tmp_path):
+    """What was never saved compares what it knows: its weights, and what trained fully."""
+    params = {"body": jnp.ones((2, 3)), "head": jnp.ones(3)}
+    scales = ha.init(ha.plan(params, ha.Target("body", "in out")))
+    adapter = ha.Adapter(scales, {"head": jnp.arange(3.0)}, base_config={"width": 3})
+    ha.save(tmp_path / "a", adapter, params)
+    for found in (adapter, ha.load(tmp_path / "a")):
+        found.check(params, {"width": 3, "dtype": "bfloat16"})
+        with pytest.raises(AdapterError, match="width: 3 in the adapter's, 4 in yours"):
+            found.check(base_config={"width": 4})
+        with pytest.raises(AdapterError, match=r"head: \[3\] in the adapter's, absent"):
+            found.apply({"body": params["body"]})
+        with pytest.raises(AdapterError, match=r"head: \[3\] in the adapter's, \[4\] in yours"):
+            found.apply(params | {"head": jnp.ones(4)})
+        with pytest.raises(AdapterError, match="the base.* does not match.*body"):
+            found.apply(params | {"body": jnp.ones((3, 3))})
+    with pytest.raises(AdapterError, match="without base_config"):
+        ha.Adapter(scales).check(base_config={"width": 3})
+    with pytest.raises(AdapterError, match="of its own"):
+        ha.save(tmp_path / "b", adapter, params, metadata={"steps": 2})
+    assert not (tmp_path / "b").exists()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import hyperadapt_jax as ha
-from hyperadapt_jax import models, paths
+from hyperadapt_jax import models
 from train.__main__ import main
 
 OLD, TINY = Path(__file__).parent / "e659287", Path(__file__).parents[2] / "train/tiny"
@@ -52,9 +52,8 @@ def test_an_old_adapter_gives_the_logits_that_it_gave(old, run):
     found = json.loads((old / run / "logits.json").read_text())
     with pytest.warns(models.NewParametersWarning):
         fn, params = models.functional(models.load("bert", labels=2, progress=False))
-    adapter = ha.load(old / run / "adapter", params)
-    params = paths.replace(params, adapter.full)
-    logits = ha.adapt(fn)(params, adapter.scales, jnp.asarray(found["tokens"])).logits
+    params, scales = ha.load(old / run / "adapter").apply(params)
+    logits = ha.adapt(fn)(params, scales, jnp.asarray(found["tokens"])).logits
     np.testing.assert_allclose(logits, np.asarray(found["logits"]), atol=1e-5)
 
 

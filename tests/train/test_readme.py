@@ -6,9 +6,11 @@ import re
 from pathlib import Path
 
 import jax
+import numpy as np
+import pytest
 
 import hyperadapt_jax as ha
-from hyperadapt_jax import models
+from hyperadapt_jax import models, paths
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,3 +27,22 @@ def test_a_runs_adapter_loads_without_the_recipes(tmp_path, monkeypatch, capsys)
     ha.save(tmp_path / "adapter", scales, params)
     exec(code.replace('"runs/demo/adapter"', repr(str(tmp_path / "adapter"))), {})
     assert re.search(r"\d", capsys.readouterr().out)
+
+
+@pytest.mark.filterwarnings("ignore::hyperadapt_jax.models.NewParametersWarning")
+def test_a_classifiers_adapter_is_applied_with_its_head(monkeypatch):
+    """The logits are those of the weights merged, with the head that was saved."""
+    readme = (ROOT / "README.md").read_text()
+    (code,) = re.findall(r"```\n(import hyper[^`]*runs/mrpc/adapter[^`]*)```", readme)
+    assert "from train" not in code
+    monkeypatch.chdir(ROOT / "tests/train/e659287")
+    names = {}
+    exec(code.replace("runs/mrpc", "sst2"), names)
+    adapter, batch = names["adapter"], names["batch"]
+    model = models.load("bert", labels=2, seed=1, progress=False)
+    encoder, params = models.functional(model)
+    merged = ha.merge(paths.replace(params, adapter.full), adapter.scales)
+    more = {"mask": batch["attention_mask"], "token_types": batch.get("token_type_ids")}
+    wanted = encoder(merged, batch["input_ids"], **more).logits
+    assert wanted.shape == (2, 2)
+    np.testing.assert_allclose(names["logits"], wanted, atol=1e-5)
