@@ -1,6 +1,6 @@
 """HyperAdapt in JAX: fine-tune a frozen weight ``W`` as ``diag(1 + row) W diag(1 + col)``."""
 
-from hyperadapt_jax import adapter_io, optim, rank, sharding
+from hyperadapt_jax import adapter_io, methods, optim, rank, sharding
 from hyperadapt_jax.adapt import (
     Adapted,
     Explanation,
@@ -52,6 +52,7 @@ __all__ = [
     "invert",
     "load",
     "merge",
+    "methods",
     "optim",
     "plan",
     "rank",

@@ -112,6 +112,25 @@ class Plan:
         """How many numbers train."""
         return sum(weight.count for weight in self.weights)
 
+    def restrict(self, sides: Literal["both", "row", "col"]) -> Plan:
+        """The same weights, of which one side alone is scaled.
+
+        Raises:
+          PlanError: ``sides`` is none of the three, or a weight has no such side.
+        """
+        if sides not in ("both", *SIDES):
+            raise PlanError(f'sides must be "both", "row" or "col", not {sides!r}')
+        drop = {"both": None, "row": "in", "col": "out"}[sides]
+        weights = []
+        for weight in self.weights:
+            axes = " ".join("-" if role == drop else role for role in weight.axes.split())
+            if not {"in", "out"} & set(axes.split()):
+                raise PlanError(
+                    f"{weight.path}: roles {weight.axes!r} leave nothing for sides={sides!r}"
+                )
+            weights.append(dataclasses.replace(weight, axes=axes))
+        return dataclasses.replace(self, weights=tuple(weights))
+
     def __str__(self) -> str:
         sharded = any(weight.sharding is not None for weight in self.weights)
         header = ["weight", "shape", "dtype", "roles", "row", "col", "numbers"]
@@ -166,8 +185,6 @@ def plan(
     """
     if not targets:
         raise PlanError("give at least one target: which weights, and the roles of their axes")
-    if sides not in ("both", *SIDES):
-        raise PlanError(f'sides must be "both", "row" or "col", not {sides!r}')
     targets = tuple(t if isinstance(t, Target) else Target(*t) for t in targets)
     arrays = paths.arrays(params)
     excluded = matches(exclude, arrays, "exclude") if exclude else set()
@@ -189,23 +206,17 @@ def plan(
             _check(path, arrays[path], target)
     check_tied(chosen, arrays)
 
-    drop = {"both": None, "row": "in", "col": "out"}[sides]
     weights = []
     for path in (name for name in arrays if name in chosen):
         leaf = arrays[path]
-        axes = " ".join("-" if role == drop else role for role in chosen[path].axes.split())
-        if not {"in", "out"} & set(axes.split()):
-            raise PlanError(
-                f"{path}: roles {chosen[path].axes!r} leave nothing for sides={sides!r}"
-            )
         sharding = getattr(leaf, "sharding", None)
         named = sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
         if named is not None:
             check_axes(named.mesh, replicate)
         shape, whole = tuple(leaf.shape), tuple(replicate)
-        weights.append(Weight(path, shape, leaf.dtype, axes, named, whole))
+        weights.append(Weight(path, shape, leaf.dtype, chosen[path].axes, named, whole))
     total = sum(int(np.prod(leaf.shape)) for leaf in arrays.values())
-    return Plan(tuple(weights), total)
+    return Plan(tuple(weights), total).restrict(sides)
 
 
 def matches(pattern: paths.Pattern, arrays: dict[str, Any], what: str) -> set[str]:

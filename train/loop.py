@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import hyperadapt_jax as ha
 from hyperadapt_jax import models
+from hyperadapt_jax.methods import Tuning
 from hyperadapt_jax.tables import table
 
 from . import report
@@ -26,7 +27,6 @@ from .base import Base, fingerprint
 from .batches import Batches, stream
 from .checkpoints import Checkpoints, Position
 from .errors import InputError, warn
-from .methods import Tuning
 from .options import LARGEST, OptimizerOptions, RunOptions, lasting
 from .runs import ADAPTER
 from .step import Loss, learning_rates, make_optimizer, make_step, start
@@ -308,7 +308,7 @@ def fit(
     if not (folder / ADAPTER).exists():
         made_of = {SOURCES: {**task.sources, BASE: identity}} if task.sources else {}
         kept_with = {**lasting(metadata or {}), **made_of}
-        write_adapter(folder / ADAPTER, task.base, kept, kept_with)
+        write_adapter(folder / ADAPTER, task.base, tuning, kept, kept_with)
     return Result(kept, best, before, metrics, last, took)
 
 
@@ -324,18 +324,14 @@ def other_source(known: Mapping[str, str], found: Mapping[str, str]) -> str | No
     return next((f"the {name}" for name in changed), None)
 
 
-def write_adapter(folder: Path, base: Base, trainable: Any, metadata: Any = None) -> None:
+def write_adapter(
+    folder: Path, base: Base, tuning: Tuning, trainable: Any, metadata: Mapping[str, Any]
+) -> None:
     """Saves what trained as an adapter folder, whole or not at all; see `hyperadapt_jax.save`."""
+    config = models.config_to_dict(base.config)
+    adapter = ha.Adapter(*tuning.adapter(trainable), base.name, config, metadata)
     try:
-        ha.save(
-            folder,
-            trainable["scales"],
-            base.params,
-            full=trainable["full"],
-            base_model=base.name,
-            base_config=models.config_to_dict(base.config),
-            metadata=metadata,
-        )
+        ha.save(folder, adapter, base.params)
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror or error}") from error
 

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from hyperadapt_jax.methods import Tuning
+
 from .batches import IGNORE
-from .methods import Tuning
 from .step import Batch, Loss
 
 

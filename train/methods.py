@@ -1,69 +1,26 @@
-"""The methods that ``--method`` names: what trains, and the forward pass that it trains through.
-
-A method makes a :class:`Tuning` of a frozen model. The step, the loop and the checkpoints know
-nothing else of it, so another method is another entry of ``METHODS``.
-"""
+"""From options to what trains: the method that ``--method`` names, set up on a base model."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 
 import hyperadapt_jax as ha
 from hyperadapt_jax import models
+from hyperadapt_jax.methods import METHODS, Tuning
 
 from .base import Base
 from .errors import InputError
 from .options import AdapterOptions
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Tuning:
-    """A model as the trainer sees it.
-
-    Attributes:
-      forward: ``forward(trainable, frozen, *args, **kwargs)``, the model's outputs.
-      trainable: what trains, float32: ``{"scales": ..., "full": ...}``.
-      frozen: the rest.
-      plan: the scaled weights; None where none is.
-      axes: roles of the axes of each targeted weight, by path, whether or not it is scaled.
-    """
-
-    forward: Callable[..., Any]
-    trainable: dict[str, Any]
-    frozen: Any
-    plan: ha.Plan | None
-    axes: Mapping[str, str]
-
-    @property
-    def count(self) -> int:
-        """How many numbers train."""
-        return sum(leaf.size for leaf in jax.tree.leaves(self.trainable))
-
-
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """Which sides of the targets are scaled, if any, and whether all else trains fully."""
-
-    sides: str | None = "both"
-    everything: bool = False
-
-
-METHODS: dict[str, Method] = {
-    "hyperadapt": Method("both"),
-    "row": Method("row"),
-    "col": Method("col"),
-    "full": Method(None, everything=True),
-    "head": Method(None),
-}
-
-
 def tune(base: Base, options: AdapterOptions) -> Tuning:
     """Sets a method up on a model, on shapes alone or on arrays.
+
+    A classifier's head, and what the checkpoint lacks, trains whatever else is named: left as it
+    was drawn, it would make every answer a random one. A decoder's head was trained with it.
 
     Args:
       base: the model; where it was only described, nothing is allocated.
@@ -72,30 +29,32 @@ def tune(base: Base, options: AdapterOptions) -> Tuning:
     Raises:
       InputError: a target that matches nothing or cannot be meant; nothing would train.
     """
-    method = METHODS[options.method]
-    full = _full(base, options, method)
+    classifies = getattr(base.config, "labels", None) is not None
+    untied = "head/.*" if not getattr(base.config, "tied", True) else None
+    head = "classifier/.*" if classifies else untied
+    full = [re.escape(path) for path in base.fresh]
+    if options.full is not None:
+        try:
+            re.compile(options.full)
+        except re.error as error:
+            raise InputError(f"--full {options.full!r} is no pattern: {error}") from error
+        full.append(f"(?:{options.full})")
+    if classifies:
+        full.append("classifier/.*")
     try:
         targets = _targets(base.config, options.targets)
-        exclude = list(options.exclude) or None
-        both = ha.plan(base.params, *targets, exclude=exclude)
-        plan = method.sides and ha.plan(base.params, *targets, exclude=exclude, sides=method.sides)
-
-        def split(params):
-            return ha.optim.split(params, ha.init(plan) if plan else {}, full=full)
-
-        shapes_alone = isinstance(jax.tree.leaves(base.params)[0], jax.ShapeDtypeStruct)
-        trainable, frozen = (
-            jax.eval_shape(split, base.params) if shapes_alone else split(base.params)
-        )
+        plan = ha.plan(base.params, *targets, exclude=list(options.exclude) or None)
+        pattern = "|".join(full) or None
+        method = METHODS[options.method]
+        tuning = ha.methods.tune(method, base.fn, base.params, plan, full=pattern, head=head)
     except ValueError as error:
         raise InputError(f"--targets {' '.join(options.targets)}: {error}") from error
-    if not jax.tree.leaves(trainable):
+    if not jax.tree.leaves(tuning.trainable):
         raise InputError(
-            f"--method {options.method} trains nothing here: the model has no head apart;"
+            f"--method {options.method} trains nothing here: the model has no such parameters;"
             " choose another method, or name parameters with --full"
         )
-    axes = {weight.path: weight.axes for weight in both.weights}
-    return Tuning(_forward(base.fn, bool(plan)), trainable, frozen, plan or None, axes)
+    return tuning
 
 
 def table(base: Base, tuning: Tuning) -> str:
@@ -125,38 +84,3 @@ def _targets(config: models.Config, texts: Sequence[str]) -> list[tuple[str, str
         pattern, equals, roles = text.rpartition("=")
         pairs += [(pattern, roles)] if equals else models.targets(config, text)
     return pairs
-
-
-def _full(base: Base, options: AdapterOptions, method: Method) -> str | None:
-    """The pattern of the parameters that train fully.
-
-    A classifier's head, and what the checkpoint lacks, trains whatever else is named: left as it
-    was drawn, it would make every answer a random one. A decoder's head was trained with it.
-    """
-    if method.everything:
-        return ".*"
-    if options.full is not None:
-        try:
-            re.compile(options.full)
-        except re.error as error:
-            raise InputError(f"--full {options.full!r} is no pattern: {error}") from error
-    patterns = [re.escape(path) for path in base.fresh]
-    if options.full is not None:
-        patterns.append(f"(?:{options.full})")
-    if getattr(base.config, "labels", None) is not None:
-        patterns.append("classifier/.*")
-    elif options.method == "head" and not getattr(base.config, "tied", True):
-        patterns.append("head/.*")
-    return "|".join(patterns) or None
-
-
-def _forward(fn: Callable[..., Any], scaled: bool) -> Callable[..., Any]:
-    adapted = ha.adapt(fn) if scaled else None
-
-    def forward(trainable, frozen, *args, **kwargs):
-        params, scales = ha.optim.combine(trainable, frozen)
-        if adapted is None:
-            return fn(params, *args, **kwargs)
-        return adapted(params, scales, *args, **kwargs)
-
-    return forward

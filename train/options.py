@@ -19,11 +19,12 @@ import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NewType, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NewType, NoReturn, TypeVar
 
 import yaml
 
 from hyperadapt_jax import paths
+from hyperadapt_jax.methods import METHODS
 
 from . import PROGRAM
 from .errors import InputError
@@ -69,9 +70,8 @@ class ModelOptions:
 class AdapterOptions:
     """What trains."""
 
-    method: Literal["hyperadapt", "row", "col", "full", "head"] = "hyperadapt"
-    """Both scale vectors of each weight, the output-side or the input-side ones alone, every
-    parameter of the model, or the head alone."""
+    method: Annotated[str, METHODS] = "hyperadapt"
+    """What is trained."""
     targets: tuple[str, ...] = ("all-linear",)
     """Which weights are scaled: qv, qkvo, qkvud or all-linear, or "PATTERN=ROLES" pairs such as
     ".*/(q|v)/kernel=stack in out"."""
@@ -310,7 +310,11 @@ def flag(name: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Field:
-    """An option: its place among the groups, its type, default and help."""
+    """An option: its place among the groups, its type, default, help and choices, if it has some.
+
+    A `Literal` has its values for choices; a type that is annotated with a mapping, its keys, which
+    have summaries.
+    """
 
     name: str
     group: type
@@ -319,6 +323,7 @@ class _Field:
     optional: bool
     default: Any
     help: str
+    choices: tuple[str, ...] = ()
 
     @property
     def required(self) -> bool:
@@ -326,8 +331,8 @@ class _Field:
 
     @property
     def metavar(self) -> str:
-        if typing.get_origin(self.kind) is Literal:
-            return "{" + ",".join(typing.get_args(self.kind)) + "}"
+        if self.choices:
+            return "{" + ",".join(self.choices) + "}"
         return {int: "INT", float: "NUMBER", Path: "PATH", Place: "PLACE"}.get(self.kind, "TEXT")
 
     def read(self, value: Any) -> Any:
@@ -355,9 +360,8 @@ class _Field:
             if not value or "\0" in value:
                 raise ValueError("give a path" if self.kind is Path else "give a path or a name")
             return self.kind(_at_home(value))
-        choices = typing.get_args(self.kind)
-        if choices and value not in choices:
-            raise ValueError(f"choose one of {', '.join(choices)}")
+        if self.choices and value not in self.choices:
+            raise ValueError(f"choose one of {', '.join(self.choices)}")
         return value
 
     def _number(self, value: Any) -> int | float:
@@ -383,9 +387,9 @@ def _at_home(text: str) -> str:
 
 def _fields(cls: type) -> Iterator[_Field]:
     """A recipe's options in the order of their groups."""
-    kinds, helps = typing.get_type_hints(cls), _helps(cls)
+    kinds, helps = typing.get_type_hints(cls, include_extras=True), _helps(cls)
     for field in dataclasses.fields(cls):
-        kind, default = kinds[field.name], field.default
+        kind, default, text = kinds[field.name], field.default, helps.get(field.name, "")
         if dataclasses.is_dataclass(kind):
             for inner in _fields(kind):
                 if default is not dataclasses.MISSING:
@@ -397,7 +401,14 @@ def _fields(cls: type) -> Iterator[_Field]:
             (kind,) = (k for k in typing.get_args(kind) if k is not type(None))
         if many := typing.get_origin(kind) is tuple:
             kind = typing.get_args(kind)[0]
-        yield _Field(field.name, cls, kind, many, optional, default, helps.get(field.name, ""))
+        choices: tuple[str, ...] = ()
+        if typing.get_origin(kind) is Annotated:
+            kind, found = typing.get_args(kind)
+            choices = tuple(found)
+            text += " " + "; ".join(f"{name}: {found[name].summary}" for name in found) + "."
+        elif typing.get_origin(kind) is Literal:
+            choices = typing.get_args(kind)
+        yield _Field(field.name, cls, kind, many, optional, default, text, choices)
 
 
 def _helps(cls: type) -> dict[str, str]:

@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-import hyperadapt_jax as ha
+from hyperadapt_jax.methods import Tuning
 
-from .methods import Tuning
 from .options import OptimizerOptions
 
 Batch = Mapping[str, jax.Array]
@@ -89,7 +88,9 @@ def make_optimizer(
             muon_weight_dimension_numbers=functools.partial(_matrices, axes=tuning.axes),
         )
 
-    parts = [optax.partition({k: one(rate) for k, rate in _own(options).items()}, ha.optim.labels)]
+    own = _own(options)
+    optimizers = {label: one(own.get(label)) for label in set(jax.tree.leaves(tuning.labels))}
+    parts = [optax.partition(optimizers, tuning.labels)]
     if options.clip is not None:
         parts.insert(0, _clip(options.clip))
     return optax.chain(*parts)
@@ -106,8 +107,8 @@ def learning_rates(
       steps: optimizer steps of the whole run.
     """
     own, found = _own(options), {}
-    for label in sorted(set(jax.tree.leaves(ha.optim.labels(tuning.trainable)))):
-        if own[label] is None:
+    for label in sorted(set(jax.tree.leaves(tuning.labels))):
+        if own.get(label) is None:
             found["lr"] = schedule(options, options.lr, steps)
         else:
             name = "lr/head" if label == "full" else f"lr/{label}"
@@ -126,7 +127,7 @@ def _clip(norm: float) -> optax.GradientTransformation:
 
 
 def _own(options: OptimizerOptions) -> dict[str, float | None]:
-    """The learning rate of each label of `hyperadapt_jax.optim.labels`; None for the common one."""
+    """The learning rates of labels that can have one of their own; None for the common one."""
     return {"row": options.row_lr, "col": options.col_lr, "full": options.head_lr}
 
 

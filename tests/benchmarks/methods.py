@@ -26,13 +26,17 @@ METHODS = (
     "full fine-tuning",
 )
 
+ADAPTERS = dict.fromkeys(
+    ("HyperAdapt, adapt", "HyperAdapt, merge"), ha.methods.METHODS["hyperadapt"]
+)
+
 
 class Unavailable(Exception):
     """A method that cannot run here, and why."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Method:
+class Contender:
     """What trains, and the model's output.
 
     Attributes:
@@ -44,22 +48,15 @@ class Method:
     forward: Callable[[Any, Any, jax.Array], jax.Array]
 
 
-def method(name: str, config: decoder.Decoder, seed: int = 2) -> Method:
+def method(name: str, config: decoder.Decoder, seed: int = 2) -> Contender:
     """A method by its name in METHODS (the floor, which trains nothing, is a step alone)."""
     base = lambda params, x: decoder.forward(params, x, config)  # noqa: E731
     if name == "full fine-tuning":
         # A copy, for a step gives away the buffers of what it trains.
         start = lambda params: jax.tree.map(jnp.copy, params)  # noqa: E731
-        return Method(start, lambda trained, params, x: base(trained, x))
-    if name.startswith("HyperAdapt"):
-        target = decoder.TARGET if config.scan else decoder.UNROLLED_TARGET
-        adapted = ha.adapt(base, materialise="error")
-        merged = lambda params, scales, x: base(ha.merge(params, scales), x)  # noqa: E731
-        forward = merged if name.endswith("merge") else adapted
-        return Method(
-            lambda params: ha.init(ha.plan(params, target)),
-            lambda scales, params, x: forward(params, scales, x),
-        )
+        return Contender(start, lambda trained, params, x: base(trained, x))
+    if name in ADAPTERS:
+        return _adapter(ADAPTERS[name], base, config, merged=name.endswith("merge"))
     kind, _, rank = name.rpartition(" r=")
     makers = {"LoRA": _lora, "qwix LoRA": _qwix_lora}
     if kind not in makers:
@@ -67,7 +64,24 @@ def method(name: str, config: decoder.Decoder, seed: int = 2) -> Method:
     return makers[kind](config, jax.random.key(seed), int(rank))
 
 
-def _lora(config: decoder.Decoder, key: jax.Array, rank: int) -> Method:
+def _adapter(
+    method: ha.methods.Method, base: Callable[..., jax.Array], config: decoder.Decoder, merged: bool
+) -> Contender:
+    """A method of the library, on the activations or with its weights multiplied out."""
+    target = decoder.TARGET if config.scan else decoder.UNROLLED_TARGET
+    adapted = ha.adapt(base, materialise="error")
+
+    def start(params):
+        return method.init(None, method.select(ha.plan(params, target)), params)
+
+    def forward(trained, params, x):
+        scales = method.scales(trained, params)
+        return base(ha.merge(params, scales), x) if merged else adapted(params, scales, x)
+
+    return Contender(start, forward)
+
+
+def _lora(config: decoder.Decoder, key: jax.Array, rank: int) -> Contender:
     """LoRA (arXiv 2106.09685) on every linear: A uniform in +-1/sqrt(in), B zero, alpha = 2 r.
 
     A and B are float32 and multiply in the activations' dtype, as in mixed-precision training.
@@ -100,7 +114,7 @@ def _lora(config: decoder.Decoder, key: jax.Array, rank: int) -> Method:
             layers = [_beside(*pair) for pair in zip(layers, trained, strict=True)]
         return decoder.forward(params | {"layers": layers}, x, config, linear)
 
-    return Method(start, forward)
+    return Contender(start, forward)
 
 
 def _beside(layer: dict[str, Any], trained: dict[str, Any]) -> dict[str, Any]:
@@ -108,7 +122,7 @@ def _beside(layer: dict[str, Any], trained: dict[str, Any]) -> dict[str, Any]:
     return layer | {name: layer[name] | trained[name] for name in trained}
 
 
-def _qwix_lora(config: decoder.Decoder, key: jax.Array, rank: int) -> Method:
+def _qwix_lora(config: decoder.Decoder, key: jax.Array, rank: int) -> Contender:
     """qwix's LoRA on the same decoder in Linen, whose parameters are the very same tree.
 
     Raises:
@@ -150,7 +164,7 @@ def _qwix_lora(config: decoder.Decoder, key: jax.Array, rank: int) -> Method:
         layers = _beside(params["layers"], trained)
         return model.apply({"params": params | {"layers": layers}}, x)
 
-    return Method(start, forward)
+    return Contender(start, forward)
 
 
 class _LinenBlock(nn.Module):

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from train import methods, options
-from train.__main__ import RECIPES
+from hyperadapt_jax.methods import METHODS
+from train import options
+from train.__main__ import RECIPES, main
 from train.errors import InputError
 from train.options import AdapterOptions, ModelOptions, OptimizerOptions, RunOptions
 
@@ -211,9 +212,17 @@ def test_what_is_compared_when_a_run_goes_on():
     assert options.changed(yaml.safe_load(options.dump(old)), old) is None
 
 
-def test_every_method_can_be_chosen():
-    kind = typing.get_type_hints(AdapterOptions)["method"]
-    assert set(typing.get_args(kind)) == set(methods.METHODS)
+def test_every_method_can_be_chosen(capsys):
+    """The choices are the registry's, and its summaries are the help."""
+    for name in METHODS:
+        assert parse(*NEEDED, "--method", name).adapter.method == name
+    with pytest.raises(InputError, match=r"--method lora: choose one of hyperadapt, .*full"):
+        parse(*NEEDED, "--method", "lora")
+    with pytest.raises(SystemExit):
+        main(["sft", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for name, method in METHODS.items():
+        assert f"{name}: {method.summary}" in shown
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -12,6 +12,7 @@ import pytest
 
 import hyperadapt_jax as ha
 from hyperadapt_jax import models
+from hyperadapt_jax.methods import METHODS, Tuning
 from tests.train import tiny
 from train import base, losses, methods
 from train.batches import Batches
@@ -21,7 +22,7 @@ from train.step import learning_rates, make_optimizer, make_step, schedule, star
 OPTIONS = OptimizerOptions(lr=0.1, schedule="constant", warmup=0, clip=None)
 
 
-def tuning(method: str = "hyperadapt", dtype: str = "float32", **options) -> methods.Tuning:
+def tuning(method: str = "hyperadapt", dtype: str = "float32", **options) -> Tuning:
     config = models.config_from_dict(tiny.CONFIG)
     fn, params = models.functional(models.create(config, dtype=dtype, seed=1))
     # Vectors are zero at first: what is not symmetric shows faults that they would hide.
@@ -32,7 +33,7 @@ def tuning(method: str = "hyperadapt", dtype: str = "float32", **options) -> met
     moved = jax.tree.map(
         lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), tuned.trainable
     )
-    return methods.Tuning(tuned.forward, moved, tuned.frozen, tuned.plan, tuned.axes)
+    return dataclasses.replace(tuned, trainable=moved)
 
 
 def one_step(tuned, batch, *, accumulate=1, options=OPTIONS, optimizer=None):
@@ -247,7 +248,7 @@ def test_muon_takes_the_stacked_matrices_alone():
     np.testing.assert_allclose(adam, adam.max(), rtol=1e-3)
 
 
-@pytest.mark.parametrize("method", methods.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_takes_a_step(method):
     tuned, batch = tuning(method), batch_of(tiny.examples(6), 6, lengths=[16])
     state, metrics = one_step(tuned, batch)

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from hyperadapt_jax import models
+from hyperadapt_jax.methods import Tuning
 from train import base, loop, methods
 from train.batches import Batches
 from train.options import AdapterOptions, ModelOptions, OptimizerOptions, RunOptions
@@ -41,7 +42,7 @@ def examples(count: int = 40, seed: int = 0) -> list[dict[str, np.ndarray]]:
     return rows
 
 
-def token_loss(tuning: methods.Tuning):
+def token_loss(tuning: Tuning):
     """Summed cross-entropy over the labels that count, and how many they are."""
 
     def loss(trainable, frozen, batch, key):

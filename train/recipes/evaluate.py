@@ -12,13 +12,13 @@ from typing import Any
 
 import hyperadapt_jax as ha
 from hyperadapt_jax import models
+from hyperadapt_jax.methods import Tuning
 from hyperadapt_jax.tables import table
 
 from .. import base, data, glue, methods, options, runs
 from ..errors import InputError, warn
 from ..exam import Exam
 from ..loop import BASE, SOURCES, other_source
-from ..methods import Tuning
 from ..options import AdapterOptions, ModelOptions, Place
 from ..report import write
 

@@ -10,6 +10,8 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from hyperadapt_jax.methods import Tuning
+
 from .. import base, data, finite, glue, losses, methods, options, runs
 from ..batches import Batches, stream
 from ..errors import InputError
@@ -127,7 +129,7 @@ def name(split: str) -> str:
     return f"rows of {split}"
 
 
-def evaluation(task: glue.Task, tuning: methods.Tuning, examples: dict, batch_size: int):
+def evaluation(task: glue.Task, tuning: Tuning, examples: dict, batch_size: int):
     """A function from what trains to the task's metrics on its development sets.
 
     Args:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hyperadapt_jax import models
+from hyperadapt_jax.methods import Tuning
 
 from .. import answers, base, chat, data, finite, losses, methods, options, runs
 from ..answers import Questions, Score
@@ -276,7 +277,7 @@ def ask(
 
 def evaluation(
     chosen: Options,
-    tuning: methods.Tuning,
+    tuning: Tuning,
     held_out: datasets.Dataset,
     tokenizer: Any,
     questions: Questions,

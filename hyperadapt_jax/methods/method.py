@@ -1,0 +1,166 @@
+"""What a method is, and what it makes of a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+
+from hyperadapt_jax import optim, paths
+from hyperadapt_jax.adapt import adapt
+from hyperadapt_jax.scales import Scales
+from hyperadapt_jax.targets import Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way to fine-tune. A subclass says where it differs from this one, which trains nothing.
+
+    Its fields are its options. What it trains of the weights is a pytree of float32 arrays, at
+    first such that the model is the base, bit for bit.
+    """
+
+    @property
+    def summary(self) -> str:
+        """What trains, in a few words."""
+        raise NotImplementedError
+
+    def select(self, plan: Plan) -> Plan | None:
+        """The weights and sides that it adapts, of those that are targeted; None where none."""
+        return None
+
+    def init(self, key: jax.Array | None, plan: Plan, params: Any) -> Any:
+        """What trains of the weights, at its start.
+
+        Args:
+          key: of random starts; None for a method that draws nothing.
+          plan: what :meth:`select` gave.
+          params: the frozen parameters, arrays or ``jax.ShapeDtypeStruct``.
+        """
+        return {}
+
+    def scales(self, trained: Any, params: Any) -> Scales:
+        """What becomes of each weight, as `hyperadapt_jax.adapt` and `merge` take it."""
+        return trained
+
+    def full(self, params: Mapping[str, Any], head: Callable[[str], bool]) -> Iterable[str]:
+        """Paths of the parameters that train fully.
+
+        Args:
+          params: all parameters by path.
+          head: whether a path is of the model's head.
+        """
+        return ()
+
+    def labels(self, trained: Any) -> Any:
+        """A word for each trained array, for ``optax.partition``: the name of its field."""
+        return jax.tree_util.tree_map_with_path(lambda keys, _: keys[-1].name, trained)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tuning:
+    """A model as a trainer sees it.
+
+    Attributes:
+      forward: ``forward(trainable, frozen, *args, **kwargs)``, the model's outputs.
+      trainable: what trains, float32: under ``"scales"`` what the method trains of the weights,
+        under ``"full"`` other parameters by path.
+      frozen: the rest; `hyperadapt_jax.optim.combine` puts both together.
+      labels: a word for each trainable array, for ``optax.partition``: the method's, or ``full``.
+      method: the method.
+      plan: the weights that it adapts; None where it adapts none.
+      axes: roles of the axes of each targeted weight, by path, whether or not it is adapted.
+    """
+
+    forward: Callable[..., Any]
+    trainable: dict[str, Any]
+    frozen: Any
+    labels: dict[str, Any]
+    method: Method
+    plan: Plan | None
+    axes: Mapping[str, str]
+
+    @property
+    def count(self) -> int:
+        """How many parameters train."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.trainable))
+
+    def adapter(self, trainable: Any) -> tuple[Scales, dict[str, jax.Array]]:
+        """What an adapter holds: what becomes of each weight, and what trained fully."""
+        if self.plan is None:
+            return {}, dict(trainable["full"])
+        params, trained = optim.combine(trainable, self.frozen)
+        return self.method.scales(trained, params), dict(trainable["full"])
+
+
+def tune(
+    method: Method,
+    fn: Callable[..., Any],
+    params: Any,
+    plan: Plan,
+    *,
+    full: paths.Pattern | None = None,
+    head: paths.Pattern | None = None,
+    key: jax.Array | None = None,
+) -> Tuning:
+    """Sets a method up on a model, on arrays or on shapes alone.
+
+    Args:
+      method: what trains.
+      fn: ``fn(params, *args)``, as for `hyperadapt_jax.adapt`.
+      params: the frozen parameters, any pytree of arrays or of ``jax.ShapeDtypeStruct``; of shapes,
+        nothing is allocated.
+      plan: the weights that are targeted.
+      full: what else trains fully, a regular expression or suffixes of paths.
+      head: which parameters are the model's head, likewise.
+      key: for methods that draw random starts.
+
+    Raises:
+      PlanError: a pattern that matches nothing; what trains fully is scaled, tied or an integer.
+
+    >>> import hyperadapt_jax as ha, jax.numpy as jnp
+    >>> params = {"w": jnp.ones((3, 2)), "head": jnp.ones(2)}
+    >>> fn = lambda params, x: x @ params["w"] * params["head"]
+    >>> tuning = tune(ha.methods.HyperAdapt(), fn, params, ha.plan(params, ("w", "in out")))
+    >>> tuning.count, tuning.forward(tuning.trainable, tuning.frozen, jnp.ones(3))
+    (5, Array([3., 3.], dtype=float32))
+    """
+    is_head = paths.matcher(head) if head else lambda path: False
+    chosen = [re.escape(path) for path in method.full(paths.arrays(params), is_head)]
+    chosen += [] if full is None else [_regex(full)]
+    selected = method.select(plan)
+
+    def start(params: Any) -> tuple[dict[str, Any], Any]:
+        trained = method.init(key, selected, params) if selected else {}
+        return optim.split(params, trained, full="|".join(chosen) or None)
+
+    shapes_alone = isinstance(next(iter(jax.tree.leaves(params)), None), jax.ShapeDtypeStruct)
+    trainable, frozen = jax.eval_shape(start, params) if shapes_alone else start(params)
+    labels = {
+        "scales": method.labels(trainable["scales"]),
+        "full": dict.fromkeys(trainable["full"], "full"),
+    }
+    axes = {weight.path: weight.axes for weight in plan.weights}
+    forward = _forward(method, fn, adapted=bool(selected))
+    return Tuning(forward, trainable, frozen, labels, method, selected, axes)
+
+
+def _forward(method: Method, fn: Callable[..., Any], adapted: bool) -> Callable[..., Any]:
+    transformed = adapt(fn) if adapted else None
+
+    def forward(trainable: Any, frozen: Any, *args: Any, **kwargs: Any) -> Any:
+        params, trained = optim.combine(trainable, frozen)
+        if transformed is None:
+            return fn(params, *args, **kwargs)
+        return transformed(params, method.scales(trained, params), *args, **kwargs)
+
+    return forward
+
+
+def _regex(pattern: paths.Pattern) -> str:
+    if isinstance(pattern, str):
+        return f"(?:{pattern})"
+    return "|".join(f"(?:.*/)?{re.escape(suffix)}" for suffix in pattern)
