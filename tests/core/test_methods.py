@@ -94,10 +94,18 @@ def test_what_a_method_trained_is_an_adapter(name, tmp_path):
 
 def test_what_each_method_trains():
     """Sides, heads and everything; with `full`, more of it."""
-    counts = {"hyperadapt": 16, "row": 7, "col": 9, "full": 18 + 6 + 3 + 3 + 10, "head": 10}
+    counts = {
+        "hyperadapt": 16,
+        "row": 7,
+        "col": 9,
+        "bitfit": 6 + 5,
+        "full": 18 + 6 + 3 + 3 + 10,
+        "head": 10,
+    }
     for name, count in counts.items():
         assert tuning(name)[0].count == count
     assert tuning("row", full="norm/.*")[0].trainable["full"].keys() == {"norm/scale"}
+    assert tuning("bitfit")[0].trainable["full"].keys() == {"layers/bias", "head/bias"}
     assert tuning("head", full=["norm/scale"])[0].count == 13
     assert tuning("hyperadapt")[0].labels["scales"]["down/kernel"].row == "row"
     assert Full() == METHODS["full"] and Head() != Full() and HyperAdapt("row") == METHODS["row"]

@@ -22,8 +22,10 @@ from train.step import learning_rates, make_optimizer, make_step, schedule, star
 OPTIONS = OptimizerOptions(lr=0.1, schedule="constant", warmup=0, clip=None)
 
 
-def tuning(method: str = "hyperadapt", dtype: str = "float32", **options) -> Tuning:
-    config = models.config_from_dict(tiny.CONFIG)
+def tuning(
+    method: str = "hyperadapt", dtype: str = "float32", *, biases: bool = False, **options
+) -> Tuning:
+    config = models.config_from_dict(tiny.CONFIG | {"attention_bias": biases})
     fn, params = models.functional(models.create(config, dtype=dtype, seed=1))
     # Vectors are zero at first: what is not symmetric shows faults that they would hide.
     tuned = methods.tune(
@@ -250,7 +252,7 @@ def test_muon_takes_the_stacked_matrices_alone():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_takes_a_step(method):
-    tuned, batch = tuning(method), batch_of(tiny.examples(6), 6, lengths=[16])
+    tuned, batch = tuning(method, biases=True), batch_of(tiny.examples(6), 6, lengths=[16])
     state, metrics = one_step(tuned, batch)
     moved = [
         float(jnp.abs(a - b).max())
