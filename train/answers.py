@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import decimal
-import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from hyperadapt_jax import models
 
 from . import finite
 from .errors import InputError
-from .report import write
 
 Score = Literal["none", "exact", "last-number", "first-match"]
 
@@ -99,21 +96,16 @@ class Questions:
             right and answer is not None for right, answer in zip(marks, answers, strict=True)
         ]
 
-    def save(self, file: Path, answers: Sequence[str | None]) -> None:
-        """Writes one JSON object a line: prompt, answer, reference and, if marked, right.
-
-        Raises:
-          InputError: the file cannot be written.
-        """
-        marks = self.marks(answers)
-        lines = []
+    def records(self, answers: Sequence[str | None]) -> list[dict[str, Any]]:
+        """A mapping for each question: prompt, answer, reference and, if marked, right."""
+        marks, rows = self.marks(answers), []
         for i, (prompt, answer) in enumerate(zip(self.prompts, answers, strict=True)):
             row = {"prompt": self.tokenizer.decode(prompt), "answer": answer}
             row["reference"] = self.references[i]
             if marks is not None:
                 row["right"] = marks[i]
-            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-        write(file, "".join(lines))
+            rows.append(row)
+        return rows
 
 
 def mark(

@@ -151,18 +151,17 @@ def tokenizer(options: ModelOptions) -> Any:
     return found
 
 
-def check_tokens(rows: Iterable[Sequence[int]], tokenizer: Any, options: ModelOptions) -> None:
+def check_tokens(rows: Iterable[Sequence[int]], tokenizer: Any, size: int) -> None:
     """Refuses tokens that the model's table lacks.
 
     Args:
       rows: the tokens of each example; looked at only where the tokenizer has such tokens.
       tokenizer: the model's.
-      options: which model.
+      size: of the model's table.
 
     Raises:
       InputError: a row holds one; the message names it.
     """
-    size = _vocabulary(options)
     if max(tokenizer.get_vocab().values()) < size:
         return
     for number, tokens in enumerate(rows):

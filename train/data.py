@@ -35,6 +35,7 @@ PLACE = "(place)"  # a column that says where a row stands: its file and line
 _HELD_OUT = ("validation", "valid", "val", "dev")  # names of one and the same split
 
 Row = Mapping[str, Any]
+Rows = Sequence[Row] | datasets.Dataset  # in memory
 
 # What stands for a row that lacks columns, and for the value of a column that comes twice.
 _SHORT, _TWICE = object(), object()
@@ -164,7 +165,7 @@ Column = Text | Number | Label | Messages | Tools
 
 
 def read(
-    source: str | Path,
+    source: str | Path | Rows,
     columns: Mapping[str, Column],
     *,
     split: str = "train",
@@ -182,7 +183,7 @@ def read(
     Args:
       source: a file (.json, an array of objects or one object per line; .jsonl; .parquet; .csv;
         .tsv, whose quotes are plain characters), a folder with such files, named after the splits,
-        or a data set of the hub. No code of a data set is run.
+        or a data set of the hub. No code of a data set is run. Or the rows themselves.
       columns: the columns wanted, and what they hold.
       split: of a folder or a data set of the hub.
       config: of a data set of the hub that has several.
@@ -198,8 +199,11 @@ def read(
       InputError: there is no such data set or nothing in it, a column is missing, or a row is not
         what it should be; with file and line.
     """
-    files = _find(source, split)
-    if files is None:
+    files = _find(source, split) if isinstance(source, str | Path) else []
+    if not isinstance(source, str | Path):
+        name = "the rows given"
+        groups = [((f"row {n}", row) for n, row in enumerate(source, 1))]
+    elif files is None:
         hub = _load(str(source), config, split)
         files = [Path(file["filename"]) for file in hub.cache_files]
         name = f"{source} ({split})"
@@ -222,6 +226,9 @@ def read(
         features[PLACE] = datasets.Value("string")
     # The name is part of what is said of a row; what a file holds, time and size do not tell.
     contents = [(str(file.resolve()), _contents(file)) for file in files]
+    if not files:
+        held = json.dumps(list(source), default=repr).encode()
+        contents = [(name, hashlib.sha256(held).hexdigest())]
     try:
         with _quietly():
             return datasets.Dataset.from_generator(

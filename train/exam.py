@@ -9,6 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from hyperadapt_jax import models
+from hyperadapt_jax.methods import Tuning
 
 from . import arithmetic, finite
 from .arithmetic import Problem
@@ -56,14 +57,17 @@ class Exam:
             )
         return finite.decoded(found, self.tokenizer.decode)
 
-    def measure(self, forward: Callable[..., Any], *trees: Any) -> dict[str, float]:
-        """The accuracy of what the model answers; see `answers`.
+    def on(self, tuning: Tuning) -> Callable[[Any], dict[str, float]]:
+        """A function from what trains to the accuracy of what the model answers; see `answers`.
 
-        Raises:
-          InputError: no answer has finite outputs.
+        It raises InputError where no answer has finite outputs.
         """
-        answers = self.answers(forward, *trees)
-        return self.accuracy(answers) | finite.count(answers, "nonfinite")
+
+        def measure(trainable: Any) -> dict[str, float]:
+            answers = self.answers(tuning.forward, trainable, tuning.frozen)
+            return self.accuracy(answers) | finite.count(answers, "nonfinite")
+
+        return measure
 
     def accuracy(self, answers: Sequence[str | None]) -> dict[str, float]:
         """The share of right answers, by kind of problem."""

@@ -207,6 +207,26 @@ def parse(recipe: str, cls: type[T], args: Sequence[str]) -> T:
     return _build(cls, values)
 
 
+def make(cls: type[T], values: Mapping[str, Any]) -> T:
+    """Options from Python, under their flat names, checked as a file's are.
+
+    Raises:
+      InputError: an option is unknown, missing or out of its range.
+    """
+    fields, found = {field.name: field for field in _fields(cls)}, {}
+    for name, value in values.items():
+        if name not in fields:
+            raise InputError(f"{name}: there is no such option; {paths.nearest(name, fields)}")
+        value = str(value) if isinstance(value, Path) else value
+        try:
+            found[name] = fields[name].read(list(value) if isinstance(value, tuple) else value)
+        except ValueError as error:
+            raise InputError(f"{name} {str(value)[:60]}: {error}") from None
+    if missing := [name for name, field in fields.items() if field.required and name not in found]:
+        raise InputError(f"{', '.join(missing)}: must be given")
+    return _build(cls, found)
+
+
 class _UniqueKeys(yaml.SafeLoader):
     """YAML of plain values; a key that comes twice is an error, as half of it would be lost."""
 
@@ -239,9 +259,13 @@ def flat(options: Any, recipe: str) -> dict[str, Any]:
     """All options under their flat names, as plain values that YAML and JSON hold."""
     values: dict[str, Any] = {"recipe": recipe}
     for name, value in _leaves(options):
-        if isinstance(value, Path):
+        if isinstance(value, tuple):
+            value = list(value)
+        elif isinstance(value, Path):
             value = str(value)
-        values[name] = list(value) if isinstance(value, tuple) else value
+        elif value is not None and not isinstance(value, str | int | float):
+            value = f"a {type(value).__name__}"  # held in memory: a digest tells what is in it
+        values[name] = value
     return values
 
 
@@ -396,9 +420,11 @@ def _fields(cls: type) -> Iterator[_Field]:
                     inner = dataclasses.replace(inner, default=getattr(default, inner.name))
                 yield inner
             continue
-        optional = typing.get_origin(kind) in (typing.Union, types.UnionType)
-        if optional:
-            (kind,) = (k for k in typing.get_args(kind) if k is not type(None))
+        optional = False
+        if typing.get_origin(kind) in (typing.Union, types.UnionType):
+            # The first is what a text can be; others are for Python alone.
+            optional = type(None) in typing.get_args(kind)
+            kind = next(k for k in typing.get_args(kind) if k is not type(None))
         if many := typing.get_origin(kind) is tuple:
             kind = typing.get_args(kind)[0]
         choices: tuple[str, ...] = ()
@@ -412,16 +438,18 @@ def _fields(cls: type) -> Iterator[_Field]:
 
 
 def _helps(cls: type) -> dict[str, str]:
-    """The docstrings that stand below a dataclass's fields."""
-    (body,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-    pairs = zip(body.body, body.body[1:], strict=False)
-    return {
-        field.target.id: " ".join(text.value.value.split())
-        for field, text in pairs
-        if isinstance(field, ast.AnnAssign)
-        and isinstance(text, ast.Expr)
-        and isinstance(text.value, ast.Constant)
-    }
+    """The docstrings that stand below the fields of a dataclass and of those that it extends."""
+    helps: dict[str, str] = {}
+    for base in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
+        (body,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        helps |= {
+            field.target.id: " ".join(text.value.value.split())
+            for field, text in zip(body.body, body.body[1:], strict=False)
+            if isinstance(field, ast.AnnAssign)
+            and isinstance(text, ast.Expr)
+            and isinstance(text.value, ast.Constant)
+        }
+    return helps
 
 
 def _build(cls: type[T], values: Mapping[str, Any], default: Any = None) -> T:

@@ -89,7 +89,7 @@ class Log:
             self._events.write_event(event)
         self._recent = np.zeros(3)  # seconds, tokens and steps of late
         self._last = self._said = self._synced = time.monotonic()
-        terminal = sys.stderr.isatty()
+        terminal = sys.stderr.isatty() or "ipykernel" in sys.modules  # a notebook shows bars too
         self._bar = tqdm(
             desc=self._label,
             total=self.total_steps,

@@ -9,6 +9,7 @@ import transformers
 
 from hyperadapt_jax import models
 from train.answers import Questions, last_number, mark
+from train.assembly import write_rows
 from train.errors import InputError
 
 
@@ -195,10 +196,12 @@ def test_questions_are_answered_as_if_each_were_alone(tmp_path):
     assert answers == expected and any(expected)
     right = [answer == reference for answer, reference in zip(answers, references, strict=True)]
     assert questions.accuracy(answers) == {"accuracy": sum(right) / 6}
-    questions.save(tmp_path / "file.jsonl", answers)
-    rows = [json.loads(line) for line in (tmp_path / "file.jsonl").read_text().splitlines()]
+    rows = questions.records(answers)
+    write_rows(tmp_path / "file.jsonl", rows)
+    lines = (tmp_path / "file.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == rows
     assert [row["answer"] for row in rows] == answers
     assert [row["right"] for row in rows] == right
     assert rows[0]["prompt"] == "abc" and rows[3]["reference"] == "x"
     with pytest.raises(InputError, match="nowhere"):
-        questions.save(tmp_path / "nowhere" / "file.jsonl", answers)
+        write_rows(tmp_path / "nowhere" / "file.jsonl", rows)

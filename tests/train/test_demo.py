@@ -15,6 +15,7 @@ from train import arithmetic, exam
 from train.__main__ import main
 from train.recipes import demo, pretrain
 from train.report import read_metrics
+from train.tasks.arithmetic import OneStep, TwoSteps
 
 pytestmark = pytest.mark.usefixtures("optimised")
 
@@ -59,7 +60,7 @@ def test_the_embedded_tokenizer_is_the_one_that_the_code_makes(tokenizer):
 
 
 def test_the_embedded_model_knows_one_step_and_not_two(embedded, tokenizer):
-    kinds = [*pretrain.KINDS, "ride"]
+    kinds = [*OneStep.kinds, "ride"]
     asked = exam.Exam.of(kinds, 64, seed=7, tokenizer=tokenizer.backend_tokenizer)
     found = asked.accuracy(asked.answers(*embedded))
     assert found.keys() == set(kinds)
@@ -90,7 +91,7 @@ def test_a_run_leaves_all_that_it_promises(short):
     evaluated = [row["step"] for row in rows if "eval/ride" in row]
     assert evaluated == [0, 2, 4]
     report = (short / "report.md").read_text()
-    assert all(what in report for what in demo.KINDS.values())
+    assert all(what in report for what in TwoSteps.kinds.values())
     assert report.count("before:") == 3 and "10,240 of" in report
 
 

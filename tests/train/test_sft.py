@@ -19,8 +19,10 @@ from train import base, chat, methods
 from train.__main__ import main
 from train.data import Examples
 from train.options import AdapterOptions, ModelOptions
-from train.recipes import sft
 from train.report import read_metrics
+from train.tasks import instructions
+from train.tasks.instructions import Instructions
+from train.tasks.task import Setting
 
 from . import tiny
 
@@ -192,11 +194,10 @@ def test_a_perplexity_that_no_float_holds_is_infinite(monkeypatch):
         )  # fmt: skip
 
     example = {"tokens": np.arange(3), "labels": np.arange(3)}
-    monkeypatch.setattr(sft.chat, "examples", lambda *_: Examples([example], 0, 0))
-    monkeypatch.setattr(sft.losses, "token_losses", losses_of)
-    chosen = types.SimpleNamespace(form=None, max_length=8, eval_batch_size=1)
+    monkeypatch.setattr(instructions.losses, "token_losses", losses_of)
+    task = Instructions(data="nowhere", eval_batch_size=1)
     tuning, questions = types.SimpleNamespace(frozen={}), types.SimpleNamespace(score="none")
-    evaluate = sft.evaluation(chosen, tuning, None, None, questions)
+    evaluate = task.measure(tuning, Examples([example], 0, 0), questions)
     assert evaluate(2.0) == {"loss": 2.0, "perplexity": math.exp(2.0)}
     assert evaluate(750.0) == {"loss": 750.0, "perplexity": math.inf}
 
@@ -233,33 +234,31 @@ def refused(words, message, capsys):
     assert error.startswith("error: ") and "\n" not in error
 
 
-def test_a_run_of_another_recipe_has_no_questions(done, tmp_path, capsys):
-    config = yaml.safe_load((done / "config.yaml").read_text())
-    for recipe, message in (("glue", "--questions is for runs of sft"), ("rank", "no recipe that")):
-        (tmp_path / "config.yaml").write_text(yaml.safe_dump({**config, "recipe": recipe}))
+def test_a_run_of_another_recipe_has_no_questions(tmp_path, capsys):
+    theirs = {"recipe": "glue", "task": "sst2", "model": "m", "folder": "f"}
+    others = ({"recipe": "rank"}, {"recipe": "fit"}, {"recipe": "../sft"}, {"recipe": [1]})
+    for config, message in [
+        (theirs, "--questions: a run of sst2 has no such thing"),
+        *((other, "is of no recipe that trains") for other in others),
+    ]:
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
         refused(["evaluate", *words_of(folder=tmp_path, questions=3)], message, capsys)
 
 
 def test_the_loss_is_the_mean_over_the_answers_tokens(model, rows):
-    options = sft.Options(
-        data=str(rows),
-        prompt="what is {question}",
-        eval_rows=7,
-        questions=0,
-        eval_batch_size=4,
-        model=ModelOptions(model=str(model)),
-        run=sft.RunOptions(folder=model / "run"),
-    )
-    loaded, tokenizer = base.load(options.model, quiet=True), base.tokenizer(options.model)
+    settings = dict(eval_rows=7, questions=0, eval_batch_size=4)
+    task = Instructions(data=str(rows), prompt="what is {question}", **settings)
+    which = ModelOptions(model=str(model))
+    loaded, tokenizer = base.load(which, quiet=True), base.tokenizer(which)
     tuning = methods.tune(loaded, AdapterOptions())
-    training, held_out = sft.read(options)
+    training, held_out = task.rows(seed=0)
     assert len(training) == 293 and len(held_out) == 7
-    questions = sft.ask(options, loaded, held_out, tokenizer)
-    assert not questions.prompts
-    found = sft.evaluation(options, tuning, held_out, tokenizer, questions)(tuning.trainable)
+    evaluation = task.evaluation(Setting(loaded, which))
+    assert evaluation.generate is None
+    found = evaluation.on(tuning)(tuning.trainable)
 
     losses = []
-    for row, prompt in zip(held_out, chat.prompts(held_out, options.form, tokenizer), strict=True):
+    for row, prompt in zip(held_out, chat.prompts(held_out, task.form, tokenizer), strict=True):
         answer = [*tokenizer(row["answer"], add_special_tokens=False)["input_ids"], 1]
         tokens = np.array([[*prompt, *answer]])
         spoken = jax.nn.log_softmax(loaded.fn(loaded.params, tokens))[0]
@@ -366,12 +365,10 @@ def test_a_name_that_no_question_has_can_be_named(model, tmp_path):
     """The choices are the references of all held-out rows, however few the model answers."""
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(f'{{"question": "w1", "answer": "{a}"}}\n' for a in ("yes", "no")))
-    options = sft.Options(
-        data=str(file), eval_data=str(file), prompt="{question}", questions=1, score="first-match",
-        model=ModelOptions(model=str(model)), run=sft.RunOptions(folder=tmp_path / "run"),
-    )  # fmt: skip
-    tokenizer = base.tokenizer(options.model)
-    questions = sft.ask(options, base.describe(options.model), sft.read(options)[1], tokenizer)
+    which = ModelOptions(model=str(model))
+    settings = dict(prompt="{question}", questions=1, score="first-match")
+    task = Instructions(data=str(file), eval_data=str(file), **settings)
+    questions = task.ask(Setting(base.describe(which), which), task.rows(seed=0)[1])
     assert questions.accuracy(["no, not yes"]) == {"accuracy": 0.0}
 
 

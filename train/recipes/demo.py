@@ -6,29 +6,21 @@ import dataclasses
 from pathlib import Path
 
 import jax
-from tokenizers import Tokenizer
 
 from hyperadapt_jax import rank
 from hyperadapt_jax.tables import table
 
-from .. import PROGRAM, arithmetic, base, losses, methods, options, runs
-from ..batches import Batches
+from .. import arithmetic, options, runs
+from ..assembly import assemble
 from ..errors import InputError
 from ..exam import Exam
-from ..loop import Task, fit
 from ..options import AdapterOptions, ModelOptions, OptimizerOptions, Place, RunOptions
 from ..report import draw, markdown_table
+from ..tasks.arithmetic import MOST, TwoSteps
 
 TINY = Path(__file__).resolve().parents[1] / "tiny"
 RANK = "rank.png"
 Answers = list[str | None]
-WATCHED = 128  # problems of each kind while it trains, other ones than are measured in the end
-MOST = 10_000_000  # problems or texts, which are made on the spot
-KINDS = {
-    "ride": "two-step problems, the new task",
-    "equation": "bare equations, known before",
-    "story": "one-step problems, known before",
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,17 +43,13 @@ class Options:
     adapter: AdapterOptions = AdapterOptions()
     optimizer: OptimizerOptions = OptimizerOptions(lr=1.5e-2, b2=0.98)
     run: RunOptions = RunOptions(folder=Path("runs/demo"), steps=750, eval_every=150)
-    texts: int = 24_000
-    """Problems to learn from. A run that needs more sees them again."""
-    problems: int = 512
-    """Problems of each kind to measure on, before and after."""
+    task: TwoSteps = TwoSteps()
     show: int = 4
     """Answers to show."""
 
     def __post_init__(self):
-        for name in ("texts", "problems", "show"):
-            if not 1 <= getattr(self, name) <= MOST:
-                raise InputError(f"--{name} {getattr(self, name)}: give a number from 1 to {MOST}")
+        if not 1 <= self.show <= MOST:
+            raise InputError(f"--show {self.show}: give a number from 1 to {MOST}")
 
 
 def run(chosen: Options) -> None:
@@ -72,47 +60,27 @@ def run(chosen: Options) -> None:
         the words of the problems.
     """
     config = options.flat(chosen, "demo")
-    tell = (lambda text: None) if chosen.run.quiet else print
-    described, tokenizer = base.describe(chosen.model), _tokenizer(chosen.model)
-    plan = methods.table(described, methods.tune(described, chosen.adapter))
-    tell(plan)
     with runs.claim(chosen.run.folder, config, resume=chosen.run.resume) as folder:
-        loaded = base.load(chosen.model, quiet=chosen.run.quiet)
-        tuning = methods.tune(loaded, chosen.adapter)
-        final = Exam.of(list(KINDS), chosen.problems, seed=1, tokenizer=tokenizer)
-        watched = Exam.of(list(KINDS), WATCHED, seed=2, tokenizer=tokenizer)
+        made = assemble(chosen.task, chosen.model, chosen.adapter, chosen.run)
+        loaded, tuning = made.load()
+        total = sum(leaf.size for leaf in jax.tree.leaves(loaded.params))
+        final = chosen.task.final(made.setting)
         before = final.answers(tuning.forward, tuning.trainable, tuning.frozen)
-        result = fit(
-            Task(
-                name="demo",
-                base=loaded,
-                tuning=tuning,
-                loss=losses.next_token(tuning),
-                batches=_batches(chosen, tokenizer),
-                evaluate=lambda trainable: watched.measure(
-                    tuning.forward, trainable, tuning.frozen
-                ),
-                score=lambda metrics: metrics["ride"],
-            ),
-            folder,
-            optimizer=chosen.optimizer,
-            run=chosen.run,
-            metadata=config,
-        )
+        result = made.fit(loaded, tuning, folder, chosen.optimizer, config)
         after = final.answers(tuning.forward, result.trainable, tuning.frozen)
         if scales := result.trainable["scales"]:
             draw(folder / RANK, rank.figure(rank.analyse(loaded.params, scales)))
 
-        header, rows = _rows(final, before, after)
+        header, rows = _rows(chosen.task, final, before, after)
         answers = _answers(final, before, after, chosen.show)
-        total = sum(leaf.size for leaf in jax.tree.leaves(loaded.params))
         learned = f"{tuning.count:,} of {total:,} numbers trained ({tuning.count / total:.1%})"
         runs.write_report(folder, REPORT.format(
             method=chosen.adapter.method, learned=learned, step=result.step, answers=answers,
             table=markdown_table(header, rows, "before after"),
-            rank=f"\n![singular values]({RANK})\n" if scales else "", plan=plan,
+            rank=f"\n![singular values]({RANK})\n" if scales else "", plan=made.plan,
             took=runs.took(result.facts, options.command("demo", chosen)),
         ))  # fmt: skip
+    tell = made.setting.tell
     tell(f"\n{table(header, rows, right='before after')}\n{learned}\n\n{answers}\n")
     tell(f"adapter, metrics, curves and report are in {folder}")
 
@@ -144,34 +112,13 @@ All options are in `config.yaml`: `--config` reads them back.
 """
 
 
-def _tokenizer(model: ModelOptions) -> Tokenizer:
-    """The model's tokenizer, which must be the one of the synthetic problems."""
-    found = base.tokenizer(model)
-    words = {word: number for number, word in enumerate(arithmetic.vocabulary())}
-    if found.get_vocab() != words:
-        raise InputError(
-            f"--model {model.model} does not know the words of this demo: give a model that"
-            f" `{PROGRAM} pretrain` made, or take the recipe sft"
-        )
-    return found.backend_tokenizer
-
-
-def _batches(chosen: Options, tokenizer: Tokenizer) -> Batches:
-    run = chosen.run
-    problems = arithmetic.problems("ride", chosen.texts, seed=run.seed, held=False)
-    return Batches(
-        arithmetic.examples(problems, tokenizer, answers_alone=True),
-        run.batch_size,
-        seed=run.seed,
-        epochs=run.passes,
-    )
-
-
-def _rows(exam: Exam, before: Answers, after: Answers) -> tuple[list[str], list[list[str]]]:
+def _rows(
+    task: TwoSteps, exam: Exam, before: Answers, after: Answers
+) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of accuracies."""
     shares = [exam.accuracy(answers) for answers in (before, after)]
     return ["right answers", "before", "after"], [
-        [what, *(f"{found[kind]:.1%}" for found in shares)] for kind, what in KINDS.items()
+        [what, *(f"{found[kind]:.1%}" for found in shares)] for kind, what in task.kinds.items()
     ]
 
 

@@ -6,7 +6,6 @@ import dataclasses
 import importlib
 import json
 import math
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,14 @@ from hyperadapt_jax import models
 from hyperadapt_jax.methods import Tuning
 from hyperadapt_jax.tables import table
 
-from .. import base, data, glue, methods, options, runs
+from .. import base, data, methods, options, runs
+from ..assembly import write_rows
 from ..errors import InputError, warn
-from ..exam import Exam
 from ..loop import BASE, SOURCES, other_source
-from ..options import AdapterOptions, ModelOptions, Place
+from ..options import Place
 from ..report import write
+from ..tasks.task import Evaluation, Setting
+from . import RECIPES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,18 +67,25 @@ def run(chosen: Options) -> None:
       InputError: there is no run, adapter, base model or data, or an option is not for this run.
       AdapterError: the adapter is damaged, or of another base.
     """
-    file = chosen.folder / options.CONFIG
-    recipe = options.read_config(file).get("recipe")
-    if not isinstance(recipe, str) or recipe not in _MEASURES:
-        raise InputError(f"{file} is of no recipe that trains: its recipe is {recipe!r}")
-    for name in ("split", "rows", "questions", "predictions"):
-        if recipe != "sft" and getattr(chosen, name) is not None:
-            raise InputError(f"--{name} is for runs of sft, and {chosen.folder} is one of {recipe}")
+    theirs = load_options(chosen)
+    asked = {name: getattr(chosen, name) for name in ("data", "split", "rows", "questions")}
+    task = theirs.task.elsewhere(**asked)
     if not (chosen.folder / runs.ADAPTER).is_dir():
         raise InputError(f"{chosen.folder} has no adapter: let the run come to its end (--resume)")
-    module = importlib.import_module(f".{recipe}", __package__)
-    theirs = options.parse(recipe, module.Options, ["--config", str(file)])
-    metrics = _MEASURES[recipe](chosen, theirs, module)
+    model = theirs.model
+    if chosen.model is not None:
+        model = dataclasses.replace(model, model=chosen.model)
+    tell = (lambda text: None) if chosen.quiet else print
+    setting = Setting(base.describe(model, task.labels), model, theirs.run.seed, tell)
+    task.check(setting.base.config)
+    evaluation = task.evaluation(setting)
+    if chosen.predictions is not None and evaluation.generate is None:
+        raise InputError(f"--predictions: a run of {task.name} has no answers of the model's own")
+    same = chosen.data is chosen.split is chosen.rows is None
+    tuning, trained = _restore(chosen, theirs, setting, evaluation, same)
+    metrics = evaluation.on(tuning)(trained)
+    if chosen.predictions is not None:
+        write_rows(chosen.predictions, evaluation.generate(tuning, trained))
     if chosen.metrics is not None:
         known = {k: value if math.isfinite(value) else None for k, value in metrics.items()}
         write(chosen.metrics, json.dumps(known, indent=2) + "\n")
@@ -86,27 +94,34 @@ def run(chosen: Options) -> None:
         print(table(["metric", "value"], rows, right="value"))
 
 
-def _model(chosen: Options, model: ModelOptions) -> ModelOptions:
-    return model if chosen.model is None else dataclasses.replace(model, model=chosen.model)
+def load_options(chosen: Options) -> Any:
+    """The options that a run was given, with its folder where it lies now.
+
+    Raises:
+      InputError: the folder holds no run, or one that does not train.
+    """
+    file = chosen.folder / options.CONFIG
+    recipe = options.read_config(file).get("recipe")
+    known = isinstance(recipe, str) and recipe in RECIPES
+    module = importlib.import_module(f".{recipe}", __package__) if known else None
+    if "task" not in getattr(getattr(module, "Options", None), "__dataclass_fields__", ()):
+        raise InputError(f"{file} is of no recipe that trains: its recipe is {recipe!r}")
+    theirs = options.parse(recipe, module.Options, ["--config", str(file)])
+    return dataclasses.replace(theirs, run=dataclasses.replace(theirs.run, folder=chosen.folder))
 
 
 def _restore(
-    chosen: Options,
-    model: ModelOptions,
-    adapter: AdapterOptions,
-    sources: Mapping[str, str] | None = None,
-    *,
-    labels: int | None = None,
-    seed: int = 0,
+    chosen: Options, theirs: Any, setting: Setting, evaluation: Evaluation, same: bool
 ) -> tuple[Tuning, Any]:
     """The run's method on its base, and what it trained; the same ones that it had, if it says so.
 
-    ``sources`` are digests of what else the run is made of.
+    ``same`` is whether it is measured on the data that it was measured on before.
     """
-    loaded = base.load(model, labels, seed=seed, quiet=chosen.quiet)
+    labels, seed = theirs.task.labels, theirs.run.seed
+    loaded = base.load(setting.model, labels, seed=seed, quiet=chosen.quiet)
     config = models.config_to_dict(loaded.config)
     found = ha.load(chosen.folder / runs.ADAPTER, loaded.params, base_config=config)
-    tuning = methods.tune(loaded, adapter)
+    tuning = methods.tune(loaded, theirs.adapter)
     trained = {"scales": found.scales, "full": found.full}
     for part, wanted in tuning.trainable.items():
         if other := sorted(wanted.keys() ^ trained[part].keys()):
@@ -116,76 +131,17 @@ def _restore(
                 f" {options.CONFIG} trains now: another version of this program left it out, or the"
                 " file was changed; train it again"
             )
-    known = found.metadata.get(SOURCES, {})
-    if sources and not known:
-        warn(f"{chosen.folder} does not say which data it was made on: it is not compared")
+    known, sources = found.metadata.get(SOURCES, {}), {}
+    if evaluation.sources:
+        sources = {"tokenizer": data.identity(setting.tokenizer)}
+        sources |= evaluation.sources if same else {}
+        if not known:
+            warn(f"{chosen.folder} does not say which data it was made on: it is not compared")
     if known:
-        sources = {BASE: base.fingerprint(tuning.frozen), **(sources or {})}
-    if changed := other_source(known, sources or {}):
+        sources = {BASE: base.fingerprint(tuning.frozen), **sources}
+    if changed := other_source(known, sources):
         raise InputError(
             f"{changed} changed since the run in {chosen.folder}, so that other numbers would come"
             " out: give it as it was" + (", or other rows by --data" if "rows" in changed else "")
         )
     return tuning, trained
-
-
-def _tell(chosen: Options) -> Callable[[str], None]:
-    return (lambda text: None) if chosen.quiet else print
-
-
-def _glue(chosen: Options, theirs: Any, recipe: Any) -> dict[str, float]:
-    task, model = glue.TASKS[theirs.task], _model(chosen, theirs.model)
-    tokenizer, examples = base.tokenizer(model), {}
-    sources = {"tokenizer": data.identity(tokenizer)}
-    asked = dataclasses.replace(theirs, data=chosen.data or theirs.data, model=model)
-    for split in task.dev:
-        made, rows, _ = recipe.read(asked, task, split, tokenizer, _tell(chosen))
-        examples[split] = made.data
-        if chosen.data is None:
-            sources[recipe.name(split)] = rows
-    tuning, trained = _restore(
-        chosen, model, theirs.adapter, sources, labels=task.outputs, seed=theirs.run.seed
-    )
-    return recipe.evaluation(task, tuning, examples, theirs.eval_batch_size)(trained)
-
-
-def _sft(chosen: Options, theirs: Any, recipe: Any) -> dict[str, float]:
-    if chosen.data is None and theirs.eval_data is None and chosen.rows is not None:
-        raise InputError(f"--rows: {chosen.folder} held out rows of its own; give --data")
-    asked = {
-        "model": _model(chosen, theirs.model),
-        "eval_data": chosen.data,
-        "eval_split": chosen.split,
-        "eval_rows": chosen.rows,
-        "questions": chosen.questions,
-    }
-    given = {name: value for name, value in asked.items() if value is not None}
-    theirs = dataclasses.replace(theirs, **given)
-    described, tokenizer = recipe.describe(theirs), base.tokenizer(theirs.model)
-    held_out = recipe.read_eval(theirs) if theirs.eval_data else recipe.read(theirs)[1]
-    sources = {"tokenizer": data.identity(tokenizer)}
-    rows, _ = recipe.measured(theirs, held_out, tokenizer, _tell(chosen))
-    if chosen.data is chosen.split is chosen.rows is None:
-        sources |= rows
-    questions = recipe.ask(theirs, described, held_out, tokenizer)
-    tuning, trained = _restore(chosen, theirs.model, theirs.adapter, sources)
-    metrics = recipe.evaluation(theirs, tuning, held_out, tokenizer, questions)(trained)
-    if chosen.predictions is not None:
-        answers = questions.answers(tuning.forward, trained, tuning.frozen)
-        questions.save(chosen.predictions, answers)
-    return metrics
-
-
-def _exam(chosen: Options, theirs: Any, recipe: Any) -> dict[str, float]:
-    if chosen.data is not None:
-        raise InputError(f"--data: {chosen.folder} is of a recipe that makes its own problems")
-    model = getattr(theirs, "model", None) or ModelOptions(model=str(chosen.folder / "fresh"))
-    model, adapter = _model(chosen, model), getattr(theirs, "adapter", _FULL)
-    tokenizer = base.tokenizer(model).backend_tokenizer
-    tuning, trained = _restore(chosen, model, adapter)
-    exam = Exam.of(list(recipe.KINDS), theirs.problems, seed=1, tokenizer=tokenizer)
-    return exam.measure(tuning.forward, trained, tuning.frozen)
-
-
-_FULL = AdapterOptions(method="full")  # how the embedded model is made
-_MEASURES = {"glue": _glue, "sft": _sft, "demo": _exam, "pretrain": _exam}

@@ -6,27 +6,17 @@ import dataclasses
 import json
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
 import hyperadapt_jax as ha
 from hyperadapt_jax import models
 from hyperadapt_jax.tables import table
 
-from .. import arithmetic, base, losses, methods, options, runs
-from ..batches import Batches
-from ..errors import InputError
-from ..exam import Exam
-from ..loop import Task, fit
-from ..options import AdapterOptions, ModelOptions, OptimizerOptions, RunOptions
+from .. import arithmetic, base, options, runs
+from ..assembly import assemble
+from ..options import AdapterOptions, ModelOptions, OptimizerOptions, Place, RunOptions
 from ..report import markdown_table, write
+from ..tasks.arithmetic import OneStep
 
 FRESH, MODEL = "fresh", "model"
-MOST = 10_000_000  # problems or texts, which are made on the spot
-KINDS = {
-    "equation": "bare equations",
-    "story": "word problems, answered by a number",
-    "story_equation": "word problems, answered by an equation",
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,17 +37,18 @@ class Options:
 
     optimizer: OptimizerOptions = OptimizerOptions(optimizer="muon", lr=0.02, warmup=100)
     run: RunOptions = RunOptions(folder=Path("runs/pretrain"), steps=3100, eval_every=500)
-    texts: int = 300_000
-    """Texts to make. A run that needs more rows sees them again."""
-    length: int = 64
-    """Tokens of a row, filled with several texts."""
-    problems: int = 256
-    """Problems of each kind in an evaluation."""
+    task: OneStep = OneStep()
 
-    def __post_init__(self):
-        for name in ("texts", "problems"):
-            if not 1 <= getattr(self, name) <= MOST:
-                raise InputError(f"--{name} {getattr(self, name)}: give a number from 1 to {MOST}")
+    @property
+    def model(self) -> ModelOptions:
+        """The model before it has learned anything, in the run's folder."""
+        return ModelOptions(model=Place(str(self.run.folder / FRESH)), remat="none")
+
+    @property
+    def adapter(self) -> AdapterOptions:
+        """All of it trains. Muon takes matrices alone; what it is told here are their axes."""
+        matrices = ("all-linear", "embed/.*=in out", "head/.*=in out")
+        return AdapterOptions(method="full", targets=matrices)
 
 
 def run(chosen: Options) -> None:
@@ -68,35 +59,17 @@ def run(chosen: Options) -> None:
     """
     config = options.flat(chosen, "pretrain")
     with runs.claim(chosen.run.folder, config, resume=chosen.run.resume) as folder:
-        model = ModelOptions(model=str(fresh(folder / FRESH, chosen.run.seed)), remat="none")
-        loaded = base.load(model, quiet=True)
-        tokenizer = base.tokenizer(model).backend_tokenizer
-        # Muon takes matrices alone; what it is told here are their axes.
-        matrices = ("all-linear", "embed/.*=in out", "head/.*=in out")
-        tuning = methods.tune(loaded, AdapterOptions(method="full", targets=matrices))
-        exam = Exam.of(list(KINDS), chosen.problems, seed=1, tokenizer=tokenizer)
-        result = fit(
-            Task(
-                name="pretrain",
-                base=loaded,
-                tuning=tuning,
-                loss=losses.next_token(tuning),
-                batches=_batches(chosen, tokenizer),
-                evaluate=lambda trainable: exam.measure(tuning.forward, trainable, tuning.frozen),
-                score=lambda metrics: min(metrics.values()),
-            ),
-            folder,
-            optimizer=chosen.optimizer,
-            run=chosen.run,
-            metadata=config,
-        )
+        fresh(folder / FRESH, chosen.run.seed)
+        made = assemble(chosen.task, chosen.model, chosen.adapter, chosen.run)
+        loaded, tuning = made.load()
+        result = made.fit(loaded, tuning, folder, chosen.optimizer, config)
         params, _ = ha.optim.combine(result.trainable, tuning.frozen)
-        rows = [[KINDS[kind], f"{share:.1%}"] for kind, share in result.best.items()]
-        write_model(folder / MODEL, model, params, rows)
+        kinds = chosen.task.kinds
+        rows = [[kinds[kind], f"{share:.1%}"] for kind, share in result.best.items()]
+        write_model(folder / MODEL, chosen.model, params, rows)
         command = options.command("pretrain", chosen)
-        plan = methods.table(loaded, tuning)
         title = "Pre-training on arithmetic"
-        runs.report(folder, title, plan, result.rows, result.facts, command)
+        runs.report(folder, title, made.plan, result.rows, result.facts, command)
     if not chosen.run.quiet:
         print(table(["of number families never seen", "right"], rows, right="right"))
         print(f"the model is in {folder / MODEL}")
@@ -179,15 +152,3 @@ that it learned; on problems of those families alone:
 
 Its weights, in float16, and its tokenizer are under the Apache License 2.0, as the project is.
 """
-
-
-def _batches(chosen: Options, tokenizer: Tokenizer) -> Batches:
-    run = chosen.run
-    problems = arithmetic.problems(arithmetic.MIXTURE, chosen.texts, seed=run.seed, held=False)
-    return Batches(
-        arithmetic.examples(problems, tokenizer, answers_alone=False),
-        run.batch_size,
-        pack=chosen.length,
-        seed=run.seed,
-        epochs=run.passes,
-    )

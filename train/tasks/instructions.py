@@ -1,10 +1,8 @@
-"""Fine-tune a decoder on instructions and answers."""
+"""Instructions and answers, or whole chats: a decoder learns the answers alone."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,46 +15,29 @@ import numpy as np
 from hyperadapt_jax import models
 from hyperadapt_jax.methods import Tuning
 
-from .. import answers, base, chat, data, finite, losses, methods, options, runs
+from .. import answers, base, chat, data, finite, losses
 from ..answers import Questions, Score
 from ..batches import Batches, stream
 from ..chat import Form, Template
-from ..data import Column, Text
+from ..data import Column, Examples, Text
 from ..errors import InputError
-from ..loop import Task, fit
-from ..options import AdapterOptions, ModelOptions, OptimizerOptions, Place, RunOptions
-
-PREDICTIONS = "predictions.jsonl"
-SHOWN = 3  # generations in the report
+from ..options import Place
+from ..step import Loss
+from .task import Evaluation, Metrics, Setting, Task, Training
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """Fine-tune a decoder on instructions and answers; the loss is of the answers alone.
+class Instructions(Task):
+    """Answers to instructions: rows are read as ``prompt`` and ``answer`` say, or are chats."""
 
-    Rows are read as --prompt and --answer say, or are whole chats in a column "messages", shown by
-    the tokenizer's chat template. Held-out rows give the loss before, during and after; the best
-    step's adapter is kept. The model's own answers to some of them go to predictions.jsonl.
-
-    Examples:
-      # Questions and answers in two columns; the base model shows no chat template.
-      python -m train sft --model Qwen/Qwen2.5-0.5B --data rows.jsonl \\
-          --folder runs/sft --prompt '{question}' --answer ' {answer}' --epochs 3
-      # Whole chats in a column "messages", scored by the model's own answers.
-      python -m train sft --model Qwen/Qwen2.5-0.5B-Instruct --data chats.parquet \\
-          --folder runs/chat --score last-number --questions 200 --dtype bfloat16
-      # A run that was stopped, from where it was saved.
-      python -m train sft --config runs/chat/config.yaml --folder runs/chat --resume
-    """
-
-    data: Place
+    data: Place | data.Rows
     """Training rows: a .json, .jsonl, .parquet, .csv or .tsv file, a folder of such, or a data set
     of the hub."""
     data_config: str | None = None
     """Configuration of a data set of the hub that has several."""
     split: str = "train"
     """Split of a folder or a data set of the hub."""
-    eval_data: Place | None = None
+    eval_data: Place | data.Rows | None = None
     """Held-out rows; if not given, some of the training rows are held out."""
     eval_split: str = "test"
     """Split of --eval-data where that is a folder or a data set of the hub."""
@@ -84,10 +65,8 @@ class Options:
     """How many held-out rows the model answers."""
     max_new_tokens: int = 128
     """Most tokens of an answer of the model's own."""
-    model: ModelOptions
-    adapter: AdapterOptions = AdapterOptions()
-    optimizer: OptimizerOptions = OptimizerOptions()
-    run: RunOptions
+
+    name = "sft"
 
     @property
     def form(self) -> Form:
@@ -107,212 +86,170 @@ class Options:
             return None
         return Template(self.answer if self.reference is None else self.reference)
 
+    def check(self, config: models.Config) -> None:
+        for name in ("eval_rows", "eval_batch_size", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                flag = name.replace("_", "-")
+                raise InputError(f"--{flag} {getattr(self, name)}: give at least 1")
+        if self.questions < 0 or (self.score != "none" and not self.questions):
+            raise InputError(f"--questions {self.questions}: give at least 1, or no --score")
+        if not isinstance(config, models.DecoderConfig):
+            raise InputError(f"--model is a {config.family} encoder: this recipe needs a decoder")
+        if self.max_length > config.max_length:
+            raise InputError(f"--max-length {self.max_length}: the model takes {config.max_length}")
+        if self.questions and self.max_new_tokens >= config.max_length:
+            raise InputError(
+                f"--max-new-tokens {self.max_new_tokens}: the model takes {config.max_length}"
+                " tokens, with the prompt"
+            )
 
-def run(chosen: Options) -> None:
-    """Trains, and leaves the best adapter, predictions and a report in the run folder.
-
-    Raises:
-      InputError: the model, the data or the folder cannot be used.
-    """
-    config = options.flat(chosen, "sft")
-    tell = (lambda text: None) if chosen.run.quiet else print
-    described = describe(chosen)
-    plan = methods.table(described, methods.tune(described, chosen.adapter))
-    tell(plan)
-    tokenizer = base.tokenizer(chosen.model)
-    training, held_out = read(chosen)
-    examples = chat.examples(training, chosen.form, tokenizer, chosen.max_length)
-    base.check_tokens((row["tokens"] for row in examples.data), tokenizer, chosen.model)
-    told = examples.tell("training rows", chosen.max_length, tell)
-    digests, also_told = measured(chosen, held_out, tokenizer, tell)
-    counts = {"training rows": told, "held-out rows": also_told}
-    sources = {"tokenizer": data.identity(tokenizer), "training rows": data.digest(examples.data)}
-    sources |= digests
-    batches = Batches(
-        examples.data,
-        chosen.run.batch_size,
-        pack=chosen.max_length if chosen.pack else None,
-        seed=chosen.run.seed,
-        epochs=chosen.run.passes,
-        divisor=chosen.run.accumulate,
-        places=examples.places,
-    )
-    if batches.batch_size < chosen.run.batch_size:
-        tell(f"--batch-size {chosen.run.batch_size}: there are no more than {len(examples.data)},"
-             " which each step takes")  # fmt: skip
-    questions = ask(chosen, described, held_out, tokenizer)
-    if skipped := len(questions.prompts) - len(questions.asked):
-        tell(f"{skipped} of {len(questions.prompts)} questions are not asked: with"
-             " --max-new-tokens they are too long for the model")  # fmt: skip
-    with runs.claim(chosen.run.folder, config, resume=chosen.run.resume) as folder:
-        loaded = base.load(chosen.model, quiet=chosen.run.quiet)
-        tuning = methods.tune(loaded, chosen.adapter)
-        result = fit(
-            Task(
-                name="sft",
-                base=loaded,
-                tuning=tuning,
-                loss=losses.next_token(tuning),
-                batches=batches,
-                evaluate=evaluation(chosen, tuning, held_out, tokenizer, questions),
-                score=lambda metrics: metrics.get("accuracy", -metrics["loss"]),
-                sources=sources,
-            ),
-            folder,
-            optimizer=chosen.optimizer,
-            run=chosen.run,
-            metadata=config,
+    def prepare(self, setting: Setting) -> tuple[Training, Evaluation]:
+        rows, held_out = self.rows(setting.seed)
+        examples, told = self._examples(rows, "training rows", setting)
+        training = Training(
+            examples.data,
+            {"training rows": data.digest(examples.data)},
+            {"training rows": told},
+            examples.places,
+            self.max_length if self.pack else None,
         )
-        generations: list[dict[str, Any]] = []
-        if questions.prompts:
-            found = questions.answers(tuning.forward, result.trainable, tuning.frozen)
-            questions.save(folder / PREDICTIONS, found)
-            with open(folder / PREDICTIONS, encoding="utf-8") as lines:
-                generations = [json.loads(line) for line in itertools.islice(lines, SHOWN)]
-        command = options.command("sft", chosen)
-        facts = result.facts | counts
-        title = f"Fine-tuning: {chosen.adapter.method}"
-        runs.report(folder, title, plan, result.rows, facts, command, generations)
-    tell(f"\n{result}\nadapter, metrics, predictions, curves and report are in {folder}")
+        return training, self._evaluation(setting, held_out)
 
+    def evaluation(self, setting: Setting) -> Evaluation:
+        if self.eval_data is None:
+            return self._evaluation(setting, self.rows(setting.seed)[1])
+        return self._evaluation(setting, self._read_eval())
 
-def describe(chosen: Options) -> base.Base:
-    """The model without its weights, known to be a decoder with room for what is asked.
+    def _evaluation(self, setting: Setting, held_out: datasets.Dataset) -> Evaluation:
+        examples, told = self._examples(held_out, "held-out rows", setting)
+        right = self._references(held_out, setting.tokenizer)
+        questions = self.ask(setting, held_out)
+        if skipped := len(questions.prompts) - len(questions.asked):
+            setting.tell(
+                f"{skipped} of {len(questions.prompts)} questions are not asked: with"
+                " --max-new-tokens they are too long for the model"
+            )
 
-    Raises:
-      InputError: it is not, or an option is out of its range.
-    """
-    for name in ("eval_rows", "eval_batch_size", "max_new_tokens"):
-        if getattr(chosen, name) < 1:
-            flag = name.replace("_", "-")
-            raise InputError(f"--{flag} {getattr(chosen, name)}: give at least 1")
-    if chosen.questions < 0 or (chosen.score != "none" and not chosen.questions):
-        raise InputError(f"--questions {chosen.questions}: give at least 1, or no --score")
-    described = base.describe(chosen.model)
-    config = described.config
-    if not isinstance(config, models.DecoderConfig):
-        raise InputError(
-            f"--model {chosen.model.model} is a {config.family} encoder: this recipe needs a"
-            " decoder"
+        def generate(tuning: Tuning, trainable: Any) -> list[dict[str, Any]]:
+            return questions.records(questions.answers(tuning.forward, trainable, tuning.frozen))
+
+        return Evaluation(
+            lambda tuning: self.measure(tuning, examples, questions),
+            {"held-out rows": data.digest(examples.data, *right)},
+            {"held-out rows": told},
+            generate if questions.prompts else None,
         )
-    if chosen.max_length > config.max_length:
-        raise InputError(f"--max-length {chosen.max_length}: the model takes {config.max_length}")
-    if chosen.questions and chosen.max_new_tokens >= config.max_length:
-        raise InputError(
-            f"--max-new-tokens {chosen.max_new_tokens}: the model takes {config.max_length} tokens,"
-            " with the prompt"
+
+    def loss(self, tuning: Tuning) -> Loss:
+        return losses.next_token(tuning)
+
+    def criterion(self, metrics: Metrics) -> float:
+        return metrics.get("accuracy", -metrics["loss"])
+
+    def elsewhere(self, **options: Any) -> Task:
+        """The same task on other held-out rows, or with more questions; see `Task.elsewhere`."""
+        given = {name: value for name, value in options.items() if value is not None}
+        if "rows" in given and "data" not in given and self.eval_data is None:
+            raise InputError("--rows: the run held out rows of its own; give --data")
+        names = {"data": "eval_data", "split": "eval_split", "rows": "eval_rows"}
+        return dataclasses.replace(self, **{names.get(k, k): v for k, v in given.items()})
+
+    def rows(self, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
+        """The training rows and the held-out ones."""
+        rows = data.read(
+            self.data, self.columns, split=self.split, config=self.data_config, places=True
         )
-    return described
+        if self.eval_data is not None:
+            return rows, self._read_eval()
+        if len(rows) <= self.eval_rows:
+            raise InputError(
+                f"--eval-rows {self.eval_rows} leaves nothing of {len(rows)} rows to train on:"
+                " give fewer, or --eval-data"
+            )
+        order = np.random.default_rng(seed).permutation(len(rows))
+        held_out, training = np.split(order, [self.eval_rows])
+        return rows.select(np.sort(training)), rows.select(np.sort(held_out))
 
-
-def read(chosen: Options) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """The training rows and the held-out ones."""
-    columns = chosen.columns
-    rows = data.read(
-        chosen.data, columns, split=chosen.split, config=chosen.data_config, places=True
-    )
-    if chosen.eval_data is not None:
-        return rows, read_eval(chosen)
-    if len(rows) <= chosen.eval_rows:
-        raise InputError(
-            f"--eval-rows {chosen.eval_rows} leaves nothing of {len(rows)} rows to train on: give"
-            " fewer, or --eval-data"
+    def _read_eval(self) -> datasets.Dataset:
+        """The first rows of ``eval_data``."""
+        rows = data.read(
+            self.eval_data,
+            self.columns,
+            split=self.eval_split,
+            config=self.data_config,
+            places=True,
         )
-    order = np.random.default_rng(chosen.run.seed).permutation(len(rows))
-    held_out, training = np.split(order, [chosen.eval_rows])
-    return rows.select(np.sort(training)), rows.select(np.sort(held_out))
+        return rows.select(range(min(len(rows), self.eval_rows)))
 
+    def ask(self, setting: Setting, held_out: datasets.Dataset) -> Questions:
+        """The questions of the first held-out rows."""
+        config, tokenizer = setting.base.config, setting.tokenizer
+        rows = held_out.select(range(min(len(held_out), self.questions)))
+        right = self._references(held_out, tokenizer)
+        questions = Questions(
+            prompts=chat.prompts(rows, self.form, tokenizer) if len(rows) else [],
+            references=right[: len(rows)],
+            choices=tuple(dict.fromkeys(right)),
+            score=self.score,
+            tokenizer=tokenizer,
+            stop_tokens=tuple(sorted({tokenizer.eos_token_id, *config.eos_tokens})),
+            max_new_tokens=self.max_new_tokens,
+            longest=config.max_length - self.max_new_tokens,
+            rows=self.eval_batch_size,
+        )
+        base.check_tokens(questions.prompts, tokenizer, config.vocab_size)
+        answers.mark(self.score, right, right)  # refuses those that cannot be marked
+        return questions
 
-def read_eval(chosen: Options) -> datasets.Dataset:
-    """The first rows of ``--eval-data``."""
-    rows = data.read(
-        chosen.eval_data,
-        chosen.columns,
-        split=chosen.eval_split,
-        config=chosen.data_config,
-        places=True,
-    )
-    return rows.select(range(min(len(rows), chosen.eval_rows)))
+    def measure(
+        self, tuning: Tuning, examples: Examples, questions: Questions
+    ) -> Callable[[Any], Metrics]:
+        """A function from what trains to the metrics of the held-out rows.
 
+        ``loss`` is the mean over the answers' tokens, in nats, ``perplexity`` its exponential, and
+        ``accuracy`` the share of right answers among the model's own, where they are marked. Rows
+        and answers whose outputs are not finite are counted, as ``nonfinite`` and
+        ``nonfinite_answers``; the function raises InputError where all are.
+        """
+        batches = Batches(examples.data, self.eval_batch_size, shuffle=False)
+        token_losses = losses.token_losses(tuning)
 
-def measured(
-    chosen: Options, held_out: datasets.Dataset, tokenizer: Any, tell: Callable[[str], None]
-) -> tuple[dict[str, str], str]:
-    """The digest of what the held-out rows hold, under its name; and what is told of their loss."""
-    examples = chat.examples(held_out, chosen.form, tokenizer, chosen.max_length)
-    base.check_tokens((row["tokens"] for row in examples.data), tokenizer, chosen.model)
-    told = examples.tell("held-out rows", chosen.max_length, tell)
-    right = references(chosen, held_out, tokenizer)
-    return {"held-out rows": data.digest(examples.data, *right)}, told
+        @jax.jit
+        def measure(trainable, frozen, batch):
+            found, counts = token_losses(trainable, frozen, batch)
+            good = jnp.all(jnp.isfinite(found), axis=1, where=counts)
+            return jnp.sum(found, where=counts), jnp.sum(counts), good
 
+        def evaluate(trainable: Any) -> Metrics:
+            total, weight, kept = 0.0, 0.0, []
+            for batch in stream(batches):
+                real = batch.pop("rows") >= 0
+                part, count, good = measure(trainable, tuning.frozen, batch)
+                total, weight = total + float(part), weight + float(count)
+                kept += np.asarray(good)[real].tolist()
+            mean = total / weight
+            # A float has room for the perplexity of 709 nats.
+            metrics = {"loss": mean, "perplexity": math.inf if mean > 709 else math.exp(mean)}
+            metrics |= finite.count(kept)
+            if questions.score != "none":
+                found = questions.answers(tuning.forward, trainable, tuning.frozen)
+                metrics |= questions.accuracy(found)
+                metrics |= finite.count(found, "nonfinite_answers")
+            return metrics
 
-def references(chosen: Options, rows: datasets.Dataset, tokenizer: Any) -> list[str]:
-    """What is right, of each row."""
-    if chosen.right is None:
-        return chat.references(rows, tokenizer)
-    return [chosen.right.fill(row) for row in rows]
+        return evaluate
 
+    def _examples(
+        self, rows: datasets.Dataset, name: str, setting: Setting
+    ) -> tuple[Examples, str]:
+        """The examples of rows, and what was told of them."""
+        examples = chat.examples(rows, self.form, setting.tokenizer, self.max_length)
+        tokens = (row["tokens"] for row in examples.data)
+        base.check_tokens(tokens, setting.tokenizer, setting.base.config.vocab_size)
+        return examples, examples.tell(name, self.max_length, setting.tell)
 
-def ask(
-    chosen: Options, described: base.Base, held_out: datasets.Dataset, tokenizer: Any
-) -> Questions:
-    """The questions of the first held-out rows."""
-    rows = held_out.select(range(min(len(held_out), chosen.questions)))
-    right = references(chosen, held_out, tokenizer)
-    questions = Questions(
-        prompts=chat.prompts(rows, chosen.form, tokenizer) if len(rows) else [],
-        references=right[: len(rows)],
-        choices=tuple(dict.fromkeys(right)),
-        score=chosen.score,
-        tokenizer=tokenizer,
-        stop_tokens=tuple(sorted({tokenizer.eos_token_id, *described.config.eos_tokens})),
-        max_new_tokens=chosen.max_new_tokens,
-        longest=described.config.max_length - chosen.max_new_tokens,
-        rows=chosen.eval_batch_size,
-    )
-    base.check_tokens(questions.prompts, tokenizer, chosen.model)
-    answers.mark(chosen.score, right, right)  # refuses those that cannot be marked
-    return questions
-
-
-def evaluation(
-    chosen: Options,
-    tuning: Tuning,
-    held_out: datasets.Dataset,
-    tokenizer: Any,
-    questions: Questions,
-):
-    """A function from what trains to the metrics of the held-out rows.
-
-    ``loss`` is the mean over the answers' tokens, in nats, ``perplexity`` its exponential, and
-    ``accuracy`` the share of right answers among the model's own, where they are marked. Rows and
-    answers whose outputs are not finite are counted, as ``nonfinite`` and ``nonfinite_answers``;
-    the function raises InputError where all are.
-    """
-    examples = chat.examples(held_out, chosen.form, tokenizer, chosen.max_length)
-    batches = Batches(examples.data, chosen.eval_batch_size, shuffle=False)
-    token_losses = losses.token_losses(tuning)
-
-    @jax.jit
-    def measure(trainable, frozen, batch):
-        found, counts = token_losses(trainable, frozen, batch)
-        good = jnp.all(jnp.isfinite(found), axis=1, where=counts)
-        return jnp.sum(found, where=counts), jnp.sum(counts), good
-
-    def evaluate(trainable) -> dict[str, float]:
-        total, weight, kept = 0.0, 0.0, []
-        for batch in stream(batches):
-            real = batch.pop("rows") >= 0
-            part, count, good = measure(trainable, tuning.frozen, batch)
-            total, weight = total + float(part), weight + float(count)
-            kept += np.asarray(good)[real].tolist()
-        mean = total / weight
-        # A float has room for the perplexity of 709 nats.
-        metrics = {"loss": mean, "perplexity": math.inf if mean > 709 else math.exp(mean)}
-        metrics |= finite.count(kept)
-        if questions.score != "none":
-            found = questions.answers(tuning.forward, trainable, tuning.frozen)
-            metrics |= questions.accuracy(found) | finite.count(found, "nonfinite_answers")
-        return metrics
-
-    return evaluate
+    def _references(self, rows: datasets.Dataset, tokenizer: Any) -> list[str]:
+        """What is right, of each row."""
+        if self.right is None:
+            return chat.references(rows, tokenizer)
+        return [self.right.fill(row) for row in rows]

@@ -1,0 +1,185 @@
+"""A run, put together of a base model, a method, a task and options."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hyperadapt_jax.methods import Tuning
+
+from . import base, data, loop, methods, options, runs
+from .base import Base
+from .batches import Batches
+from .loop import Result
+from .options import AdapterOptions, ModelOptions, OptimizerOptions, RunOptions
+from .report import write
+from .tasks.task import Evaluation, Setting, Task, Training
+
+PREDICTIONS = "predictions.jsonl"
+SHOWN = 3  # generations in the report
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Assembly:
+    """All of a run that is known before its model is loaded.
+
+    Attributes:
+      task: what is learned.
+      setting: the model, as shapes alone, and its tokenizer.
+      adapter: which method, on which weights.
+      run: how long, and with which seed.
+      plan: what trains, as text.
+      training: the examples to learn from.
+      evaluation: how what trains is measured.
+    """
+
+    task: Task
+    setting: Setting
+    adapter: AdapterOptions
+    run: RunOptions
+    plan: str
+    training: Training
+    evaluation: Evaluation
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Digests of what the run is made of, beside the base; none where it makes its own data."""
+        digests = {**self.training.sources, **self.evaluation.sources}
+        return {"tokenizer": data.identity(self.setting.tokenizer), **digests} if digests else {}
+
+    def load(self) -> tuple[Base, Tuning]:
+        """The model with its weights, and what trains on it."""
+        labels, seed = self.task.labels, self.run.seed
+        loaded = base.load(self.setting.model, labels, seed=seed, quiet=self.run.quiet)
+        return loaded, methods.tune(loaded, self.adapter)
+
+    def fit(
+        self,
+        loaded: Base,
+        tuning: Tuning,
+        folder: Path,
+        optimizer: OptimizerOptions,
+        config: Mapping[str, Any],
+    ) -> Result:
+        """Trains, in a run folder that was claimed; see `train.loop.fit`."""
+        batches = Batches(
+            self.training.examples,
+            self.run.batch_size,
+            pack=self.training.pack,
+            seed=self.run.seed,
+            epochs=self.run.passes,
+            divisor=self.run.accumulate,
+            places=self.training.places,
+        )
+        if batches.batch_size < self.run.batch_size:
+            self.setting.tell(
+                f"--batch-size {self.run.batch_size}: there are no more than"
+                f" {len(self.training.examples)}, which each step takes"
+            )
+        job = loop.Task(
+            name=self.task.name,
+            base=loaded,
+            tuning=tuning,
+            loss=self.task.loss(tuning),
+            batches=batches,
+            evaluate=self.evaluation.on(tuning),
+            score=self.task.criterion,
+            sources=self.sources,
+        )
+        return loop.fit(job, folder, optimizer=optimizer, run=self.run, metadata=config)
+
+
+def assemble(task: Task, model: ModelOptions, adapter: AdapterOptions, run: RunOptions) -> Assembly:
+    """Reads all that a run needs but for the model's weights, and says what will train.
+
+    Raises:
+      InputError: the model, the data or an option cannot be used.
+    """
+    tell: Callable[[str], None] = (lambda text: None) if run.quiet else print
+    setting = Setting(base.describe(model, task.labels), model, run.seed, tell)
+    task.check(setting.base.config)
+    plan = methods.table(setting.base, methods.tune(setting.base, adapter))
+    tell(plan)
+    training, evaluation = task.prepare(setting)
+    return Assembly(task, setting, adapter, run, plan, training, evaluation)
+
+
+def launch(recipe: str, chosen: Any, title: str, command: str | None = None) -> Result:
+    """A whole run: trains, and leaves the best adapter, predictions and a report in its folder.
+
+    Args:
+      recipe: its name.
+      chosen: options with the groups ``task``, ``model``, ``adapter``, ``optimizer``, ``run``.
+      title: of the report.
+      command: with which it was started, if not by the command line.
+
+    Raises:
+      InputError: the model, the data or the folder cannot be used.
+      Interrupted: SIGINT or SIGTERM came, and everything is saved.
+    """
+    config = options.flat(chosen, recipe)
+    with runs.claim(chosen.run.folder, config, resume=chosen.run.resume) as folder:
+        made = assemble(chosen.task, chosen.model, chosen.adapter, chosen.run)
+        loaded, tuning = made.load()
+        result = made.fit(loaded, tuning, folder, chosen.optimizer, config)
+        rows: Sequence[dict[str, Any]] = ()
+        if made.evaluation.generate is not None:
+            rows = made.evaluation.generate(tuning, result.trainable)
+            write_rows(folder / PREDICTIONS, rows)
+        facts = {**result.facts, **made.training.told, **made.evaluation.told}
+        command = command or options.command(recipe, chosen)
+        runs.report(folder, title, made.plan, result.rows, facts, command, rows[:SHOWN])
+    what = "adapter, metrics, predictions" if rows else "adapter, metrics"
+    made.setting.tell(f"\n{result}\n{what}, curves and report are in {folder}")
+    return result
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """The options that all recipes which train have in common."""
+
+    model: ModelOptions
+    adapter: AdapterOptions = AdapterOptions()
+    optimizer: OptimizerOptions = OptimizerOptions()
+    run: RunOptions
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Chosen(_Settings):
+    task: Task
+
+
+def fit(model: str | Path, method: str, task: Task, **given: Any) -> Result:
+    """Fine-tunes from Python: what the recipes do, with a task and data of one's own.
+
+    Args:
+      model: a Hugging Face folder, or a repository of the hub.
+      method: a name in `hyperadapt_jax.methods.METHODS`.
+      task: what is learned, such as `train.Instructions`, whose data may be a list of dicts or a
+        ``datasets.Dataset``; or a subclass of `train.Task`, with a loss and a measure of its own.
+      **given: other options, named as on the command line: ``folder``, which is needed, ``steps``,
+        ``lr``, ``batch_size``, ``targets``, ``dtype``, ``resume``, ...
+
+    Returns:
+      What the run came to. Printed, it is a table; its adapter lies in the folder.
+
+    Raises:
+      InputError: the model, the data or an option cannot be used.
+      Interrupted: the run was stopped, and everything is saved: ``resume=True`` continues it.
+    """
+    known = options.make(_Settings, {"model": model, "method": method, **given})
+    groups = {field.name: getattr(known, field.name) for field in dataclasses.fields(known)}
+    title = f"{task.name}: {known.adapter.method}"
+    return launch("fit", _Chosen(task=task, **groups), title, "train.fit(...)")
+
+
+def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes one JSON object a line, whole or not at all.
+
+    Raises:
+      InputError: the file cannot be written.
+    """
+    write(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

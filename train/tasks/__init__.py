@@ -1,0 +1,1 @@
+"""What is learned: examples, loss and measure of each kind of task; one file each."""

@@ -1,0 +1,110 @@
+"""The demo's tasks: synthetic arithmetic, answered by a small decoder in its own words."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from tokenizers import Tokenizer
+
+from hyperadapt_jax.methods import Tuning
+
+from .. import PROGRAM, arithmetic, losses
+from ..errors import InputError
+from ..exam import Exam
+from ..step import Loss
+from .task import Evaluation, Metrics, Setting, Task, Training
+
+WATCHED = (
+    128  # problems of each kind while the demo trains, other ones than are measured in the end
+)
+MOST = 10_000_000  # problems or texts, which are made on the spot
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arithmetic(Task):
+    """Problems that are made on the spot; those that are measured are of number families of their
+    own."""
+
+    kinds: ClassVar[dict[str, str]]  # of problems that are measured, and what they are
+
+    texts: int = 24_000
+    """Problems to learn from. A run that needs more sees them again."""
+    problems: int = 512
+    """Problems of each kind to measure on."""
+
+    def __post_init__(self):
+        for name in ("texts", "problems"):
+            if not 1 <= getattr(self, name) <= MOST:
+                raise InputError(f"--{name} {getattr(self, name)}: give a number from 1 to {MOST}")
+
+    def evaluation(self, setting: Setting) -> Evaluation:
+        return Evaluation(self.final(setting).on)
+
+    def final(self, setting: Setting) -> Exam:
+        """The problems that a run is measured on when it has ended."""
+        return Exam.of(list(self.kinds), self.problems, seed=1, tokenizer=_words(setting))
+
+    def loss(self, tuning: Tuning) -> Loss:
+        return losses.next_token(tuning)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TwoSteps(Arithmetic):
+    """Problems of two steps, answered by two equations: what the demo learns."""
+
+    name = "demo"
+    kinds = {
+        "ride": "two-step problems, the new task",
+        "equation": "bare equations, known before",
+        "story": "one-step problems, known before",
+    }
+
+    def prepare(self, setting: Setting) -> tuple[Training, Evaluation]:
+        tokenizer = _words(setting)
+        problems = arithmetic.problems("ride", self.texts, seed=setting.seed, held=False)
+        watched = Exam.of(list(self.kinds), WATCHED, seed=2, tokenizer=tokenizer)
+        examples = arithmetic.examples(problems, tokenizer, answers_alone=True)
+        return Training(examples), Evaluation(watched.on)
+
+    def criterion(self, metrics: Metrics) -> float:
+        return metrics["ride"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OneStep(Arithmetic):
+    """Equations and word problems of one step: what the demo's model knows before."""
+
+    texts: int = 300_000
+    """Texts to make. A run that needs more rows sees them again."""
+    length: int = 64
+    """Tokens of a row, filled with several texts."""
+    problems: int = 256
+    """Problems of each kind in an evaluation."""
+
+    name = "pretrain"
+    kinds = {
+        "equation": "bare equations",
+        "story": "word problems, answered by a number",
+        "story_equation": "word problems, answered by an equation",
+    }
+
+    def prepare(self, setting: Setting) -> tuple[Training, Evaluation]:
+        tokenizer, mixture = _words(setting), arithmetic.MIXTURE
+        problems = arithmetic.problems(mixture, self.texts, seed=setting.seed, held=False)
+        examples = arithmetic.examples(problems, tokenizer, answers_alone=False)
+        return Training(examples, pack=self.length), self.evaluation(setting)
+
+    def criterion(self, metrics: Metrics) -> float:
+        return min(metrics.values())
+
+
+def _words(setting: Setting) -> Tokenizer:
+    """The tokenizer itself, which must be the one of the synthetic problems."""
+    words = {word: number for number, word in enumerate(arithmetic.vocabulary())}
+    if setting.tokenizer.get_vocab() != words:
+        raise InputError(
+            f"--model {setting.base.name} does not know the words of this demo: give a model that"
+            f" `{PROGRAM} pretrain` made, or take the recipe sft"
+        )
+    return setting.tokenizer.backend_tokenizer

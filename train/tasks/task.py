@@ -1,0 +1,130 @@
+"""What a task is: examples, a loss, a measure, and the metric that selects."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from hyperadapt_jax import models
+from hyperadapt_jax.methods import Tuning
+
+from ..base import Base, tokenizer
+from ..errors import InputError
+from ..options import ModelOptions
+from ..step import Loss
+
+Metrics = dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Setting:
+    """What a task meets in a run.
+
+    Attributes:
+      base: the model, as shapes alone.
+      model: which model that is.
+      seed: of whatever is drawn.
+      tell: says a line to the user.
+    """
+
+    base: Base
+    model: ModelOptions
+    seed: int = 0
+    tell: Callable[[str], None] = lambda text: None
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, read when a task asks for it."""
+        return tokenizer(self.model)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Training:
+    """The examples to learn from.
+
+    Attributes:
+      examples: as `train.batches.Batches` takes them.
+      sources: digests of what they hold, by name; a run is not resumed on others.
+      told: what was said of them, by name, for the report.
+      places: where the row of each stands; None where that is not known.
+      pack: fill rows of this many tokens with several examples; None for one a row.
+    """
+
+    examples: Sequence[Mapping[str, Any]]
+    sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    told: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    places: Sequence[str] | None = None
+    pack: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Evaluation:
+    """How what trains is measured, on examples that were read.
+
+    Attributes:
+      on: ``on(tuning)`` gives a function from what trains to metrics.
+      sources: digests of what it is measured on, by name.
+      told: what was said of that, by name, for the report.
+      generate: ``generate(tuning, trainable)`` gives the model's own answers, a mapping each, with
+        ``prompt``, ``answer`` and ``reference``; None where there are none.
+    """
+
+    on: Callable[[Tuning], Callable[[Any], Metrics]]
+    sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    told: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    generate: Callable[[Tuning, Any], list[dict[str, Any]]] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is learned. A subclass is a frozen dataclass, whose fields are its options."""
+
+    @property
+    def name(self) -> str:
+        """What a run of it is called, such as ``mrpc``."""
+        raise NotImplementedError
+
+    @property
+    def labels(self) -> int | None:
+        """How many outputs a new head of an encoder has; None for the model as it is."""
+        return None
+
+    def check(self, config: models.Config) -> None:
+        """Refuses a model that it is not for, and options that do not fit the model.
+
+        Raises:
+          InputError: says which option, and what to do.
+        """
+
+    def prepare(self, setting: Setting) -> tuple[Training, Evaluation]:
+        """Reads the examples to learn from, and those that are measured while it trains."""
+        raise NotImplementedError
+
+    def evaluation(self, setting: Setting) -> Evaluation:
+        """Reads what a run is measured on when it has ended."""
+        raise NotImplementedError
+
+    def loss(self, tuning: Tuning) -> Loss:
+        """The loss of a batch: a sum over it, and the weight to divide by."""
+        raise NotImplementedError
+
+    def criterion(self, metrics: Metrics) -> float:
+        """A number, higher is better, by which the best step is chosen."""
+        raise NotImplementedError
+
+    def elsewhere(self, **options: Any) -> Task:
+        """The same task, measured on other data or in another way.
+
+        Args:
+          **options: ``data``, ``split``, ``rows``, ``questions``, as the recipe evaluate has them;
+            None where not given.
+
+        Raises:
+          InputError: the task has no such thing.
+        """
+        for name, value in options.items():
+            if value is not None:
+                raise InputError(f"--{name}: a run of {self.name} has no such thing to change")
+        return self
