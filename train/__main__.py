@@ -32,19 +32,10 @@ def main(args: Sequence[str] | None = None) -> int:
     for stream in ("stdout", "stderr"):
         if getattr(sys, stream) is None:  # closed before the program began
             setattr(sys, stream, open(os.devnull, "w"))
-    timers: list[threading.Timer] = []
-
-    def terminate(number: int, _: Any) -> None:
-        # Python drops what is raised inside a callback of its garbage collector: ask again then.
-        timers.append(threading.Timer(1.0, os.kill, (os.getpid(), number)))
-        timers[-1].daemon = True
-        timers[-1].start()
-        sys.exit(128 + number)
-
     # A run that is told to end before it can save anything tidies up as after Ctrl-C.
     before = signal.getsignal(signal.SIGTERM)
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, terminate)
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         try:
             return _main(args)
@@ -62,10 +53,12 @@ def main(args: Sequence[str] | None = None) -> int:
             return 128 + signal.SIGPIPE
         return _refused(f"what is printed cannot be written: {error.strerror}")
     finally:
-        for timer in timers:
-            timer.cancel()
-        if signal.getsignal(signal.SIGTERM) is terminate:
+        if signal.getsignal(signal.SIGTERM) is _terminate:
             signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(number: int, _: Any) -> None:
+    sys.exit(128 + number)
 
 
 def _main(args: list[str]) -> int:
@@ -148,12 +141,24 @@ def _help() -> str:
 
 
 def _unraisable(found: Any) -> None:
-    """Leaves out what comes of a failed checkpoint beside the error that is told.
+    """What becomes of an exception that Python drops.
 
-    When one of its arrays cannot be written, the writes of the others still report to the event
+    One by which a signal ends the program, dropped in a callback of the garbage collector, is asked
+    for again. One that comes of a failed checkpoint, beside the error that is told, is left out:
+    when one of its arrays cannot be written, the writes of the others still report to the event
     loop that Orbax has closed by then.
     """
-    if str(found.exc_value) != "Event loop is closed":
+    value, number = found.exc_value, None
+    if isinstance(value, KeyboardInterrupt):
+        number = signal.SIGINT
+    elif isinstance(value, SystemExit) and value.code == 128 + signal.SIGTERM:
+        number = signal.SIGTERM
+    if number is not None:
+        # Later, when the callback is done: raised in here, it would be dropped once more.
+        again = threading.Timer(0.1, os.kill, (os.getpid(), number))
+        again.daemon = True
+        again.start()
+    elif str(value) != "Event loop is closed":
         sys.__unraisablehook__(found)
 
 

@@ -351,6 +351,28 @@ def test_a_run_that_is_stopped_before_it_began_leaves_nothing(command, tmp_path)
         assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_that_python_drops_is_not_lost(command, tmp_path, name, status):
+    """One that comes within a callback of the garbage collector, where no exception gets out."""
+    run = tmp_path / "run"
+    script = f"""
+import gc, os, runpy, signal
+def callback(*_):
+    if os.path.exists({str(run / "config.yaml")!r}):
+        gc.callbacks.remove(callback)
+        os.kill(os.getpid(), signal.{name})
+gc.callbacks.append(callback)
+runpy.run_module("train", run_name="__main__")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, *command, "--steps", "100000"],
+        cwd=ROOT, text=True, capture_output=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+    assert not run.exists()
+
+
 @pytest.mark.parametrize("redirected", ["| true", ">&-", "2>&-", "> /dev/full"])
 def test_nobody_reads_what_is_printed(redirected):
     """The status says so, and no traceback does."""
