@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hyperadapt_jax import models, paths
-from hyperadapt_jax.models import weights
+from hyperadapt_jax.models.checkpoint import reading as weights
 from hyperadapt_jax.models.layers import check_attention
 from train.errors import InputError, first_line
 from train.options import ModelOptions
@@ -45,7 +45,7 @@ class Base:
 
     name: str
     config: models.Config
-    fn: models.build.Function
+    fn: models.auto.Function
     params: Any
     fresh: tuple[str, ...]
     folder: Path

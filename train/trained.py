@@ -13,7 +13,7 @@ import jax
 import hyperadapt_jax as ha
 from hyperadapt_jax import models, paths
 from hyperadapt_jax.adapter_io import CONFIG
-from hyperadapt_jax.models import weights
+from hyperadapt_jax.models.checkpoint import reading as weights
 from train.base import Base, describe
 from train.errors import InputError
 from train.options import ModelOptions, Place

@@ -1,6 +1,6 @@
 """Plain Flax NNX models, read straight from Hugging Face folders; they know nothing of adapters."""
 
-from hyperadapt_jax.models.build import (
+from hyperadapt_jax.models.auto import (
     NewParametersWarning,
     abstract,
     create,
@@ -12,7 +12,8 @@ from hyperadapt_jax.models.build import (
     tensors,
     with_params,
 )
-from hyperadapt_jax.models.config import (
+from hyperadapt_jax.models.checkpoint.reading import CheckpointError, Tensor
+from hyperadapt_jax.models.decoder.config import (
     Config,
     DecoderConfig,
     EncoderConfig,
@@ -21,10 +22,9 @@ from hyperadapt_jax.models.config import (
     config_to_dict,
     read_config,
 )
-from hyperadapt_jax.models.decoder import Cache, Decoder, open_cache
-from hyperadapt_jax.models.encoder import Encoder, EncoderOutput
+from hyperadapt_jax.models.decoder.model import Cache, Decoder, open_cache
+from hyperadapt_jax.models.encoder.model import Encoder, EncoderOutput
 from hyperadapt_jax.models.generate import Sampling, decode, generate
-from hyperadapt_jax.models.weights import CheckpointError, Tensor
 
 __all__ = [
     "Cache",

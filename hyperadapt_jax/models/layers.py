@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 if TYPE_CHECKING:
-    from hyperadapt_jax.models.config import Rope
+    from hyperadapt_jax.models.decoder.config import Rope
 
 Array = jax.Array
 

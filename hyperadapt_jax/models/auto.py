@@ -15,16 +15,18 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from hyperadapt_jax import paths
-from hyperadapt_jax.models import decoder, encoder, weights
-from hyperadapt_jax.models.config import (
+from hyperadapt_jax.models.checkpoint import reading as weights
+from hyperadapt_jax.models.decoder import model as decoder
+from hyperadapt_jax.models.decoder.config import (
     Config,
     DecoderConfig,
     EncoderConfig,
     config_to_dict,
     read_config,
 )
-from hyperadapt_jax.models.decoder import Decoder
-from hyperadapt_jax.models.encoder import Encoder
+from hyperadapt_jax.models.decoder.model import Decoder
+from hyperadapt_jax.models.encoder import model as encoder
+from hyperadapt_jax.models.encoder.model import Encoder
 
 Model = Decoder | Encoder
 Params = Mapping[str, Any]

@@ -20,8 +20,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from hyperadapt_jax import models
-from hyperadapt_jax.models import decoder, encoder, weights
-from hyperadapt_jax.models.weights import CheckpointError, Tensor
+from hyperadapt_jax.models.checkpoint import reading as weights
+from hyperadapt_jax.models.checkpoint.reading import CheckpointError, Tensor
+from hyperadapt_jax.models.decoder import model as decoder
+from hyperadapt_jax.models.encoder import model as encoder
 from hyperadapt_jax.paths import flatten
 
 P = PartitionSpec
@@ -332,7 +334,7 @@ def test_rules_need_a_mesh(tmp_path):
 MEMORY = """
 import json, sys
 import jax, jax.numpy as jnp
-from hyperadapt_jax.models import weights
+from hyperadapt_jax.models.checkpoint import reading as weights
 
 def status(key):
     with open("/proc/self/status") as lines:

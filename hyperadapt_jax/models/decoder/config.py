@@ -14,8 +14,8 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
+from hyperadapt_jax.models.checkpoint.reading import read_json
 from hyperadapt_jax.models.layers import ACTIVATIONS
-from hyperadapt_jax.models.weights import read_json
 
 # Fields that change neither the parameters nor the function of a model, and why. So do fields that
 # are null, and those that begin with an underscore.

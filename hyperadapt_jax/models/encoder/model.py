@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hyperadapt_jax.models.config import EncoderConfig
+from hyperadapt_jax.models.checkpoint.reading import Tensor
+from hyperadapt_jax.models.decoder.config import EncoderConfig
 from hyperadapt_jax.models.layers import (
     ACTIVATIONS,
     REMAT,
@@ -20,7 +21,6 @@ from hyperadapt_jax.models.layers import (
     dropout,
     dropout_attention,
 )
-from hyperadapt_jax.models.weights import Tensor
 
 Array = jax.Array
 

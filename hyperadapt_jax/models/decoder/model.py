@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hyperadapt_jax.models.config import DecoderConfig
+from hyperadapt_jax.models.checkpoint.reading import Tensor
+from hyperadapt_jax.models.decoder.config import DecoderConfig
 from hyperadapt_jax.models.layers import (
     ACTIVATIONS,
     REMAT,
@@ -21,7 +22,6 @@ from hyperadapt_jax.models.layers import (
     check_range,
     rope_tables,
 )
-from hyperadapt_jax.models.weights import Tensor
 
 Array = jax.Array
 
