@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hyperadapt_jax import models, paths
-from hyperadapt_jax.models.checkpoint import reading as weights
+from hyperadapt_jax.models.checkpoint import hub
 from hyperadapt_jax.models.layers import check_attention
 from train.errors import InputError, first_line
 from train.options import ModelOptions
@@ -215,7 +215,7 @@ def _sums(array: jax.Array) -> jax.Array:
 
 def _folder(options: ModelOptions) -> Path:
     try:
-        return weights.resolve(options.model, revision=options.revision)
+        return hub.resolve(options.model, revision=options.revision)
     except FileNotFoundError as error:
         raise InputError(f"--model: {error}") from error
 

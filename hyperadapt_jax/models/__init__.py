@@ -12,7 +12,7 @@ from hyperadapt_jax.models.auto import (
     tensors,
     with_params,
 )
-from hyperadapt_jax.models.checkpoint.reading import CheckpointError, Tensor
+from hyperadapt_jax.models.checkpoint.table import CheckpointError, Tensor
 from hyperadapt_jax.models.decoder.config import (
     Config,
     DecoderConfig,

@@ -15,7 +15,8 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from hyperadapt_jax import paths
-from hyperadapt_jax.models.checkpoint import reading as weights
+from hyperadapt_jax.models.checkpoint import hub, reading, writing
+from hyperadapt_jax.models.checkpoint.table import Tensor
 from hyperadapt_jax.models.decoder import model as decoder
 from hyperadapt_jax.models.decoder.config import (
     Config,
@@ -185,7 +186,7 @@ def load(
       FileNotFoundError: there is no such folder or repository.
       ValueError: the configuration or the weights are not those of a model known here.
     """
-    folder = weights.resolve(path_or_name, revision=revision, cache_dir=cache_dir)
+    folder = hub.resolve(path_or_name, revision=revision, cache_dir=cache_dir)
     config = describe(folder)
     renewed: tuple[str, ...] = ()
     if labels is not None:
@@ -206,7 +207,7 @@ def load(
         # Compiled, so that nothing but this one parameter is ever allocated.
         return jax.jit(make)()
 
-    params, report = weights.load(
+    params, report = reading.load(
         folder,
         tensors(config),
         params,
@@ -240,17 +241,17 @@ def describe(folder: str | os.PathLike[str]) -> Config:
       ValueError: the configuration or the weights are not those of a model known here.
     """
     config = read_config(folder)
-    if not weights.has_weights(folder):
+    if not reading.has_weights(folder):
         return config
     if isinstance(config, EncoderConfig):
         rows = (row for row in tensors(config) if row.path.startswith("pooler/"))
-        stored = weights.shapes(folder)
+        stored = reading.shapes(folder)
         pooled = any(name in stored for row in rows for name in row.names(0))
         return dataclasses.replace(config, pooled=pooled or config.labels is not None)
     if config.tied:
         embed = _stored_name(folder, config, "embed/embedding")
-        other = embed != decoder.HEAD and decoder.HEAD in weights.shapes(folder)
-        tied = not other or weights.equal(folder, decoder.HEAD, embed)
+        other = embed != decoder.HEAD and decoder.HEAD in reading.shapes(folder)
+        tied = not other or reading.equal(folder, decoder.HEAD, embed)
         return dataclasses.replace(config, tied=tied)
     return config
 
@@ -258,14 +259,14 @@ def describe(folder: str | os.PathLike[str]) -> Config:
 def _stored_name(folder: str | os.PathLike[str], config: Config, path: str) -> str | None:
     """What a folder's checkpoint calls the tensor of a parameter."""
     (row,) = (row for row in tensors(config) if row.path == path)
-    stored = weights.shapes(folder)
+    stored = reading.shapes(folder)
     return next((name for name in row.names(0) if name in stored), None)
 
 
 def _other_labels(folder: Path, config: EncoderConfig) -> tuple[str, ...]:
     """The parameters of the head that the checkpoint has for another number of labels."""
     last = [row for row in tensors(config) if row.path.startswith("classifier/out/")]
-    stored, labels = weights.shapes(folder), (config.labels,)
+    stored, labels = reading.shapes(folder), (config.labels,)
     fits = all(stored.get(row.name, labels)[:1] == labels for row in last)
     return () if fits else tuple(row.path for row in last)
 
@@ -308,14 +309,14 @@ def export(
     config = model.config
     raw, carried = config_to_dict(config), ()
     if source is not None:
-        source = weights.resolve(source)
+        source = hub.resolve(source)
         described = describe(source)
         raw = _config_of_export(config, described, source)
         if isinstance(config, EncoderConfig) and config == described and config.labels is None:
             carried = _other_heads(config, source)
             if _lacks_head(raw.get("architectures") or (), carried):
                 raw |= {"architectures": config_to_dict(config)["architectures"]}
-    return weights.export(
+    return writing.export(
         folder,
         tensors(config),
         functional(model)[1] if params is None else params,
@@ -332,7 +333,7 @@ def export(
 
 def _config_of_export(config: Config, described: Config, source: Path) -> dict[str, Any]:
     """The fields of ``config.json``: the source's, which say more, where they are of this model."""
-    ours, theirs = config_to_dict(config), weights.read_json(source, "config.json")
+    ours, theirs = config_to_dict(config), hub.read_json(source, "config.json")
     # Remote code stays behind, and these are the model's own.
     dropped, own = {"auto_map"}, set()
     if isinstance(config, DecoderConfig):
@@ -365,18 +366,18 @@ def _other_heads(config: EncoderConfig, source: Path) -> tuple[str, ...]:
     frozen like all else that is not trained.
     """
     heads = re.compile(f"{encoder.PRETRAINING_HEADS}|{encoder.CLASSIFIER}")
-    names = [name for name in weights.shapes(source) if heads.fullmatch(name)]
-    if weights.read_json(source, "config.json").get("tie_word_embeddings") is False:
+    names = [name for name in reading.shapes(source) if heads.fullmatch(name)]
+    if hub.read_json(source, "config.json").get("tie_word_embeddings") is False:
         return tuple(names)
     words = _stored_name(source, config, "embed/words/embedding")
     return tuple(
         name
         for name in names
-        if not (name.endswith("decoder.weight") and weights.equal(source, name, words))
+        if not (name.endswith("decoder.weight") and reading.equal(source, name, words))
     )
 
 
-def tensors(config: Config) -> tuple[weights.Tensor, ...]:
+def tensors(config: Config) -> tuple[Tensor, ...]:
     """The table of a model's tensors: name in the checkpoint, path among the parameters.
 
     Args:

@@ -14,7 +14,7 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
-from hyperadapt_jax.models.checkpoint.reading import read_json
+from hyperadapt_jax.models.checkpoint.hub import read_json
 from hyperadapt_jax.models.layers import ACTIVATIONS
 
 # Fields that change neither the parameters nor the function of a model, and why. So do fields that

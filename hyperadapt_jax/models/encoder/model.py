@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hyperadapt_jax.models.checkpoint.reading import Tensor
+from hyperadapt_jax.models.checkpoint.table import Tensor
 from hyperadapt_jax.models.decoder.config import EncoderConfig
 from hyperadapt_jax.models.layers import (
     ACTIVATIONS,

@@ -1,0 +1,105 @@
+"""What a model's table says of a checkpoint: for each parameter, what the files call it."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+
+class CheckpointError(ValueError):
+    """A folder does not hold the weights that a model needs; the message says which and where."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One row of a model's table: a tensor of the checkpoint and the parameter that it fills.
+
+    Attributes:
+      name: the checkpoint's name, with "{layer}" where the tensor stands once per layer.
+      path: the "/"-joined path of the parameter; where the name has "{layer}", the parameter holds
+        all layers, stacked on axis 0.
+      transpose: the checkpoint stores (out, in) and the parameter (in, out).
+      optional: the checkpoint may lack it: the parameter is then newly initialised, and reported.
+      aliases: other names of the same tensor, as with and without the prefix "bert."; a checkpoint
+        may hold it under several, if all are equal.
+
+    >>> Tensor("layers.{layer}.up_proj.weight", "layers/up/kernel", transpose=True).names(3)
+    ('layers.3.up_proj.weight',)
+    """
+
+    name: str
+    path: str
+    transpose: bool = False
+    optional: bool = False
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the parameter gathers one tensor of each layer."""
+        return "{layer}" in self.name
+
+    def names(self, layer: int) -> tuple[str, ...]:
+        """All names that the tensor of a layer may have, the usual one first."""
+        return tuple(name.replace("{layer}", str(layer)) for name in (self.name, *self.aliases))
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a load did.
+
+    Attributes:
+      loaded: paths of the parameters that the checkpoint filled.
+      initialised: paths of those that it lacked, which have new values.
+      ignored: names in the checkpoint that are rightly no parameter.
+    """
+
+    loaded: tuple[str, ...]
+    initialised: tuple[str, ...]
+    ignored: tuple[str, ...]
+
+
+def check_table(tensors: Sequence[Tensor], leaves: Mapping[str, Any]) -> None:
+    """Every parameter has one row of the table, and every row a parameter that it can fill."""
+    paths = [tensor.path for tensor in tensors]
+    if twice := duplicates(paths):
+        raise ValueError(f"the table of tensors fills {first_few(twice)} more than once")
+    if twice := duplicates(tensor.name for tensor in tensors):
+        raise ValueError(f"the table of tensors has {first_few(twice)} in two rows")
+    if unfilled := sorted(set(leaves) - set(paths)):
+        raise ValueError(f"the table of tensors lacks the parameters {first_few(unfilled)}")
+    if unknown := sorted(set(paths) - set(leaves)):
+        raise ValueError(f"the table of tensors fills {first_few(unknown)}, which the model lacks")
+    for tensor in tensors:
+        leaf = leaves[tensor.path]
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(f"{tensor.path} has dtype {leaf.dtype}: weights are floating-point")
+        if any(("{layer}" in alias) != tensor.stacked for alias in tensor.aliases):
+            raise ValueError(f"an alias of {tensor.name!r} disagrees with it about '{{layer}}'")
+        rank = len(leaf.shape) - tensor.stacked
+        if rank < 0 or (tensor.transpose and rank != 2):
+            how = " and ".join(["stacked"] * tensor.stacked + ["transposed"] * tensor.transpose)
+            raise ValueError(f"{tensor.path} {tuple(leaf.shape)} cannot be {how}")
+
+
+def shape_in_file(tensor: Tensor, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape that the checkpoint gives a parameter of this shape, or one layer of it."""
+    shape = tuple(shape)[tensor.stacked :]
+    return shape[::-1] if tensor.transpose else shape
+
+
+def layers_of(tensor: Tensor, shape: Sequence[int]) -> range:
+    return range(shape[0] if tensor.stacked else 1)
+
+
+def duplicates(names: Iterable[str]) -> list[str]:
+    return [name for name, count in collections.Counter(names).items() if count > 1]
+
+
+def first_few(names: Iterable[str], limit: int = 5) -> str:
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
