@@ -17,7 +17,6 @@ from hyperadapt_jax.models.decoder.config import (
     Config,
     DecoderConfig,
     EncoderConfig,
-    Rope,
     config_from_dict,
     config_to_dict,
     read_config,
@@ -25,6 +24,7 @@ from hyperadapt_jax.models.decoder.config import (
 from hyperadapt_jax.models.decoder.model import Cache, Decoder, open_cache
 from hyperadapt_jax.models.encoder.model import Encoder, EncoderOutput
 from hyperadapt_jax.models.generate import Sampling, decode, generate
+from hyperadapt_jax.models.rope import Rope
 
 __all__ = [
     "Cache",

@@ -16,6 +16,7 @@ from typing import Any
 
 from hyperadapt_jax.models.checkpoint.hub import read_json
 from hyperadapt_jax.models.layers import ACTIVATIONS
+from hyperadapt_jax.models.rope import Rope
 
 # Fields that change neither the parameters nor the function of a model, and why. So do fields that
 # are null, and those that begin with an underscore.
@@ -180,38 +181,6 @@ _LARGEST = 2**31 - 1  # sizes and token numbers are 32-bit integers
 # NVIDIA's exporter leaves config.json as it was, and says here that the weights are quantized.
 _QUANTIZATION_FILE = "hf_quant_config.json"
 _GENERATION_FILE = "generation_config.json"
-
-
-@dataclasses.dataclass(frozen=True)
-class Rope:
-    """Rotary position embedding: its base and how its frequencies are scaled.
-
-    Attributes:
-      theta: base of the frequencies.
-      kind: ``default``, ``linear``, ``dynamic``, ``llama3``, ``yarn`` or ``longrope``.
-      fraction: part of each head that is rotated, in (0, 1].
-      factor: how far the context is stretched (all kinds but the first).
-      original_length: context length of pre-training, in tokens (``dynamic``, ``llama3``,
-        ``yarn``, ``longrope``).
-      low_frequency_factor: ``llama3``, ``yarn``: wavelengths above ``original_length / this`` are
-        stretched.
-      high_frequency_factor: ``llama3``, ``yarn``: wavelengths below ``original_length / this`` are
-        kept.
-      short_factors: ``longrope``: divisors of the frequencies up to ``original_length``.
-      long_factors: ``longrope``: divisors of the frequencies beyond it.
-      amplitude: ``yarn``, ``longrope``: factor on the sines and cosines.
-    """
-
-    theta: float = 10000.0
-    kind: str = "default"
-    fraction: float = 1.0
-    factor: float = 1.0
-    original_length: int = 0
-    low_frequency_factor: float = 1.0
-    high_frequency_factor: float = 1.0
-    short_factors: tuple[float, ...] = ()
-    long_factors: tuple[float, ...] = ()
-    amplitude: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)

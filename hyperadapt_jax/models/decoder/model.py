@@ -17,11 +17,10 @@ from hyperadapt_jax.models.layers import (
     Embedding,
     Linear,
     RMSNorm,
-    apply_rope,
     attend,
     check_range,
-    rope_tables,
 )
+from hyperadapt_jax.models.rope import apply_rope, rope_tables
 
 Array = jax.Array
 
