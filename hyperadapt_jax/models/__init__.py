@@ -13,17 +13,12 @@ from hyperadapt_jax.models.auto import (
     with_params,
 )
 from hyperadapt_jax.models.checkpoint.table import CheckpointError, Tensor
-from hyperadapt_jax.models.decoder.config import (
-    Config,
-    DecoderConfig,
-    EncoderConfig,
-    config_from_dict,
-    config_to_dict,
-    read_config,
-)
+from hyperadapt_jax.models.decoder.config import DecoderConfig
 from hyperadapt_jax.models.decoder.model import Cache, Decoder, open_cache
+from hyperadapt_jax.models.encoder.config import EncoderConfig
 from hyperadapt_jax.models.encoder.model import Encoder, EncoderOutput
 from hyperadapt_jax.models.generate import Sampling, decode, generate
+from hyperadapt_jax.models.registry import Config, config_from_dict, config_to_dict, read_config
 from hyperadapt_jax.models.rope import Rope
 
 __all__ = [

@@ -17,17 +17,13 @@ from jax.sharding import Mesh, PartitionSpec
 from hyperadapt_jax import paths
 from hyperadapt_jax.models.checkpoint import hub, reading, writing
 from hyperadapt_jax.models.checkpoint.table import Tensor
-from hyperadapt_jax.models.decoder import model as decoder
-from hyperadapt_jax.models.decoder.config import (
-    Config,
-    DecoderConfig,
-    EncoderConfig,
-    config_to_dict,
-    read_config,
-)
+from hyperadapt_jax.models.decoder import tensors as decoder
+from hyperadapt_jax.models.decoder.config import DecoderConfig
 from hyperadapt_jax.models.decoder.model import Decoder
-from hyperadapt_jax.models.encoder import model as encoder
+from hyperadapt_jax.models.encoder import tensors as encoder
+from hyperadapt_jax.models.encoder.config import EncoderConfig
 from hyperadapt_jax.models.encoder.model import Encoder
+from hyperadapt_jax.models.registry import Config, config_to_dict, read_config
 
 Model = Decoder | Encoder
 Params = Mapping[str, Any]

@@ -23,8 +23,8 @@ from safetensors.numpy import load_file, save_file
 from hyperadapt_jax import models
 from hyperadapt_jax.models.checkpoint import hub, reading, writing
 from hyperadapt_jax.models.checkpoint.table import CheckpointError, Tensor
-from hyperadapt_jax.models.decoder import model as decoder
-from hyperadapt_jax.models.encoder import model as encoder
+from hyperadapt_jax.models.decoder import tensors as decoder
+from hyperadapt_jax.models.encoder import tensors as encoder
 from hyperadapt_jax.paths import flatten
 
 P = PartitionSpec

@@ -1,163 +1,16 @@
-"""Model configurations, read from a Hugging Face ``config.json``.
-
-Each field of the file is either read, checked against the only value the model implements, or
-listed as one that does not change the model. Anything else is an error that names the field: a
-configuration is never read as another model.
-"""
+"""The configuration of a decoder: its fields, and how the families' files say them."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import pathlib
-import reprlib
-from collections.abc import Mapping
 from typing import Any
 
-from hyperadapt_jax.models.checkpoint.hub import read_json
+from hyperadapt_jax.models.fields import Fields, is_finite, read_layers, read_token, read_tokens
 from hyperadapt_jax.models.layers import ACTIVATIONS
 from hyperadapt_jax.models.rope import Rope
 
-# Fields that change neither the parameters nor the function of a model, and why. So do fields that
-# are null, and those that begin with an underscore.
-IGNORED_FIELDS: dict[str, str] = {
-    **dict.fromkeys(
-        (
-            "transformers_version",
-            "name_or_path",
-            "auto_map",
-            "tokenizer_class",
-            "prefix",
-            "finetuning_task",
-            "task_specific_params",
-            "unsloth_fixed",
-            "unsloth_version",
-            "transformers.js_config",
-            "internal_version",
-            "language",
-            "license",
-            "name",
-            "model_name",
-        ),
-        "says where the checkpoint came from; remote code is never run",
-    ),
-    **dict.fromkeys(
-        (
-            "dtype",
-            "torch_dtype",
-            "torchscript",
-            "tf_legacy_loss",
-            "use_bfloat16",
-            "attn_implementation",
-            "use_flash_attn",
-            "use_flash_attention_2",
-            "fp16",
-            "bf16",
-            "fp32",
-            "pretraining_tp",
-            "chunk_size_feed_forward",
-            "gradient_checkpointing",
-            "use_cache",
-            "xla_device",
-        ),
-        "says how torch computes or stores, not what",
-    ),
-    **dict.fromkeys(
-        (
-            "return_dict",
-            "use_return_dict",
-            "output_attentions",
-            "output_hidden_states",
-            "output_past",
-        ),
-        "says what torch returns",
-    ),
-    **dict.fromkeys(
-        ("max_sequence_length", "model_max_length", "seq_length", "max_seq_length"),
-        "says how long the texts of training were; max_position_embeddings alone is read",
-    ),
-    **dict.fromkeys(
-        ("dual_chunk_attention_config",),
-        "is read by servers of long contexts alone: the reference has no such attention",
-    ),
-    **dict.fromkeys(
-        ("sentence_transformers", "sbert_ce_default_activation_function"),
-        "says what sentence-transformers does with the outputs",
-    ),
-    **dict.fromkeys(
-        (
-            "directionality",
-            "pooler_fc_size",
-            "pooler_num_attention_heads",
-            "pooler_num_fc_layers",
-            "pooler_size_per_head",
-            "pooler_type",
-        ),
-        "was written into the first multilingual BERT files and is read by no implementation",
-    ),
-    **dict.fromkeys(
-        (
-            "label2id",
-            "id2label",
-            "num_labels",
-            "classifier_dropout",
-            "problem_type",
-            "initializer_range",
-            "initializer_factor",
-        ),
-        "concerns the loss, a head that the model lacks, or a new checkpoint's start",
-    ),
-    **dict.fromkeys(
-        (
-            "sep_token_id",
-            "cls_token_id",
-            "mask_token_id",
-            "unk_token_id",
-            "decoder_start_token_id",
-            "eos_token_ids",
-            "bos_token",
-            "eos_token",
-            "pad_token",
-            "unk_token",
-            "sep_token",
-            "cls_token",
-            "mask_token",
-        ),
-        "concerns the tokenizer, whose own files are read",
-    ),
-    **dict.fromkeys(
-        (
-            "max_length",
-            "min_length",
-            "do_sample",
-            "early_stopping",
-            "num_beams",
-            "temperature",
-            "num_beam_groups",
-            "diversity_penalty",
-            "top_k",
-            "top_p",
-            "typical_p",
-            "bad_words_ids",
-            "repetition_penalty",
-            "length_penalty",
-            "no_repeat_ngram_size",
-            "num_return_sequences",
-            "encoder_no_repeat_ngram_size",
-            "output_scores",
-            "return_dict_in_generate",
-            "forced_bos_token_id",
-            "forced_eos_token_id",
-            "remove_invalid_values",
-            "exponential_decay_length_penalty",
-            "suppress_tokens",
-            "begin_suppress_tokens",
-        ),
-        "is a default of generation, which takes its options from the call",
-    ),
-}
-
-_DECODERS = {
+ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
@@ -167,20 +20,6 @@ _DECODERS = {
 # What a family has where its file leaves the field out.
 _KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
 _LENGTHS = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768, "phi3": 4096}
-_ENCODERS = {
-    "bert": "Bert",
-    "roberta": "Roberta",
-    "xlm-roberta": "XLMRoberta",
-    "camembert": "Camembert",
-}
-# Under the heads of pre-training, the encoder alone is read.
-_CLASSIFIER = "ForSequenceClassification"
-_ENCODER_HEADS = ("Model", "ForMaskedLM", "ForPreTraining", _CLASSIFIER)
-_MOST_LAYERS = 10_000  # a configuration holds a window for each: no file may ask for gigabytes
-_LARGEST = 2**31 - 1  # sizes and token numbers are 32-bit integers
-# NVIDIA's exporter leaves config.json as it was, and says here that the weights are quantized.
-_QUANTIZATION_FILE = "hf_quant_config.json"
-_GENERATION_FILE = "generation_config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,276 +75,9 @@ class DecoderConfig:
     pad_token: int | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class EncoderConfig:
-    """A bidirectional encoder of the BERT shape: post-norm, learned positions.
-
-    Attributes:
-      family: ``model_type`` of the checkpoint, which names its tensors and its head.
-      vocab_size: tokens, V.
-      width: residual stream, D.
-      mlp_width: hidden units of the MLP, F.
-      layers: number of layers, L.
-      heads: attention heads, N; D is a multiple of N.
-      positions: rows of the position table.
-      token_types: rows of the token-type table.
-      activation: name of the MLP's activation.
-      norm_epsilon: added to the variance in LayerNorm.
-      pad_token: token of padding; positions of RoBERTa count on from it.
-      dropout: probability on embeddings and on the outputs of attention and MLP.
-      attention_dropout: probability on attention weights.
-      head_dropout: probability before the classification head.
-      labels: outputs of the classification head (1 for regression), or None without a head.
-      pooled: without a head, there is a pooler; not every checkpoint has one.
-    """
-
-    family: str
-    vocab_size: int
-    width: int
-    mlp_width: int
-    layers: int
-    heads: int
-    positions: int
-    token_types: int
-    activation: str
-    norm_epsilon: float
-    pad_token: int
-    dropout: float = 0.1
-    attention_dropout: float = 0.1
-    head_dropout: float = 0.1
-    labels: int | None = None
-    pooled: bool = True
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head, H."""
-        return self.width // self.heads
-
-    @property
-    def pooler(self) -> bool:
-        """Whether there is a pooler: with a head, in BERT alone."""
-        return self.pooled if self.labels is None else self.family == "bert"
-
-    @property
-    def max_length(self) -> int:
-        """Longest sequence, in tokens: RoBERTa's positions begin after that of its padding."""
-        return self.positions - (0 if self.family == "bert" else self.pad_token + 1)
-
-
-Config = DecoderConfig | EncoderConfig
-
-_REQUIRED = object()
-
-# How a value of any size or depth looks in an error of one line.
-_SHORT = reprlib.Repr()
-_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 3, 80, 80, 40
-
-
-class _Fields:
-    """The fields of one ``config.json``, each of which has to be taken before `finish`."""
-
-    def __init__(self, raw: Mapping[str, Any], where: str):
-        self.rest = dict(raw)
-        self.where = where
-
-    def error(self, name: str, value: Any, reason: str) -> ValueError:
-        return ValueError(f"{self.where}: field {name!r} = {_SHORT.repr(value)}: {reason}")
-
-    def take(self, name: str, kind: type, default: Any = _REQUIRED) -> Any:
-        """The value of a field, of the given type; null stands for a missing field."""
-        value = self.rest.pop(name, None)
-        if value is None:
-            if default is _REQUIRED:
-                raise ValueError(f"{self.where}: field {name!r} is missing")
-            return default
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        fits = {int: whole, float: whole or isinstance(value, float)}
-        if not fits.get(kind, isinstance(value, kind)):
-            raise self.error(name, value, f"expected {kind.__name__}")
-        if kind is int and abs(value) > _LARGEST:
-            raise self.error(name, value, f"expected at most {_LARGEST}")
-        if kind is not float:
-            return value
-        if not _finite(value):
-            raise self.error(name, value, "expected a finite number")
-        return float(value)
-
-    def positive(self, name: str, kind: type = int, default: Any = _REQUIRED) -> Any:
-        value = self.take(name, kind, default)
-        if value is not None and value <= 0:
-            raise self.error(name, value, "expected a positive number")
-        return value
-
-    def epsilon(self, name: str, default: float) -> float:
-        value = self.take(name, float, default)
-        if value < 0:
-            raise self.error(name, value, "expected zero or more")
-        return value
-
-    def probability(self, name: str, default: float) -> float:
-        value = self.take(name, float, default)
-        if not 0.0 <= value < 1.0:
-            raise self.error(name, value, "expected a probability in [0, 1)")
-        return value
-
-    def choice(self, name: str, options: Any, default: Any = _REQUIRED) -> str:
-        value = self.take(name, str, default)
-        if value not in options:
-            raise self.error(name, value, f"not supported; one of {', '.join(sorted(options))}")
-        return value
-
-    def expect(self, name: str, *allowed: Any) -> None:
-        """Check a field that may be missing but has only these supported values."""
-        value = self.rest.pop(name, None)
-        if value is not None and value not in allowed:
-            wanted = " or ".join(map(repr, allowed)) or "null"
-            raise self.error(name, value, f"not supported; expected {wanted}")
-
-    def finish(self) -> None:
-        for name in IGNORED_FIELDS:
-            self.rest.pop(name, None)
-        # Switches that every model here leaves off.
-        for name in (
-            "is_encoder_decoder",
-            "is_decoder",
-            "add_cross_attention",
-            "tie_encoder_decoder",
-        ):
-            self.expect(name, False)
-        self.expect("pruned_heads", {})
-        self.expect("quantization_config")
-        # Null is no value, and an underscore marks what a library notes for itself.
-        rest = {
-            name: value
-            for name, value in self.rest.items()
-            if value is not None and not name.startswith("_")
-        }
-        if rest:
-            name, value = next(iter(rest.items()))
-            others = ", ".join(sorted(rest)[:8])
-            raise self.error(
-                name,
-                value,
-                f"not understood, so the model could differ from the reference (all such fields: "
-                f"{others}); remove it from the file if it has no effect",
-            )
-
-
-def read_config(path: str | pathlib.Path) -> Config:
-    """Read a model's configuration from its folder or from a ``config.json``.
-
-    Where a ``generation_config.json`` lies next to it, a decoder's ``eos_tokens`` are those of that
-    file, as transformers has it: chat models name the end of a turn there alone. Its other fields
-    are defaults of generation, which takes its options from the call.
-
-    Args:
-      path: a folder that holds ``config.json``, or the file itself.
-
-    Returns:
-      A `DecoderConfig` or an `EncoderConfig`, by the file's ``model_type``.
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: a file is no JSON object, a field is missing, unknown or unsupported, or a file
-        next to it says that the weights are quantized.
-    """
-    path = pathlib.Path(path)
-    file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file; expected a Hugging Face model folder")
-    raw = read_json(file.parent, file.name)
-    if (file.parent / _QUANTIZATION_FILE).exists():
-        _check_unquantized(file.parent)
-    config = config_from_dict(raw, where=str(file))
-    generation = file.with_name(_GENERATION_FILE)
-    if isinstance(config, DecoderConfig) and generation.exists():
-        fields = _Fields(read_json(file.parent, _GENERATION_FILE), str(generation))
-        if eos_tokens := _tokens(fields, "eos_token_id"):
-            config = dataclasses.replace(config, eos_tokens=eos_tokens)
-    return config
-
-
-def _check_unquantized(folder: pathlib.Path) -> None:
-    fields = _Fields(read_json(folder, _QUANTIZATION_FILE), str(folder / _QUANTIZATION_FILE))
-    fields.rest = fields.take("quantization", dict)
-    # The cache of keys and values may be quantized at will: it is no part of the checkpoint.
-    if "quant_algo" not in fields.rest:
-        raise ValueError(f"{fields.where}: field 'quantization' does not say its 'quant_algo'")
-    fields.expect("quant_algo")
-
-
-def _finite(value: Any) -> bool:
-    """Whether a value is a finite number that fits a float, as no integer of 400 digits does."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        return False
-
-
-def config_from_dict(raw: Mapping[str, Any], *, where: str = "config.json") -> Config:
-    """Read a model's configuration from the fields of a ``config.json``.
-
-    Args:
-      raw: the fields.
-      where: what to call their source in an error.
-
-    Returns:
-      A `DecoderConfig` or an `EncoderConfig`, by ``model_type``.
-
-    Raises:
-      ValueError: a field is missing, unknown or has an unsupported value; the message names it.
-
-    >>> config_from_dict({"model_type": "mamba"})
-    Traceback (most recent call last):
-    ValueError: config.json: field 'model_type' = 'mamba': not supported; one of bert, camembert, \
-llama, mistral, phi3, qwen2, qwen3, roberta, xlm-roberta
-    """
-    fields = _Fields(raw, where)
-    family = fields.choice("model_type", {**_DECODERS, **_ENCODERS})
-    architectures = fields.take("architectures", list, [])
-    if family in _DECODERS:
-        known = (_DECODERS[family],)
-    else:
-        known = tuple(_ENCODERS[family] + head for head in _ENCODER_HEADS)
-    for architecture in architectures:
-        if architecture not in known:
-            raise fields.error("architectures", architectures, f"expected {' or '.join(known)}")
-    if family in _DECODERS:
-        config = _decoder(fields, family)
-    else:
-        classifies = any(a.endswith(_CLASSIFIER) for a in architectures)
-        config = _encoder(fields, family, classifies)
-    fields.finish()
-    return config
-
-
-def _tokens(fields: _Fields, name: str) -> tuple[int, ...]:
-    value = fields.rest.pop(name, None)
-    values = value if isinstance(value, list) else [] if value is None else [value]
-    whole = all(isinstance(v, int) and not isinstance(v, bool) for v in values)
-    if not whole or any(abs(v) > _LARGEST for v in values):
-        raise fields.error(name, value, "expected a token number or a list of them")
-    return tuple(values)
-
-
-def _layers(fields: _Fields) -> int:
-    layers = fields.positive("num_hidden_layers")
-    if layers > _MOST_LAYERS:
-        raise fields.error("num_hidden_layers", layers, f"expected at most {_MOST_LAYERS}")
-    return layers
-
-
-def _token(fields: _Fields, name: str) -> int | None:
-    """A token's number, or None: files of the first Llama say -1 for a token that there is not."""
-    value = fields.take(name, int, None)
-    return None if value is None or value < 0 else value
-
-
-def _decoder(fields: _Fields, family: str) -> DecoderConfig:
+def read(fields: Fields, family: str) -> DecoderConfig:
     width = fields.positive("hidden_size")
-    layers = _layers(fields)
+    layers = read_layers(fields)
     heads = fields.positive("num_attention_heads")
     # A missing field means the family's default, where that can be meant, and null as many as there
     # are query heads.
@@ -562,13 +134,13 @@ def _decoder(fields: _Fields, family: str) -> DecoderConfig:
         qk_norm=family == "qwen3",
         fused=family == "phi3",
         tied=fields.take("tie_word_embeddings", bool, False),
-        bos_token=_token(fields, "bos_token_id"),
-        eos_tokens=_tokens(fields, "eos_token_id"),
-        pad_token=_token(fields, "pad_token_id"),
+        bos_token=read_token(fields, "bos_token_id"),
+        eos_tokens=read_tokens(fields, "eos_token_id"),
+        pad_token=read_token(fields, "pad_token_id"),
     )
 
 
-def _windows(fields: _Fields, family: str, layers: int) -> tuple[int | None, ...]:
+def _windows(fields: Fields, family: str, layers: int) -> tuple[int | None, ...]:
     if family == "llama":
         fields.expect("sliding_window")
         return (None,) * layers
@@ -597,7 +169,7 @@ def _windows(fields: _Fields, family: str, layers: int) -> tuple[int | None, ...
     return tuple(window if slides else None for slides in sliding)
 
 
-def _rope(fields: _Fields, family: str, head_dim: int, max_length: int) -> Rope:
+def _rope(fields: Fields, family: str, head_dim: int, max_length: int) -> Rope:
     theta = fields.positive("rope_theta", float, None)
     fraction = fields.positive("partial_rotary_factor", float, None)
     outer_original = None
@@ -605,7 +177,7 @@ def _rope(fields: _Fields, family: str, head_dim: int, max_length: int) -> Rope:
         outer_original = fields.positive("original_max_position_embeddings", default=4096)
     scaling = fields.take("rope_scaling", dict, None)
     scaling = {**(fields.take("rope_parameters", dict, None) or {}), **(scaling or {})}
-    inner = _Fields(scaling, f"{fields.where}: rope_scaling")
+    inner = Fields(scaling, f"{fields.where}: rope_scaling")
     legacy_kind = inner.take("type", str, "default")
     kind = inner.take("rope_type", str, legacy_kind)
     kinds = {"default", "linear", "dynamic", "llama3", "yarn", "longrope"}
@@ -661,7 +233,7 @@ def _rope(fields: _Fields, family: str, head_dim: int, max_length: int) -> Rope:
     return rope
 
 
-def _yarn(fields: _Fields, rope: Rope, max_length: int) -> Rope:
+def _yarn(fields: Fields, rope: Rope, max_length: int) -> Rope:
     def inferred(weight: float = 1.0) -> float:
         return 1.0 + 0.1 * weight * math.log(rope.factor) if rope.factor > 1.0 else 1.0
 
@@ -682,7 +254,7 @@ def _yarn(fields: _Fields, rope: Rope, max_length: int) -> Rope:
 
 
 def _longrope(
-    fields: _Fields, rope: Rope, frequencies: int, max_length: int, original: int | None
+    fields: Fields, rope: Rope, frequencies: int, max_length: int, original: int | None
 ) -> Rope:
     inner_original = fields.positive("original_max_position_embeddings", default=max_length)
     original = original or inner_original
@@ -695,7 +267,7 @@ def _longrope(
     factors = []
     for name in ("short_factor", "long_factor"):
         values = fields.take(name, list)
-        if len(values) != frequencies or not all(_finite(v) and v > 0 for v in values):
+        if len(values) != frequencies or not all(is_finite(v) and v > 0 for v in values):
             raise fields.error(name, values, f"expected {frequencies} positive numbers")
         factors.append(tuple(float(v) for v in values))
     return dataclasses.replace(
@@ -708,63 +280,10 @@ def _longrope(
     )
 
 
-def _encoder(fields: _Fields, family: str, classifies: bool) -> EncoderConfig:
-    width = fields.positive("hidden_size")
-    heads = fields.positive("num_attention_heads")
-    if width % heads:
-        raise fields.error("num_attention_heads", heads, f"does not divide hidden_size {width}")
-    fields.expect("position_embedding_type", "absolute")
-    # As in the reference, the names count where both are given.
-    names = fields.take("id2label", dict, None)
-    labels = fields.positive("num_labels", default=2) if names is None else len(names)
-    if labels == 0:
-        raise fields.error("id2label", names, "expected a name for each label")
-    pad_token = fields.take("pad_token_id", int, 0 if family == "bert" else 1)
-    positions = fields.positive("max_position_embeddings", default=512)
-    if pad_token < 0 or (family != "bert" and positions <= pad_token + 1):
-        raise fields.error("pad_token_id", pad_token, "expected the number of a token")
-    dropout = fields.probability("hidden_dropout_prob", 0.1)
-    # The pooler and the head own no token prediction: whether that one is tied has no effect.
-    fields.rest.pop("tie_word_embeddings", None)
-    for name in ("bos_token_id", "eos_token_id"):
-        _tokens(fields, name)  # an encoder ends no text, but a bad value is one
-    return EncoderConfig(
-        family=family,
-        vocab_size=fields.positive("vocab_size"),
-        width=width,
-        mlp_width=fields.positive("intermediate_size"),
-        layers=_layers(fields),
-        heads=heads,
-        positions=positions,
-        token_types=fields.positive("type_vocab_size", default=2),
-        activation=fields.choice("hidden_act", ACTIVATIONS, "gelu"),
-        norm_epsilon=fields.epsilon("layer_norm_eps", 1e-12),
-        pad_token=pad_token,
-        dropout=dropout,
-        attention_dropout=fields.probability("attention_probs_dropout_prob", 0.1),
-        head_dropout=fields.probability("classifier_dropout", dropout),
-        labels=labels if classifies else None,
-    )
-
-
-def config_to_dict(config: Config) -> dict[str, Any]:
-    """Write a configuration as the fields of a ``config.json``, the inverse of `config_from_dict`.
-
-    Args:
-      config: the configuration.
-
-    Returns:
-      Fields in the spelling that readers of every age know (``rope_theta``, ``rope_scaling``).
-    """
-    if isinstance(config, DecoderConfig):
-        return _decoder_to_dict(config)
-    return _encoder_to_dict(config)
-
-
-def _decoder_to_dict(config: DecoderConfig) -> dict[str, Any]:
+def write(config: DecoderConfig) -> dict[str, Any]:
     family = config.family
     raw: dict[str, Any] = {
-        "architectures": [_DECODERS[family]],
+        "architectures": [ARCHITECTURES[family]],
         "model_type": family,
         "vocab_size": config.vocab_size,
         "hidden_size": config.width,
@@ -831,28 +350,3 @@ def _rope_scaling(rope: Rope) -> dict[str, Any] | None:
             "original_max_position_embeddings": rope.original_length,
         }
     return scaling
-
-
-def _encoder_to_dict(config: EncoderConfig) -> dict[str, Any]:
-    head = "Model" if config.labels is None else _CLASSIFIER
-    raw: dict[str, Any] = {
-        "architectures": [_ENCODERS[config.family] + head],
-        "model_type": config.family,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "intermediate_size": config.mlp_width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "max_position_embeddings": config.positions,
-        "type_vocab_size": config.token_types,
-        "hidden_act": config.activation,
-        "layer_norm_eps": config.norm_epsilon,
-        "pad_token_id": config.pad_token,
-        "hidden_dropout_prob": config.dropout,
-        "attention_probs_dropout_prob": config.attention_dropout,
-        "classifier_dropout": config.head_dropout,
-    }
-    if config.labels is not None:
-        raw["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.labels)}
-        raw["label2id"] = {f"LABEL_{i}": i for i in range(config.labels)}
-    return raw

@@ -1,0 +1,139 @@
+"""The configuration of an encoder: its fields, and how the families' files say them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from hyperadapt_jax.models.fields import Fields, read_layers, read_tokens
+from hyperadapt_jax.models.layers import ACTIVATIONS
+
+ARCHITECTURES = {
+    "bert": "Bert",
+    "roberta": "Roberta",
+    "xlm-roberta": "XLMRoberta",
+    "camembert": "Camembert",
+}
+# Under the heads of pre-training, the encoder alone is read.
+CLASSIFIER = "ForSequenceClassification"
+HEADS = ("Model", "ForMaskedLM", "ForPreTraining", CLASSIFIER)
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """A bidirectional encoder of the BERT shape: post-norm, learned positions.
+
+    Attributes:
+      family: ``model_type`` of the checkpoint, which names its tensors and its head.
+      vocab_size: tokens, V.
+      width: residual stream, D.
+      mlp_width: hidden units of the MLP, F.
+      layers: number of layers, L.
+      heads: attention heads, N; D is a multiple of N.
+      positions: rows of the position table.
+      token_types: rows of the token-type table.
+      activation: name of the MLP's activation.
+      norm_epsilon: added to the variance in LayerNorm.
+      pad_token: token of padding; positions of RoBERTa count on from it.
+      dropout: probability on embeddings and on the outputs of attention and MLP.
+      attention_dropout: probability on attention weights.
+      head_dropout: probability before the classification head.
+      labels: outputs of the classification head (1 for regression), or None without a head.
+      pooled: without a head, there is a pooler; not every checkpoint has one.
+    """
+
+    family: str
+    vocab_size: int
+    width: int
+    mlp_width: int
+    layers: int
+    heads: int
+    positions: int
+    token_types: int
+    activation: str
+    norm_epsilon: float
+    pad_token: int
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    head_dropout: float = 0.1
+    labels: int | None = None
+    pooled: bool = True
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head, H."""
+        return self.width // self.heads
+
+    @property
+    def pooler(self) -> bool:
+        """Whether there is a pooler: with a head, in BERT alone."""
+        return self.pooled if self.labels is None else self.family == "bert"
+
+    @property
+    def max_length(self) -> int:
+        """Longest sequence, in tokens: RoBERTa's positions begin after that of its padding."""
+        return self.positions - (0 if self.family == "bert" else self.pad_token + 1)
+
+
+def read(fields: Fields, family: str, classifies: bool) -> EncoderConfig:
+    width = fields.positive("hidden_size")
+    heads = fields.positive("num_attention_heads")
+    if width % heads:
+        raise fields.error("num_attention_heads", heads, f"does not divide hidden_size {width}")
+    fields.expect("position_embedding_type", "absolute")
+    # As in the reference, the names count where both are given.
+    names = fields.take("id2label", dict, None)
+    labels = fields.positive("num_labels", default=2) if names is None else len(names)
+    if labels == 0:
+        raise fields.error("id2label", names, "expected a name for each label")
+    pad_token = fields.take("pad_token_id", int, 0 if family == "bert" else 1)
+    positions = fields.positive("max_position_embeddings", default=512)
+    if pad_token < 0 or (family != "bert" and positions <= pad_token + 1):
+        raise fields.error("pad_token_id", pad_token, "expected the number of a token")
+    dropout = fields.probability("hidden_dropout_prob", 0.1)
+    # The pooler and the head own no token prediction: whether that one is tied has no effect.
+    fields.rest.pop("tie_word_embeddings", None)
+    for name in ("bos_token_id", "eos_token_id"):
+        read_tokens(fields, name)  # an encoder ends no text, but a bad value is one
+    return EncoderConfig(
+        family=family,
+        vocab_size=fields.positive("vocab_size"),
+        width=width,
+        mlp_width=fields.positive("intermediate_size"),
+        layers=read_layers(fields),
+        heads=heads,
+        positions=positions,
+        token_types=fields.positive("type_vocab_size", default=2),
+        activation=fields.choice("hidden_act", ACTIVATIONS, "gelu"),
+        norm_epsilon=fields.epsilon("layer_norm_eps", 1e-12),
+        pad_token=pad_token,
+        dropout=dropout,
+        attention_dropout=fields.probability("attention_probs_dropout_prob", 0.1),
+        head_dropout=fields.probability("classifier_dropout", dropout),
+        labels=labels if classifies else None,
+    )
+
+
+def write(config: EncoderConfig) -> dict[str, Any]:
+    head = "Model" if config.labels is None else CLASSIFIER
+    raw: dict[str, Any] = {
+        "architectures": [ARCHITECTURES[config.family] + head],
+        "model_type": config.family,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "intermediate_size": config.mlp_width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "max_position_embeddings": config.positions,
+        "type_vocab_size": config.token_types,
+        "hidden_act": config.activation,
+        "layer_norm_eps": config.norm_epsilon,
+        "pad_token_id": config.pad_token,
+        "hidden_dropout_prob": config.dropout,
+        "attention_probs_dropout_prob": config.attention_dropout,
+        "classifier_dropout": config.head_dropout,
+    }
+    if config.labels is not None:
+        raw["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.labels)}
+        raw["label2id"] = {f"LABEL_{i}": i for i in range(config.labels)}
+    return raw
