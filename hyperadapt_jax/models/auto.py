@@ -17,13 +17,12 @@ from jax.sharding import Mesh, PartitionSpec
 from hyperadapt_jax import paths
 from hyperadapt_jax.models.checkpoint import hub, reading, writing
 from hyperadapt_jax.models.checkpoint.table import Tensor
-from hyperadapt_jax.models.decoder import tensors as decoder
 from hyperadapt_jax.models.decoder.config import DecoderConfig
 from hyperadapt_jax.models.decoder.model import Decoder
-from hyperadapt_jax.models.encoder import tensors as encoder
+from hyperadapt_jax.models.decoder.tensors import HEAD
 from hyperadapt_jax.models.encoder.config import EncoderConfig
 from hyperadapt_jax.models.encoder.model import Encoder
-from hyperadapt_jax.models.registry import Config, config_to_dict, read_config
+from hyperadapt_jax.models.registry import Config, config_to_dict, family_of, read_config
 
 Model = Decoder | Encoder
 Params = Mapping[str, Any]
@@ -53,8 +52,7 @@ def create(config: Config, *, seed: int = 0, **options: Any) -> Model:
     Raises:
       ValueError: an option has an unknown value.
     """
-    kind = Decoder if isinstance(config, DecoderConfig) else Encoder
-    return kind(config, rngs=nnx.Rngs(params=seed), **options)
+    return family_of(config).module(config, rngs=nnx.Rngs(params=seed), **options)
 
 
 def abstract(config: Config, **options: Any) -> Model:
@@ -207,7 +205,7 @@ def load(
         folder,
         tensors(config),
         params,
-        ignored=_module(config).ignored(config),
+        ignored=family_of(config).ignored(config),
         renewed=renewed,
         initial=initial,
         mesh=mesh,
@@ -246,8 +244,8 @@ def describe(folder: str | os.PathLike[str]) -> Config:
         return dataclasses.replace(config, pooled=pooled or config.labels is not None)
     if config.tied:
         embed = _stored_name(folder, config, "embed/embedding")
-        other = embed != decoder.HEAD and decoder.HEAD in reading.shapes(folder)
-        tied = not other or reading.equal(folder, decoder.HEAD, embed)
+        other = embed != HEAD and HEAD in reading.shapes(folder)
+        tied = not other or reading.equal(folder, HEAD, embed)
         return dataclasses.replace(config, tied=tied)
     return config
 
@@ -310,7 +308,7 @@ def export(
         raw = _config_of_export(config, described, source)
         if isinstance(config, EncoderConfig) and config == described and config.labels is None:
             carried = _other_heads(config, source)
-            if _lacks_head(raw.get("architectures") or (), carried):
+            if _lacks_head(config, raw.get("architectures") or (), carried):
                 raw |= {"architectures": config_to_dict(config)["architectures"]}
     return writing.export(
         folder,
@@ -344,13 +342,9 @@ def _config_of_export(config: Config, described: Config, source: Path) -> dict[s
     return kept | {name: ours[name] for name in sorted(own) if name in ours}
 
 
-def _lacks_head(architectures: Sequence[str], names: Sequence[str]) -> bool:
+def _lacks_head(config: Config, architectures: Sequence[str], names: Sequence[str]) -> bool:
     """Whether an architecture has a head of which no tensor is there: readers would make one up."""
-    heads = {
-        "ForMaskedLM": encoder.WORDS_HEAD,
-        "ForPreTraining": encoder.SENTENCES_HEAD,
-        "ForSequenceClassification": encoder.CLASSIFIER,
-    }
+    heads = family_of(config).heads
     wanted = [heads[end] for end in heads for name in architectures if name.endswith(end)]
     return not all(any(re.fullmatch(head, name) for name in names) for head in wanted)
 
@@ -361,16 +355,12 @@ def _other_heads(config: EncoderConfig, source: Path) -> tuple[str, ...]:
     They are written as they are, so that the architecture of ``config.json`` is there: a head is
     frozen like all else that is not trained.
     """
-    heads = re.compile(f"{encoder.PRETRAINING_HEADS}|{encoder.CLASSIFIER}")
+    heads = re.compile("|".join(family_of(config).heads.values()))
     names = [name for name in reading.shapes(source) if heads.fullmatch(name)]
     if hub.read_json(source, "config.json").get("tie_word_embeddings") is False:
         return tuple(names)
     words = _stored_name(source, config, "embed/words/embedding")
-    return tuple(
-        name
-        for name in names
-        if not (name.endswith("decoder.weight") and reading.equal(source, name, words))
-    )
+    return tuple(name for name in names if not reading.equal(source, name, words))
 
 
 def tensors(config: Config) -> tuple[Tensor, ...]:
@@ -382,11 +372,7 @@ def tensors(config: Config) -> tuple[Tensor, ...]:
     Returns:
       One entry per parameter.
     """
-    return _module(config).tensors(config)
-
-
-def _module(config: Config) -> Any:
-    return decoder if isinstance(config, DecoderConfig) else encoder
+    return family_of(config).tensors(config)
 
 
 def targets(model: Model | Config, preset: str) -> tuple[tuple[str, str], ...]:

@@ -168,6 +168,7 @@ class Fields:
         self.where = where
 
     def error(self, name: str, value: Any, reason: str) -> ValueError:
+        """The error of a field, to be raised."""
         return ValueError(f"{self.where}: field {name!r} = {_SHORT.repr(value)}: {reason}")
 
     def take(self, name: str, kind: type, default: Any = _REQUIRED) -> Any:
@@ -190,28 +191,53 @@ class Fields:
         return float(value)
 
     def positive(self, name: str, kind: type = int, default: Any = _REQUIRED) -> Any:
+        """A number above zero."""
         value = self.take(name, kind, default)
         if value is not None and value <= 0:
             raise self.error(name, value, "expected a positive number")
         return value
 
     def epsilon(self, name: str, default: float) -> float:
+        """A number that is zero or more."""
         value = self.take(name, float, default)
         if value < 0:
             raise self.error(name, value, "expected zero or more")
         return value
 
     def probability(self, name: str, default: float) -> float:
+        """A probability of dropping, below one."""
         value = self.take(name, float, default)
         if not 0.0 <= value < 1.0:
             raise self.error(name, value, "expected a probability in [0, 1)")
         return value
 
     def choice(self, name: str, options: Any, default: Any = _REQUIRED) -> str:
+        """One of some names."""
         value = self.take(name, str, default)
         if value not in options:
             raise self.error(name, value, f"not supported; one of {', '.join(sorted(options))}")
         return value
+
+    def token(self, name: str) -> int | None:
+        """A token's number, or None: files of the first Llama say -1 for one that there is not."""
+        value = self.take(name, int, None)
+        return None if value is None or value < 0 else value
+
+    def tokens(self, name: str) -> tuple[int, ...]:
+        """The numbers of tokens, of which the file may name one, several or none."""
+        value = self.rest.pop(name, None)
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        whole = all(isinstance(v, int) and not isinstance(v, bool) for v in values)
+        if not whole or any(abs(v) > _LARGEST for v in values):
+            raise self.error(name, value, "expected a token number or a list of them")
+        return tuple(values)
+
+    def layers(self, name: str = "num_hidden_layers") -> int:
+        """The number of layers, which is bounded."""
+        layers = self.positive(name)
+        if layers > _MOST_LAYERS:
+            raise self.error(name, layers, f"expected at most {_MOST_LAYERS}")
+        return layers
 
     def expect(self, name: str, *allowed: Any) -> None:
         """Check a field that may be missing but has only these supported values."""
@@ -221,6 +247,7 @@ class Fields:
             raise self.error(name, value, f"not supported; expected {wanted}")
 
     def finish(self) -> None:
+        """Refuse what is left, but for fields that change nothing."""
         for name in IGNORED_FIELDS:
             self.rest.pop(name, None)
         # Switches that every model here leaves off.
@@ -258,25 +285,3 @@ def is_finite(value: Any) -> bool:
         return math.isfinite(value)
     except OverflowError:
         return False
-
-
-def read_tokens(fields: Fields, name: str) -> tuple[int, ...]:
-    value = fields.rest.pop(name, None)
-    values = value if isinstance(value, list) else [] if value is None else [value]
-    whole = all(isinstance(v, int) and not isinstance(v, bool) for v in values)
-    if not whole or any(abs(v) > _LARGEST for v in values):
-        raise fields.error(name, value, "expected a token number or a list of them")
-    return tuple(values)
-
-
-def read_layers(fields: Fields) -> int:
-    layers = fields.positive("num_hidden_layers")
-    if layers > _MOST_LAYERS:
-        raise fields.error("num_hidden_layers", layers, f"expected at most {_MOST_LAYERS}")
-    return layers
-
-
-def read_token(fields: Fields, name: str) -> int | None:
-    """A token's number, or None: files of the first Llama say -1 for a token that there is not."""
-    value = fields.take(name, int, None)
-    return None if value is None or value < 0 else value

@@ -1,4 +1,4 @@
-"""From a ``config.json`` to a configuration and back, by the file's ``model_type``."""
+"""The families that are known, and a ``config.json`` read and written by its ``model_type``."""
 
 from __future__ import annotations
 
@@ -8,17 +8,47 @@ from collections.abc import Mapping
 from typing import Any
 
 from hyperadapt_jax.models.checkpoint.hub import read_json
-from hyperadapt_jax.models.decoder import config as decoder
+from hyperadapt_jax.models.decoder import families as decoders
 from hyperadapt_jax.models.decoder.config import DecoderConfig
-from hyperadapt_jax.models.encoder import config as encoder
+from hyperadapt_jax.models.encoder import families as encoders
 from hyperadapt_jax.models.encoder.config import EncoderConfig
-from hyperadapt_jax.models.fields import Fields, read_tokens
+from hyperadapt_jax.models.family import Family
+from hyperadapt_jax.models.fields import Fields
 
 Config = DecoderConfig | EncoderConfig
+
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        decoders.LLAMA,
+        decoders.MISTRAL,
+        decoders.QWEN2,
+        decoders.QWEN3,
+        decoders.PHI3,
+        encoders.BERT,
+        encoders.ROBERTA,
+        encoders.XLM_ROBERTA,
+        encoders.CAMEMBERT,
+    )
+}
 
 # NVIDIA's exporter leaves config.json as it was, and says here that the weights are quantized.
 _QUANTIZATION_FILE = "hf_quant_config.json"
 _GENERATION_FILE = "generation_config.json"
+
+
+def family_of(config: Config) -> Family:
+    """The family of a configuration.
+
+    Args:
+      config: the configuration.
+
+    Raises:
+      ValueError: there is no such family.
+    """
+    if config.family not in FAMILIES:
+        raise ValueError(f"family {config.family!r}: expected one of {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[config.family]
 
 
 def read_config(path: str | pathlib.Path) -> Config:
@@ -50,7 +80,7 @@ def read_config(path: str | pathlib.Path) -> Config:
     generation = file.with_name(_GENERATION_FILE)
     if isinstance(config, DecoderConfig) and generation.exists():
         fields = Fields(read_json(file.parent, _GENERATION_FILE), str(generation))
-        if eos_tokens := read_tokens(fields, "eos_token_id"):
+        if eos_tokens := fields.tokens("eos_token_id"):
             config = dataclasses.replace(config, eos_tokens=eos_tokens)
     return config
 
@@ -83,20 +113,11 @@ def config_from_dict(raw: Mapping[str, Any], *, where: str = "config.json") -> C
 llama, mistral, phi3, qwen2, qwen3, roberta, xlm-roberta
     """
     fields = Fields(raw, where)
-    family = fields.choice("model_type", {**decoder.ARCHITECTURES, **encoder.ARCHITECTURES})
-    architectures = fields.take("architectures", list, [])
-    if family in decoder.ARCHITECTURES:
-        known = (decoder.ARCHITECTURES[family],)
-    else:
-        known = tuple(encoder.ARCHITECTURES[family] + head for head in encoder.HEADS)
-    for architecture in architectures:
-        if architecture not in known:
-            raise fields.error("architectures", architectures, f"expected {' or '.join(known)}")
-    if family in decoder.ARCHITECTURES:
-        config = decoder.read(fields, family)
-    else:
-        classifies = any(a.endswith(encoder.CLASSIFIER) for a in architectures)
-        config = encoder.read(fields, family, classifies)
+    family = FAMILIES[fields.choice("model_type", FAMILIES)]
+    architectures, known = fields.take("architectures", list, []), family.architectures
+    if any(architecture not in known for architecture in architectures):
+        raise fields.error("architectures", architectures, f"expected {' or '.join(known)}")
+    config = family.read(fields, architectures)
     fields.finish()
     return config
 
@@ -110,6 +131,4 @@ def config_to_dict(config: Config) -> dict[str, Any]:
     Returns:
       Fields in the spelling that readers of every age know (``rope_theta``, ``rope_scaling``).
     """
-    if isinstance(config, DecoderConfig):
-        return decoder.write(config)
-    return encoder.write(config)
+    return family_of(config).write(config)

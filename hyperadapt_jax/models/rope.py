@@ -30,6 +30,8 @@ class Rope:
       short_factors: ``longrope``: divisors of the frequencies up to ``original_length``.
       long_factors: ``longrope``: divisors of the frequencies beyond it.
       amplitude: ``yarn``, ``longrope``: factor on the sines and cosines.
+      recomputes: ``longrope``: text is generated as Phi does it, where all tokens are computed anew
+        by the other frequencies at the first one beyond ``original_length``.
     """
 
     theta: float = 10000.0
@@ -42,6 +44,7 @@ class Rope:
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
     amplitude: float = 1.0
+    recomputes: bool = False
 
 
 def rope_tables(rope: Rope, head_dim: int, positions: Array) -> tuple[Array, Array]:

@@ -4,22 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
-from hyperadapt_jax.models.fields import Fields, is_finite, read_layers, read_token, read_tokens
+from hyperadapt_jax.models.fields import Fields, is_finite
 from hyperadapt_jax.models.layers import ACTIVATIONS
 from hyperadapt_jax.models.rope import Rope
-
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "phi3": "Phi3ForCausalLM",
-}
-# What a family has where its file leaves the field out.
-_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
-_LENGTHS = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768, "phi3": 4096}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,47 +65,86 @@ class DecoderConfig:
     pad_token: int | None = None
 
 
-def read(fields: Fields, family: str) -> DecoderConfig:
+@dataclasses.dataclass(frozen=True)
+class Dialect:
+    """What sets the ``config.json`` of one family of decoders apart from those of the others.
+
+    Attributes:
+      family: the ``model_type``.
+      architecture: what the file calls the model.
+      max_length: ``max_position_embeddings``, where the file leaves it out.
+      kv_heads: ``num_key_value_heads``, where left out; None for as many as there are query heads.
+      head_dim: where left out; None for the width divided by the heads.
+      norm_epsilon: ``rms_norm_eps``, where left out.
+      qkv_bias: query, key and value projections have a bias, whatever the file says.
+      qk_norm: queries and keys are normalised per head.
+      fused: query, key and value are one matrix, gate and up another.
+      windows: which layers a ``sliding_window`` is for; ``some`` are named by further fields.
+      window: ``sliding_window``, where left out.
+      switches: the biases that the file may switch on.
+      constants: fields with the only value that they may have.
+      rope_kinds: the scalings of the rotary frequencies that there are.
+      rope_aliases: other names of them.
+      partial_rope: ``partial_rotary_factor`` may leave a part of each head as it is.
+      original_length: ``original_max_position_embeddings`` beside the scaling, where left out; None
+        where there is no such field.
+      recomputes: as `Rope.recomputes` of a ``longrope``.
+    """
+
+    family: str
+    architecture: str
+    max_length: int
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    norm_epsilon: float = 1e-6
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    fused: bool = False
+    windows: Literal["none", "some", "all"] = "all"
+    window: int | None = None
+    switches: tuple[str, ...] = ()
+    constants: tuple[tuple[str, Any], ...] = ()
+    rope_kinds: tuple[str, ...] = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+    rope_aliases: tuple[tuple[str, str], ...] = ()
+    partial_rope: bool = False
+    original_length: int | None = None
+    recomputes: bool = False
+
+
+def read(dialect: Dialect, fields: Fields, architectures: Sequence[str]) -> DecoderConfig:
+    """Read a decoder's configuration.
+
+    Args:
+      dialect: of its family.
+      fields: of its ``config.json``; what is understood is taken from them.
+      architectures: what the file calls the model.
+
+    Raises:
+      ValueError: a field is missing or has an unsupported value; the message names it.
+    """
     width = fields.positive("hidden_size")
-    layers = read_layers(fields)
+    layers = fields.layers()
     heads = fields.positive("num_attention_heads")
     # A missing field means the family's default, where that can be meant, and null as many as there
     # are query heads.
-    kv_heads = _KV_HEADS.get(family, heads)
+    kv_heads = dialect.kv_heads or heads
     if "num_key_value_heads" in fields.rest or heads % kv_heads:
         kv_heads = heads
     kv_heads = fields.positive("num_key_value_heads", default=kv_heads)
     if heads % kv_heads:
         raise fields.error("num_key_value_heads", kv_heads, f"does not divide {heads} heads")
-    default_head_dim = 128 if family == "qwen3" else width // heads
-    head_dim = fields.positive("head_dim", default=default_head_dim)
-    max_length = fields.positive("max_position_embeddings", default=_LENGTHS[family])
+    head_dim = fields.positive("head_dim", default=dialect.head_dim or width // heads)
+    max_length = fields.positive("max_position_embeddings", default=dialect.max_length)
     # Dropout of these decoders is zero in every released checkpoint; another value would train
     # another model.
     for name in ("attention_dropout", "resid_pdrop", "embd_pdrop"):
         fields.expect(name, 0, 0.0)
-    if family == "llama":
-        fields.expect("is_llama_config", True)
-        fields.expect("rope_interleaved", False)
-    if family == "phi3":
-        fields.expect("full_attn_mod", 1)
-        fields.expect("interpolate_factor", 1)
-        fields.expect("lm_head_bias", False)
-    if family in ("qwen2", "qwen3"):
-        fields.expect("use_mrope", False)
-    # Llama and Qwen3 have switches for biases; elsewhere the field can only repeat the default.
-    if family in ("llama", "qwen3"):
-        attention_bias = fields.take("attention_bias", bool, False)
-    else:
-        fields.expect("attention_bias", family == "qwen2")
-        attention_bias = False
-    if family == "llama":
-        mlp_bias = fields.take("mlp_bias", bool, False)
-    else:
-        fields.expect("mlp_bias", False)
-        mlp_bias = False
+    for name, value in dialect.constants:
+        fields.expect(name, value)
+    attention_bias = _switch(fields, "attention_bias", dialect, dialect.qkv_bias)
+    mlp_bias = _switch(fields, "mlp_bias", dialect, False)
     return DecoderConfig(
-        family=family,
+        family=dialect.family,
         vocab_size=fields.positive("vocab_size"),
         width=width,
         mlp_width=fields.positive("intermediate_size"),
@@ -125,29 +154,37 @@ def read(fields: Fields, family: str) -> DecoderConfig:
         head_dim=head_dim,
         max_length=max_length,
         activation=fields.choice("hidden_act", ACTIVATIONS, "silu"),
-        norm_epsilon=fields.epsilon("rms_norm_eps", 1e-5 if family == "phi3" else 1e-6),
-        rope=_rope(fields, family, head_dim, max_length),
-        windows=_windows(fields, family, layers),
-        qkv_bias=attention_bias or family == "qwen2",
+        norm_epsilon=fields.epsilon("rms_norm_eps", dialect.norm_epsilon),
+        rope=_rope(fields, dialect, head_dim, max_length),
+        windows=_windows(fields, dialect, layers),
+        qkv_bias=attention_bias or dialect.qkv_bias,
         out_bias=attention_bias,
         mlp_bias=mlp_bias,
-        qk_norm=family == "qwen3",
-        fused=family == "phi3",
+        qk_norm=dialect.qk_norm,
+        fused=dialect.fused,
         tied=fields.take("tie_word_embeddings", bool, False),
-        bos_token=read_token(fields, "bos_token_id"),
-        eos_tokens=read_tokens(fields, "eos_token_id"),
-        pad_token=read_token(fields, "pad_token_id"),
+        bos_token=fields.token("bos_token_id"),
+        eos_tokens=fields.tokens("eos_token_id"),
+        pad_token=fields.token("pad_token_id"),
     )
 
 
-def _windows(fields: Fields, family: str, layers: int) -> tuple[int | None, ...]:
-    if family == "llama":
+def _switch(fields: Fields, name: str, dialect: Dialect, fixed: bool) -> bool:
+    """A switch of biases; where the family has none, the field can only repeat what is fixed."""
+    if name in dialect.switches:
+        return fields.take(name, bool, False)
+    fields.expect(name, fixed)
+    return False
+
+
+def _windows(fields: Fields, dialect: Dialect, layers: int) -> tuple[int | None, ...]:
+    if dialect.windows == "none":
         fields.expect("sliding_window")
         return (None,) * layers
     # A missing field means the family's default, and null no window.
-    default = 4096 if family != "phi3" and "sliding_window" not in fields.rest else None
+    default = None if "sliding_window" in fields.rest else dialect.window
     window = fields.positive("sliding_window", default=default)
-    if family in ("mistral", "phi3"):
+    if dialect.windows == "all":
         return (window,) * layers
     if not fields.take("use_sliding_window", bool, False):
         window = None
@@ -169,29 +206,28 @@ def _windows(fields: Fields, family: str, layers: int) -> tuple[int | None, ...]
     return tuple(window if slides else None for slides in sliding)
 
 
-def _rope(fields: Fields, family: str, head_dim: int, max_length: int) -> Rope:
+def _rope(fields: Fields, dialect: Dialect, head_dim: int, max_length: int) -> Rope:
     theta = fields.positive("rope_theta", float, None)
     fraction = fields.positive("partial_rotary_factor", float, None)
     outer_original = None
-    if family == "phi3":
-        outer_original = fields.positive("original_max_position_embeddings", default=4096)
+    if dialect.original_length is not None:
+        outer_original = fields.positive(
+            "original_max_position_embeddings", default=dialect.original_length
+        )
     scaling = fields.take("rope_scaling", dict, None)
     scaling = {**(fields.take("rope_parameters", dict, None) or {}), **(scaling or {})}
     inner = Fields(scaling, f"{fields.where}: rope_scaling")
     legacy_kind = inner.take("type", str, "default")
     kind = inner.take("rope_type", str, legacy_kind)
-    kinds = {"default", "linear", "dynamic", "llama3", "yarn", "longrope"}
-    if family == "phi3":
-        kind = "longrope" if kind == "su" else kind
-        kinds = {"default", "longrope"}
-    if kind not in kinds:
-        raise inner.error(
-            "rope_type", kind, f"not supported for {family}; one of {', '.join(sorted(kinds))}"
-        )
+    kind = dict(dialect.rope_aliases).get(kind, kind)
+    if kind not in dialect.rope_kinds:
+        kinds = ", ".join(sorted(dialect.rope_kinds))
+        raise inner.error("rope_type", kind, f"not supported for {dialect.family}; one of {kinds}")
     theta = inner.positive("rope_theta", float, theta or 10000.0)
     fraction = inner.positive("partial_rotary_factor", float, fraction or 1.0)
-    if fraction != 1.0 and family != "phi3":
-        raise inner.error("partial_rotary_factor", fraction, f"{family} rotates whole heads")
+    if fraction != 1.0 and not dialect.partial_rope:
+        reason = f"{dialect.family} rotates whole heads"
+        raise inner.error("partial_rotary_factor", fraction, reason)
     rotated = int(head_dim * fraction) if fraction <= 1.0 else 0
     if rotated < 2 or rotated % 2:
         raise inner.error(
@@ -222,6 +258,7 @@ def _rope(fields: Fields, family: str, head_dim: int, max_length: int) -> Rope:
     if kind == "yarn":
         rope = _yarn(inner, rope, max_length)
     if kind == "longrope":
+        rope = dataclasses.replace(rope, recomputes=dialect.recomputes)
         rope = _longrope(inner, rope, rotated // 2, max_length, outer_original)
     # Without stretching, the length of pre-training has no effect.
     inner.rest.pop("original_max_position_embeddings", None)
@@ -280,11 +317,16 @@ def _longrope(
     )
 
 
-def write(config: DecoderConfig) -> dict[str, Any]:
-    family = config.family
+def write(dialect: Dialect, config: DecoderConfig) -> dict[str, Any]:
+    """Write a decoder's configuration as the fields of a ``config.json``, so that `read` gives it.
+
+    Args:
+      dialect: of its family.
+      config: the configuration.
+    """
     raw: dict[str, Any] = {
-        "architectures": [ARCHITECTURES[family]],
-        "model_type": family,
+        "architectures": [dialect.architecture],
+        "model_type": dialect.family,
         "vocab_size": config.vocab_size,
         "hidden_size": config.width,
         "intermediate_size": config.mlp_width,
@@ -304,22 +346,22 @@ def write(config: DecoderConfig) -> dict[str, Any]:
     }
     if len(config.eos_tokens) == 1:
         raw["eos_token_id"] = config.eos_tokens[0]
-    if family in ("llama", "qwen3"):
+    if "attention_bias" in dialect.switches:
         raw["attention_bias"] = config.out_bias
-    if family == "llama":
+    if "mlp_bias" in dialect.switches:
         raw["mlp_bias"] = config.mlp_bias
     window = next((w for w in config.windows if w is not None), None)
-    if family != "llama":
+    if dialect.windows != "none":
         raw["sliding_window"] = window
-    if family in ("qwen2", "qwen3"):
+    if dialect.windows == "some":
         raw["use_sliding_window"] = window is not None
         raw["layer_types"] = [
             "full_attention" if w is None else "sliding_attention" for w in config.windows
         ]
-    if family == "phi3":
+    if dialect.partial_rope:
         raw["partial_rotary_factor"] = config.rope.fraction
-        if config.rope.kind == "longrope":
-            raw["original_max_position_embeddings"] = config.rope.original_length
+    if dialect.original_length is not None and config.rope.kind == "longrope":
+        raw["original_max_position_embeddings"] = config.rope.original_length
     return raw
 
 

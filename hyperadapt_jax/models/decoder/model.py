@@ -359,8 +359,7 @@ class Decoder(nnx.Module):
                 (config.layers, batch, slots, config.kv_heads, config.head_dim), self.dtype
             )
             cache = cache._replace(keys=empty, values=empty)
-            if config.family == "phi3" and config.rope.kind == "longrope":
-                # As the reference: it computes all anew at the first token beyond, in Phi alone.
+            if config.rope.recomputes:
                 original = jnp.asarray(config.rope.original_length, jnp.int32)
                 cache = cache._replace(good_until=original)
         return cache._replace(valid=valid, length=cache.length + length), context

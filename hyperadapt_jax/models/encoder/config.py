@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
-from hyperadapt_jax.models.fields import Fields, read_layers, read_tokens
+from hyperadapt_jax.models.fields import Fields
 from hyperadapt_jax.models.layers import ACTIVATIONS
 
-ARCHITECTURES = {
-    "bert": "Bert",
-    "roberta": "Roberta",
-    "xlm-roberta": "XLMRoberta",
-    "camembert": "Camembert",
-}
-# Under the heads of pre-training, the encoder alone is read.
-CLASSIFIER = "ForSequenceClassification"
-HEADS = ("Model", "ForMaskedLM", "ForPreTraining", CLASSIFIER)
+Head = Literal["pooled", "tanh"]
+CLASSIFIER = "ForSequenceClassification"  # how an architecture with a classification head ends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +28,11 @@ class EncoderConfig:
       token_types: rows of the token-type table.
       activation: name of the MLP's activation.
       norm_epsilon: added to the variance in LayerNorm.
-      pad_token: token of padding; positions of RoBERTa count on from it.
+      pad_token: token of padding.
+      first_position: row of the position table for the first token; where that is not zero, padding
+        is not counted and has the row before it.
+      head: what the classifier is: a projection of the pooler's output (``pooled``), or of a hidden
+        layer of its own with a ``tanh``.
       dropout: probability on embeddings and on the outputs of attention and MLP.
       attention_dropout: probability on attention weights.
       head_dropout: probability before the classification head.
@@ -58,6 +56,8 @@ class EncoderConfig:
     head_dropout: float = 0.1
     labels: int | None = None
     pooled: bool = True
+    first_position: int = dataclasses.field(kw_only=True)
+    head: Head = dataclasses.field(kw_only=True)
 
     @property
     def head_dim(self) -> int:
@@ -66,16 +66,47 @@ class EncoderConfig:
 
     @property
     def pooler(self) -> bool:
-        """Whether there is a pooler: with a head, in BERT alone."""
-        return self.pooled if self.labels is None else self.family == "bert"
+        """Whether there is a pooler: with a head, if that reads it."""
+        return self.pooled if self.labels is None else self.head == "pooled"
 
     @property
     def max_length(self) -> int:
-        """Longest sequence, in tokens: RoBERTa's positions begin after that of its padding."""
-        return self.positions - (0 if self.family == "bert" else self.pad_token + 1)
+        """Longest sequence, in tokens."""
+        return self.positions - self.first_position
 
 
-def read(fields: Fields, family: str, classifies: bool) -> EncoderConfig:
+@dataclasses.dataclass(frozen=True)
+class Dialect:
+    """What sets the ``config.json`` of one family of encoders apart from those of the others.
+
+    Attributes:
+      family: the ``model_type``.
+      architecture: how the names of its architectures begin.
+      pad_token: ``pad_token_id``, where the file leaves it out.
+      counts_padding: positions are counted from zero, padding included; else from after
+        ``pad_token``, without it.
+      head: as in `EncoderConfig`.
+    """
+
+    family: str
+    architecture: str
+    pad_token: int
+    counts_padding: bool
+    head: Head
+
+
+def read(dialect: Dialect, fields: Fields, architectures: Sequence[str]) -> EncoderConfig:
+    """Read an encoder's configuration.
+
+    Args:
+      dialect: of its family.
+      fields: of its ``config.json``; what is understood is taken from them.
+      architectures: what the file calls the model; under the heads of pre-training, the encoder
+        alone is read.
+
+    Raises:
+      ValueError: a field is missing or has an unsupported value; the message names it.
+    """
     width = fields.positive("hidden_size")
     heads = fields.positive("num_attention_heads")
     if width % heads:
@@ -86,21 +117,22 @@ def read(fields: Fields, family: str, classifies: bool) -> EncoderConfig:
     labels = fields.positive("num_labels", default=2) if names is None else len(names)
     if labels == 0:
         raise fields.error("id2label", names, "expected a name for each label")
-    pad_token = fields.take("pad_token_id", int, 0 if family == "bert" else 1)
+    pad_token = fields.take("pad_token_id", int, dialect.pad_token)
     positions = fields.positive("max_position_embeddings", default=512)
-    if pad_token < 0 or (family != "bert" and positions <= pad_token + 1):
+    first_position = 0 if dialect.counts_padding else pad_token + 1
+    if pad_token < 0 or positions <= first_position:
         raise fields.error("pad_token_id", pad_token, "expected the number of a token")
     dropout = fields.probability("hidden_dropout_prob", 0.1)
     # The pooler and the head own no token prediction: whether that one is tied has no effect.
     fields.rest.pop("tie_word_embeddings", None)
     for name in ("bos_token_id", "eos_token_id"):
-        read_tokens(fields, name)  # an encoder ends no text, but a bad value is one
+        fields.tokens(name)  # an encoder ends no text, but a bad value is one
     return EncoderConfig(
-        family=family,
+        family=dialect.family,
         vocab_size=fields.positive("vocab_size"),
         width=width,
         mlp_width=fields.positive("intermediate_size"),
-        layers=read_layers(fields),
+        layers=fields.layers(),
         heads=heads,
         positions=positions,
         token_types=fields.positive("type_vocab_size", default=2),
@@ -110,15 +142,23 @@ def read(fields: Fields, family: str, classifies: bool) -> EncoderConfig:
         dropout=dropout,
         attention_dropout=fields.probability("attention_probs_dropout_prob", 0.1),
         head_dropout=fields.probability("classifier_dropout", dropout),
-        labels=labels if classifies else None,
+        labels=labels if any(a.endswith(CLASSIFIER) for a in architectures) else None,
+        first_position=first_position,
+        head=dialect.head,
     )
 
 
-def write(config: EncoderConfig) -> dict[str, Any]:
+def write(dialect: Dialect, config: EncoderConfig) -> dict[str, Any]:
+    """Write an encoder's configuration as the fields of a ``config.json``, so that `read` gives it.
+
+    Args:
+      dialect: of its family.
+      config: the configuration.
+    """
     head = "Model" if config.labels is None else CLASSIFIER
     raw: dict[str, Any] = {
-        "architectures": [ARCHITECTURES[config.family] + head],
-        "model_type": config.family,
+        "architectures": [dialect.architecture + head],
+        "model_type": dialect.family,
         "vocab_size": config.vocab_size,
         "hidden_size": config.width,
         "intermediate_size": config.mlp_width,

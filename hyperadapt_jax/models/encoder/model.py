@@ -58,12 +58,12 @@ class Embeddings(nnx.Module):
         return self.norm(x + self.positions(positions, dtype))
 
     def _count(self, tokens: Array) -> Array:
-        """Places from zero in BERT; in RoBERTa from after ``pad_token``, where padding stays."""
-        if self.config.family == "bert":
+        """Rows of the position table: from zero, or from the first one with padding before it."""
+        first = self.config.first_position
+        if first == 0:
             return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        pad = self.config.pad_token
-        real = (tokens != pad).astype(jnp.int32)
-        return jnp.cumsum(real, axis=1) * real + pad
+        real = (tokens != self.config.pad_token).astype(jnp.int32)
+        return jnp.cumsum(real, axis=1) * real + first - 1
 
 
 class Layer(nnx.Module):
@@ -112,12 +112,12 @@ class Layer(nnx.Module):
 
 
 class Classifier(nnx.Module):
-    """The head: one projection in BERT, two with a tanh between them in RoBERTa."""
+    """The head: a projection, behind a layer with a tanh where there is no pooler."""
 
     def __init__(self, config: EncoderConfig, *, param_dtype: jnp.dtype, rngs: nnx.Rngs):
         self.rate = config.head_dropout
         shared = {"param_dtype": param_dtype, "rngs": rngs}
-        if not config.pooler:
+        if config.head != "pooled":
             self.dense = Linear(config.width, config.width, **shared)
         self.out = Linear(config.width, config.labels, **shared)
 

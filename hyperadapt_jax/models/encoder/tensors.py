@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from hyperadapt_jax.models.checkpoint.table import Tensor
-from hyperadapt_jax.models.encoder.config import EncoderConfig
+from hyperadapt_jax.models.encoder.config import CLASSIFIER, EncoderConfig
 
-# The heads of a checkpoint stand beside the encoder: those of pre-training, and a classifier.
-PRETRAINING_HEADS = r"(cls|lm_head)\..*"
-WORDS_HEAD = r"(cls\.predictions|lm_head)\..*"
-SENTENCES_HEAD = r"cls\.seq_relationship\..*"
-CLASSIFIER = r"classifier\..*"
+# The heads of a checkpoint stand beside the encoder. By the ends of their architectures:
+HEADS = {
+    "ForMaskedLM": r"(cls\.predictions|lm_head)\..*",
+    "ForPreTraining": r"cls\.(?!predictions\.).*",
+    CLASSIFIER: r"classifier\..*",
+}
 
 
-def tensors(config: EncoderConfig) -> tuple[Tensor, ...]:
+def tensors(config: EncoderConfig, prefix: str) -> tuple[Tensor, ...]:
     """The checkpoint's tensors and their places, each parameter exactly once.
 
     Args:
       config: the architecture.
+      prefix: what the encoder's names begin with in a checkpoint that has a head.
 
     Returns:
       One `Tensor` per parameter; the pooler and the head may be missing in a checkpoint.
     """
-    prefix = "bert." if config.family == "bert" else "roberta."
     # A checkpoint of the model alone has no prefix; one with a head has it.
     prefixed = config.labels is not None
     table: list[Tensor] = []
@@ -59,7 +60,7 @@ def tensors(config: EncoderConfig) -> tuple[Tensor, ...]:
         # The head stands beside the encoder, without its prefix.
         parts = (
             (("classifier", "out"),)
-            if config.pooler
+            if config.head == "pooled"
             else (
                 ("classifier.dense", "dense"),
                 ("classifier.out_proj", "out"),
@@ -81,9 +82,8 @@ def ignored(config: EncoderConfig) -> tuple[str, ...]:
       Full-match regular expressions: tables of positions, heads that predict tokens, and the
       pooler and classifier where the model has none.
     """
-    patterns = (r"((bert|roberta)\.)?embeddings\.(position_ids|token_type_ids)", PRETRAINING_HEADS)
+    patterns = [r"((bert|roberta)\.)?embeddings\.(position_ids|token_type_ids)"]
+    patterns += [head for end, head in HEADS.items() if end != CLASSIFIER or config.labels is None]
     if not config.pooler:
-        patterns += (r"((bert|roberta)\.)?pooler\..*",)
-    if config.labels is None:
-        patterns += (CLASSIFIER,)
-    return patterns
+        patterns.append(r"((bert|roberta)\.)?pooler\..*")
+    return tuple(patterns)
