@@ -27,14 +27,14 @@ from hyperadapt_jax.models.registry import Config, config_to_dict, family_of, re
 Model = Decoder | Encoder
 Params = Mapping[str, Any]
 
-# Which projections each preset takes, by their role in the layer.
-PRESETS: dict[str, tuple[str, ...]] = {
-    "qv": ("q", "v"),
-    "qkvo": ("q", "k", "v", "o"),
-    "qkvud": ("q", "k", "v", "up", "down"),
-    "all-linear": ("q", "k", "v", "o", "gate", "up", "down"),
+# Which projections of the layers each preset takes, by their names; None for all.
+PRESETS: dict[str, frozenset[str] | None] = {
+    "qv": frozenset({"q", "v"}),
+    "qkvo": frozenset({"q", "k", "v", "o"}),
+    "qkvud": frozenset({"q", "k", "v", "up", "down"}),
+    "all-linear": None,
 }
-_FUSED = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
+_FUSED = {"qkv": frozenset({"q", "k", "v"}), "gate_up": frozenset({"gate", "up"})}
 
 
 def create(config: Config, *, seed: int = 0, **options: Any) -> Model:
@@ -375,6 +375,26 @@ def tensors(config: Config) -> tuple[Tensor, ...]:
     return family_of(config).tensors(config)
 
 
+def logical_axes(config: Config) -> dict[str, str]:
+    """What each axis of each parameter stands for.
+
+    Args:
+      config: the architecture.
+
+    Returns:
+      By the parameter's path, one word for each of its axes, outermost first: the words that
+      `Tensor.axes` lists.
+
+    >>> from hyperadapt_jax import models
+    >>> config = models.config_from_dict(dict(model_type="qwen3", vocab_size=9, hidden_size=8,
+    ...     intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, head_dim=4))
+    >>> axes = models.logical_axes(config)
+    >>> axes["layers/q/kernel"], axes["embed/embedding"]
+    ('layers embed heads', 'vocab embed')
+    """
+    return {tensor.path: tensor.axes for tensor in tensors(config)}
+
+
 def targets(model: Model | Config, preset: str) -> tuple[tuple[str, str], ...]:
     """The weights that a preset adapts, as ``(pattern, axes)`` pairs.
 
@@ -399,9 +419,11 @@ def targets(model: Model | Config, preset: str) -> tuple[tuple[str, str], ...]:
     if preset not in PRESETS:
         raise ValueError(f"preset {preset!r}: expected one of {', '.join(PRESETS)}")
     config = getattr(model, "config", model)
-    names = PRESETS[preset]
-    if not isinstance(config, DecoderConfig):
-        names = tuple(name for name in names if name != "gate")
-    elif config.fused:
-        names = tuple(dict.fromkeys(_FUSED.get(name, name) for name in names))
+    wanted, names = PRESETS[preset], []
+    for path, axes in logical_axes(config).items():
+        # The matrices of the layers: their biases and norms have an axis less.
+        if axes.startswith("layers ") and len(axes.split()) == 3:
+            name = path.split("/")[-2]
+            if wanted is None or wanted & _FUSED.get(name, {name}):
+                names.append(name)
     return ((f".*/({'|'.join(names)})/kernel", "stack in out"),)

@@ -618,6 +618,7 @@ def test_every_cut_of_a_file_is_an_error(tmp_path):
         ((*TABLE[:-1], Tensor("x", "scale", transpose=True)), "scale .* transposed"),
         ((*TABLE[:-1], Tensor("x", "scale", aliases=("{layer}.x",))), "alias of 'x' disagrees"),
         ((*TABLE[:-1], Tensor("model.norm.weight", "scale")), r"model\.norm\.weight in two rows"),
+        ((*TABLE[:-1], Tensor("x", "scale", axes="norm")), r"scale \(\) has no axes 'norm'"),
     ],
 )
 def test_a_table_that_is_not_the_models_is_an_error(tmp_path, table, message):

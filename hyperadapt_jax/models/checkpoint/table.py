@@ -26,6 +26,11 @@ class Tensor:
       optional: the checkpoint may lack it: the parameter is then newly initialised, and reported.
       aliases: other names of the same tensor, as with and without the prefix "bert."; a checkpoint
         may hold it under several, if all are equal.
+      axes: one word for each axis of the parameter, outermost first, or nothing. ``layers`` are
+        stacked; ``embed`` is the residual stream; ``heads`` and ``kv_heads`` are all heads' numbers
+        together, ``head_dim`` those of one; ``mlp`` are hidden units; ``qkv`` and ``gate_up`` are
+        several matrices in one; ``vocab``, ``positions`` and ``types`` are rows of tables; ``norm``
+        is what a norm scales; ``pooled`` and ``labels`` belong to a head.
 
     >>> Tensor("layers.{layer}.up_proj.weight", "layers/up/kernel", transpose=True).names(3)
     ('layers.3.up_proj.weight',)
@@ -36,6 +41,7 @@ class Tensor:
     transpose: bool = False
     optional: bool = False
     aliases: tuple[str, ...] = ()
+    axes: str = ""
 
     @property
     def stacked(self) -> bool:
@@ -83,6 +89,9 @@ def check_table(tensors: Sequence[Tensor], leaves: Mapping[str, Any]) -> None:
         if rank < 0 or (tensor.transpose and rank != 2):
             how = " and ".join(["stacked"] * tensor.stacked + ["transposed"] * tensor.transpose)
             raise ValueError(f"{tensor.path} {tuple(leaf.shape)} cannot be {how}")
+        axes = tensor.axes.split()
+        if axes and (len(axes) != len(leaf.shape) or ("layers" == axes[0]) != tensor.stacked):
+            raise ValueError(f"{tensor.path} {tuple(leaf.shape)} has no axes {tensor.axes!r}")
 
 
 def shape_in_file(tensor: Tensor, shape: Sequence[int]) -> tuple[int, ...]:

@@ -19,35 +19,41 @@ def tensors(config: DecoderConfig) -> tuple[Tensor, ...]:
     """
     table: list[Tensor] = []
 
-    def add(name: str, path: str, transpose: bool = False, also: tuple[str, ...] = ()) -> None:
+    def add(name: str, path: str, axes: str, *also: str, transpose: bool = False) -> None:
         # A headless checkpoint names its tensors without the leading "model.".
         bare = name.removeprefix("model.")
         aliases = (bare, *also) if bare != name else also
-        table.append(Tensor(name, path, transpose, aliases=aliases))
+        table.append(Tensor(name, path, transpose, aliases=aliases, axes=axes))
 
-    def linear(name: str, path: str, bias: bool) -> None:
-        add(f"model.layers.{{layer}}.{name}.weight", f"layers/{path}/kernel", transpose=True)
+    def linear(name: str, path: str, axes: str, bias: bool) -> None:
+        name, path = f"model.layers.{{layer}}.{name}", f"layers/{path}"
+        add(f"{name}.weight", f"{path}/kernel", f"layers {axes}", transpose=True)
         if bias:
-            add(f"model.layers.{{layer}}.{name}.bias", f"layers/{path}/bias")
+            add(f"{name}.bias", f"{path}/bias", f"layers {axes.split()[-1]}")
 
-    def norm(name: str, path: str) -> None:
-        add(f"model.layers.{{layer}}.{name}.weight", f"layers/{path}/scale")
+    def norm(name: str, path: str, axis: str = "norm") -> None:
+        add(f"model.layers.{{layer}}.{name}.weight", f"layers/{path}/scale", f"layers {axis}")
 
     # A tied matrix may be stored as the head, also or alone.
-    add("model.embed_tokens.weight", "embed/embedding", also=(HEAD,) if config.tied else ())
+    tied = (HEAD,) if config.tied else ()
+    add("model.embed_tokens.weight", "embed/embedding", "vocab embed", *tied)
     norm("input_layernorm", "attn_norm")
-    for part in ("qkv",) if config.fused else ("q", "k", "v"):
-        linear(f"self_attn.{part}_proj", part, config.qkv_bias)
+    projections = {"q": "heads", "k": "kv_heads", "v": "kv_heads"}
+    for part, outputs in ({"qkv": "qkv"} if config.fused else projections).items():
+        linear(f"self_attn.{part}_proj", part, f"embed {outputs}", config.qkv_bias)
     if config.qk_norm:
-        norm("self_attn.q_norm", "q_norm")
-        norm("self_attn.k_norm", "k_norm")
-    linear("self_attn.o_proj", "o", config.out_bias)
+        norm("self_attn.q_norm", "q_norm", "head_dim")
+        norm("self_attn.k_norm", "k_norm", "head_dim")
+    linear("self_attn.o_proj", "o", "heads embed", config.out_bias)
     norm("post_attention_layernorm", "mlp_norm")
-    for part in ("gate_up", "down") if config.fused else ("gate", "up", "down"):
-        linear(f"mlp.{part}_proj", part, config.mlp_bias)
-    add("model.norm.weight", "norm/scale")
+    for part, outputs in (
+        {"gate_up": "gate_up"} if config.fused else {"gate": "mlp", "up": "mlp"}
+    ).items():
+        linear(f"mlp.{part}_proj", part, f"embed {outputs}", config.mlp_bias)
+    linear("mlp.down_proj", "down", "mlp embed", config.mlp_bias)
+    add("model.norm.weight", "norm/scale", "norm")
     if not config.tied:
-        add(HEAD, "head/kernel", transpose=True)
+        add(HEAD, "head/kernel", "embed vocab", transpose=True)
     return tuple(table)
 
 

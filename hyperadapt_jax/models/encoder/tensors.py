@@ -24,51 +24,48 @@ def tensors(config: EncoderConfig, prefix: str) -> tuple[Tensor, ...]:
       One `Tensor` per parameter; the pooler and the head may be missing in a checkpoint.
     """
     # A checkpoint of the model alone has no prefix; one with a head has it.
-    prefixed = config.labels is not None
+    prefixes = (prefix, "") if config.labels is not None else ("", prefix)
     table: list[Tensor] = []
 
-    def add(bare: str, path: str, transpose: bool = False, optional: bool = False) -> None:
-        name, alias = (prefix + bare, bare) if prefixed else (bare, prefix + bare)
-        table.append(Tensor(name, path, transpose, optional, aliases=(alias,)))
+    def add(name: str, path: str, axes: str, *also: str, **options: bool) -> None:
+        name, *aliases = (start + each for each in (name, *also) for start in prefixes)
+        table.append(Tensor(name, path, aliases=tuple(aliases), axes=axes, **options))
 
-    def linear(name: str, path: str, **options: bool) -> None:
-        add(f"{name}.weight", f"{path}/kernel", transpose=True, **options)
-        add(f"{name}.bias", f"{path}/bias", **options)
+    def linear(name: str, path: str, axes: str, **options: bool) -> None:
+        add(f"{name}.weight", f"{path}/kernel", axes, transpose=True, **options)
+        *stack, _, outputs = axes.split()
+        add(f"{name}.bias", f"{path}/bias", " ".join([*stack, outputs]), **options)
 
-    def norm(name: str, path: str) -> None:
+    def norm(name: str, path: str, axes: str) -> None:
         # Checkpoints of TensorFlow's age say gamma and beta.
-        for new, old, part in (("weight", "gamma", "scale"), ("bias", "beta", "bias")):
-            add(f"{name}.{new}", f"{path}/{part}")
-            last = table.pop()
-            old_names = tuple(n.removesuffix(new) + old for n in (last.name, *last.aliases))
-            table.append(Tensor(last.name, last.path, aliases=(*last.aliases, *old_names)))
+        add(f"{name}.weight", f"{path}/scale", axes, f"{name}.gamma")
+        add(f"{name}.bias", f"{path}/bias", axes, f"{name}.beta")
 
-    for name, path in (("word", "words"), ("position", "positions"), ("token_type", "types")):
-        add(f"embeddings.{name}_embeddings.weight", f"embed/{path}/embedding")
-    norm("embeddings.LayerNorm", "embed/norm")
+    def head(name: str, path: str, axes: str) -> None:
+        # The head stands beside the encoder, without its prefix.
+        path, outputs = f"classifier/{path}", axes.split()[-1]
+        table.append(Tensor(f"{name}.weight", f"{path}/kernel", True, optional=True, axes=axes))
+        table.append(Tensor(f"{name}.bias", f"{path}/bias", optional=True, axes=outputs))
+
+    add("embeddings.word_embeddings.weight", "embed/words/embedding", "vocab embed")
+    add("embeddings.position_embeddings.weight", "embed/positions/embedding", "positions embed")
+    add("embeddings.token_type_embeddings.weight", "embed/types/embedding", "types embed")
+    norm("embeddings.LayerNorm", "embed/norm", "norm")
     layer = "encoder.layer.{layer}"
     for name, path in (("query", "q"), ("key", "k"), ("value", "v")):
-        linear(f"{layer}.attention.self.{name}", f"layers/{path}")
-    linear(f"{layer}.attention.output.dense", "layers/o")
-    norm(f"{layer}.attention.output.LayerNorm", "layers/attn_norm")
-    linear(f"{layer}.intermediate.dense", "layers/up")
-    linear(f"{layer}.output.dense", "layers/down")
-    norm(f"{layer}.output.LayerNorm", "layers/mlp_norm")
+        linear(f"{layer}.attention.self.{name}", f"layers/{path}", "layers embed heads")
+    linear(f"{layer}.attention.output.dense", "layers/o", "layers heads embed")
+    norm(f"{layer}.attention.output.LayerNorm", "layers/attn_norm", "layers norm")
+    linear(f"{layer}.intermediate.dense", "layers/up", "layers embed mlp")
+    linear(f"{layer}.output.dense", "layers/down", "layers mlp embed")
+    norm(f"{layer}.output.LayerNorm", "layers/mlp_norm", "layers norm")
     if config.pooler:
-        linear("pooler.dense", "pooler", optional=True)
-    if config.labels is not None:
-        # The head stands beside the encoder, without its prefix.
-        parts = (
-            (("classifier", "out"),)
-            if config.head == "pooled"
-            else (
-                ("classifier.dense", "dense"),
-                ("classifier.out_proj", "out"),
-            )
-        )
-        for name, path in parts:
-            table.append(Tensor(f"{name}.weight", f"classifier/{path}/kernel", True, optional=True))
-            table.append(Tensor(f"{name}.bias", f"classifier/{path}/bias", optional=True))
+        linear("pooler.dense", "pooler", "embed pooled", optional=True)
+    if config.labels is not None and config.head == "pooled":
+        head("classifier", "out", "pooled labels")
+    elif config.labels is not None:
+        head("classifier.dense", "dense", "embed pooled")
+        head("classifier.out_proj", "out", "pooled labels")
     return tuple(table)
 
 
