@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,18 +60,7 @@ def describe(options: ModelOptions, labels: int | None = None) -> Base:
     Raises:
       InputError: there is no such model, or it is none of those known here.
     """
-    folder = _folder(options)
-    try:
-        config = models.describe(folder)
-    except (ValueError, OSError) as error:
-        raise InputError(f"--model {options.model}: {error}") from error
-    if labels is not None:
-        if not isinstance(config, models.EncoderConfig):
-            raise InputError(
-                f"--model {options.model} is a decoder, {config.family}: this recipe needs an"
-                " encoder"
-            )
-        config = dataclasses.replace(config, labels=labels)
+    folder, config = _described(options, labels)
     fn, params = models.functional(models.abstract(config, **_settings(options)))
     return Base(options.model, config, fn, params, (), folder)
 
@@ -95,30 +83,23 @@ def load(
       InputError: as :func:`describe`, a file that is missing or damaged, or an attention that this
         machine cannot compute.
     """
-    described = describe(options, labels)
-    config = described.config
+    folder, config = _described(options, labels)
     try:
         check_attention(options.attention, jnp.dtype(options.dtype), config.head_dim)
     except ValueError as error:
         raise InputError(f"--attention: {error}; leave it out") from error
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            model = models.load(
-                described.folder, labels=labels, seed=seed, progress=not quiet, **_settings(options)
-            )
-        except (ValueError, OSError) as error:
-            raise InputError(f"--model {options.model}: {error}") from error
-    fresh: tuple[str, ...] = ()
-    for warning in caught:
-        if isinstance(warning.message, models.NewParametersWarning):
-            fresh += warning.message.paths
-        else:
-            warnings.warn_explicit(
-                warning.message, warning.category, warning.filename, warning.lineno
-            )
-    fn, params = models.functional(model)
-    return dataclasses.replace(described, fn=fn, params=params, fresh=fresh)
+    try:
+        fn, params, report = models.load_functional(
+            folder,
+            config=config,
+            labels=labels,
+            seed=seed,
+            progress=not quiet,
+            **_settings(options),
+        )
+    except (ValueError, OSError) as error:
+        raise InputError(f"--model {options.model}: {error}") from error
+    return Base(options.model, config, fn, params, report.initialised, folder)
 
 
 def tokenizer(options: ModelOptions) -> Any:
@@ -211,6 +192,22 @@ def _sums(array: jax.Array) -> jax.Array:
     places = jax.lax.iota(jnp.uint32, bits.size) * np.uint32(2) + np.uint32(1)
     mixed = (bits ^ (bits >> 15)) * (places * np.uint32(2654435761) | np.uint32(1))
     return jnp.stack([bits.sum(dtype=jnp.uint32), mixed.sum(dtype=jnp.uint32)])
+
+
+def _described(options: ModelOptions, labels: int | None) -> tuple[Path, models.Config]:
+    """The model's folder and its architecture, with the head that is asked for."""
+    folder = _folder(options)
+    try:
+        config = models.describe(folder)
+    except (ValueError, OSError) as error:
+        raise InputError(f"--model {options.model}: {error}") from error
+    if labels is None:
+        return folder, config
+    if not isinstance(config, models.EncoderConfig):
+        raise InputError(
+            f"--model {options.model} is a decoder, {config.family}: this recipe needs an encoder"
+        )
+    return folder, dataclasses.replace(config, labels=labels)
 
 
 def _folder(options: ModelOptions) -> Path:

@@ -8,12 +8,13 @@ from hyperadapt_jax.models.auto import (
     export,
     functional,
     load,
+    load_functional,
     logical_axes,
     targets,
     tensors,
     with_params,
 )
-from hyperadapt_jax.models.checkpoint.table import CheckpointError, Tensor
+from hyperadapt_jax.models.checkpoint.table import CheckpointError, Report, Tensor
 from hyperadapt_jax.models.decoder.config import DecoderConfig
 from hyperadapt_jax.models.decoder.model import Cache, Decoder, open_cache
 from hyperadapt_jax.models.encoder.config import EncoderConfig
@@ -32,6 +33,7 @@ __all__ = [
     "EncoderConfig",
     "EncoderOutput",
     "NewParametersWarning",
+    "Report",
     "Rope",
     "Sampling",
     "Tensor",
@@ -45,6 +47,7 @@ __all__ = [
     "functional",
     "generate",
     "load",
+    "load_functional",
     "logical_axes",
     "open_cache",
     "read_config",

@@ -16,10 +16,10 @@ from jax.sharding import Mesh, PartitionSpec
 
 from hyperadapt_jax import paths
 from hyperadapt_jax.models.checkpoint import hub, reading, writing
-from hyperadapt_jax.models.checkpoint.table import Tensor
+from hyperadapt_jax.models.checkpoint.reading import Checkpoint
+from hyperadapt_jax.models.checkpoint.table import Report, Tensor
 from hyperadapt_jax.models.decoder.config import DecoderConfig
 from hyperadapt_jax.models.decoder.model import Decoder
-from hyperadapt_jax.models.decoder.tensors import HEAD
 from hyperadapt_jax.models.encoder.config import EncoderConfig
 from hyperadapt_jax.models.encoder.model import Encoder
 from hyperadapt_jax.models.registry import Config, config_to_dict, family_of, read_config
@@ -181,7 +181,57 @@ def load(
       ValueError: the configuration or the weights are not those of a model known here.
     """
     folder = hub.resolve(path_or_name, revision=revision, cache_dir=cache_dir)
-    config = describe(folder)
+    fn, params, report = load_functional(
+        folder, labels=labels, mesh=mesh, rules=rules, seed=seed, progress=progress, **options
+    )
+    if report.initialised:
+        warnings.warn(NewParametersWarning(folder, report.initialised), stacklevel=2)
+    return nnx.merge(fn.graph, params)
+
+
+def load_functional(
+    path_or_name: str | os.PathLike[str],
+    *,
+    config: Config | None = None,
+    labels: int | None = None,
+    mesh: Mesh | None = None,
+    rules: Sequence[tuple[str, PartitionSpec]] = (),
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    **options: Any,
+) -> tuple[Function, Params, Report]:
+    """Load a model from a Hugging Face folder as a pure function and its tree of parameters.
+
+    Args:
+      path_or_name: as for `load`.
+      config: the architecture, as `describe` gives it, where it is known already.
+      labels, mesh, rules, revision, cache_dir, seed, progress: as for `load`.
+      **options: as for `create`.
+
+    Returns:
+      ``(fn, params, report)``: the first two as `functional` gives them; the report names the
+      parameters that the checkpoint filled, and those that it lacked and that are new.
+
+    Raises:
+      FileNotFoundError: there is no such folder or repository.
+      ValueError: the configuration or the weights are not those of a model known here.
+
+    >>> import tempfile
+    >>> from hyperadapt_jax import models
+    >>> config = models.config_from_dict(dict(model_type="bert", vocab_size=9, hidden_size=8,
+    ...     intermediate_size=16, num_hidden_layers=2, num_attention_heads=2))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = models.export(folder, models.create(config))
+    ...     fn, params, report = models.load_functional(folder, labels=3)
+    >>> report.initialised
+    ('classifier/out/bias', 'classifier/out/kernel')
+    """
+    folder = hub.resolve(path_or_name, revision=revision, cache_dir=cache_dir)
+    checkpoint = Checkpoint(folder)
+    if config is None:
+        config = _describe(checkpoint)
     renewed: tuple[str, ...] = ()
     if labels is not None:
         if not isinstance(config, EncoderConfig) or labels < 1:
@@ -190,8 +240,8 @@ def load(
                 f"{folder} is {config.family}"
             )
         config = dataclasses.replace(config, labels=labels)
-        renewed = _other_labels(folder, config)
-    fn, params = functional(abstract(config, **options))
+        renewed = _other_labels(config, checkpoint)
+    fn, abstract_params = functional(abstract(config, **options))
 
     def initial(path: str) -> jax.Array:
         def make() -> jax.Array:
@@ -201,20 +251,19 @@ def load(
         # Compiled, so that nothing but this one parameter is ever allocated.
         return jax.jit(make)()
 
+    family = family_of(config)
     params, report = reading.load(
-        folder,
-        tensors(config),
-        params,
-        ignored=family_of(config).ignored(config),
+        checkpoint,
+        family.tensors(config),
+        abstract_params,
+        ignored=family.ignored(config),
         renewed=renewed,
         initial=initial,
         mesh=mesh,
         rules=rules,
         progress=progress,
     )
-    if report.initialised:
-        warnings.warn(NewParametersWarning(folder, report.initialised), stacklevel=2)
-    return nnx.merge(fn.graph, params)
+    return fn, params, report
 
 
 def describe(folder: str | os.PathLike[str]) -> Config:
@@ -234,34 +283,19 @@ def describe(folder: str | os.PathLike[str]) -> Config:
       FileNotFoundError: there is no ``config.json``.
       ValueError: the configuration or the weights are not those of a model known here.
     """
-    config = read_config(folder)
-    if not reading.has_weights(folder):
-        return config
-    if isinstance(config, EncoderConfig):
-        rows = (row for row in tensors(config) if row.path.startswith("pooler/"))
-        stored = reading.shapes(folder)
-        pooled = any(name in stored for row in rows for name in row.names(0))
-        return dataclasses.replace(config, pooled=pooled or config.labels is not None)
-    if config.tied:
-        embed = _stored_name(folder, config, "embed/embedding")
-        other = embed != HEAD and HEAD in reading.shapes(folder)
-        tied = not other or reading.equal(folder, HEAD, embed)
-        return dataclasses.replace(config, tied=tied)
-    return config
+    return _describe(Checkpoint(Path(folder)))
 
 
-def _stored_name(folder: str | os.PathLike[str], config: Config, path: str) -> str | None:
-    """What a folder's checkpoint calls the tensor of a parameter."""
-    (row,) = (row for row in tensors(config) if row.path == path)
-    stored = reading.shapes(folder)
-    return next((name for name in row.names(0) if name in stored), None)
+def _describe(checkpoint: Checkpoint) -> Config:
+    config = read_config(checkpoint.folder)
+    return family_of(config).as_stored(config, checkpoint) if checkpoint.exists() else config
 
 
-def _other_labels(folder: Path, config: EncoderConfig) -> tuple[str, ...]:
+def _other_labels(config: EncoderConfig, checkpoint: Checkpoint) -> tuple[str, ...]:
     """The parameters of the head that the checkpoint has for another number of labels."""
     last = [row for row in tensors(config) if row.path.startswith("classifier/out/")]
-    stored, labels = reading.shapes(folder), (config.labels,)
-    fits = all(stored.get(row.name, labels)[:1] == labels for row in last)
+    stored = [checkpoint.tensors[row.name] for row in last if row.name in checkpoint.tensors]
+    fits = all(tensor.shape[:1] == (config.labels,) for tensor in stored)
     return () if fits else tuple(row.path for row in last)
 
 
@@ -304,10 +338,11 @@ def export(
     raw, carried = config_to_dict(config), ()
     if source is not None:
         source = hub.resolve(source)
-        described = describe(source)
-        raw = _config_of_export(config, described, source)
+        checkpoint = Checkpoint(source)
+        described, theirs = _describe(checkpoint), hub.read_json(source, "config.json")
+        raw = _config_of_export(config, described, theirs)
         if isinstance(config, EncoderConfig) and config == described and config.labels is None:
-            carried = _other_heads(config, source)
+            carried = _other_heads(config, checkpoint, theirs)
             if _lacks_head(config, raw.get("architectures") or (), carried):
                 raw |= {"architectures": config_to_dict(config)["architectures"]}
     return writing.export(
@@ -325,9 +360,11 @@ def export(
     )
 
 
-def _config_of_export(config: Config, described: Config, source: Path) -> dict[str, Any]:
+def _config_of_export(
+    config: Config, described: Config, theirs: Mapping[str, Any]
+) -> dict[str, Any]:
     """The fields of ``config.json``: the source's, which say more, where they are of this model."""
-    ours, theirs = config_to_dict(config), hub.read_json(source, "config.json")
+    ours = config_to_dict(config)
     # Remote code stays behind, and these are the model's own.
     dropped, own = {"auto_map"}, set()
     if isinstance(config, DecoderConfig):
@@ -349,18 +386,21 @@ def _lacks_head(config: Config, architectures: Sequence[str], names: Sequence[st
     return not all(any(re.fullmatch(head, name) for name in names) for head in wanted)
 
 
-def _other_heads(config: EncoderConfig, source: Path) -> tuple[str, ...]:
+def _other_heads(
+    config: EncoderConfig, checkpoint: Checkpoint, raw: Mapping[str, Any]
+) -> tuple[str, ...]:
     """The tensors of the heads that an encoder leaves out, but for a tied copy of the embedding.
 
     They are written as they are, so that the architecture of ``config.json`` is there: a head is
     frozen like all else that is not trained.
     """
     heads = re.compile("|".join(family_of(config).heads.values()))
-    names = [name for name in reading.shapes(source) if heads.fullmatch(name)]
-    if hub.read_json(source, "config.json").get("tie_word_embeddings") is False:
-        return tuple(names)
-    words = _stored_name(source, config, "embed/words/embedding")
-    return tuple(name for name in names if not reading.equal(source, name, words))
+    names = tuple(name for name in checkpoint.tensors if heads.fullmatch(name))
+    (row,) = (row for row in tensors(config) if row.path == "embed/words/embedding")
+    words = checkpoint.name_of(row)
+    if raw.get("tie_word_embeddings") is False or words is None:
+        return names
+    return tuple(name for name in names if not checkpoint.equal(name, words))
 
 
 def tensors(config: Config) -> tuple[Tensor, ...]:

@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 
 from flax import nnx
 
+from hyperadapt_jax.models.checkpoint.reading import Checkpoint
 from hyperadapt_jax.models.checkpoint.table import Tensor
 from hyperadapt_jax.models.fields import Fields
 
@@ -26,6 +27,7 @@ class Family(Generic[C]):
       write: gives the fields of a configuration.
       tensors: gives the table of a configuration: one row for each parameter.
       ignored: gives full-match patterns of the names in a checkpoint that are rightly no parameter.
+      as_stored: gives a configuration as a checkpoint has it, where the file leaves that open.
       heads: a pattern of the names in a checkpoint that a head has, by the end of its architecture:
         of those heads that the module may lack.
     """
@@ -37,4 +39,5 @@ class Family(Generic[C]):
     write: Callable[[C], dict[str, Any]]
     tensors: Callable[[C], tuple[Tensor, ...]]
     ignored: Callable[[C], tuple[str, ...]]
+    as_stored: Callable[[C, Checkpoint], C]
     heads: Mapping[str, str] = dataclasses.field(default_factory=dict)

@@ -53,32 +53,62 @@ _DELAY = 2.0  # seconds of work before a progress bar shows
 _LFS = b"version https://git-lfs"  # how a file starts whose contents were not fetched
 
 
-def has_weights(folder: str | os.PathLike[str]) -> bool:
-    """Whether a folder holds a checkpoint, or the index of one."""
-    return any((Path(folder) / name).exists() for name in (SINGLE, INDEX))
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A tensor as a file holds it."""
+
+    name: str
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str  # the code of the format: "F32", "BF16", ...
+
+    @property
+    def itemsize(self) -> int:
+        return _ITEMSIZE[self.dtype]
+
+    @property
+    def bytes(self) -> int:
+        return self.itemsize * math.prod(self.shape)
 
 
-def shapes(folder: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor that a folder's checkpoint holds, from its files' headers alone.
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A folder's checkpoint, as the headers of its files tell it: they are read once, when needed.
 
-    Raises:
-      CheckpointError: there is no checkpoint, or a file of it cannot be read.
+    Attributes:
+      folder: holds ``model.safetensors``, or shards and ``model.safetensors.index.json``.
     """
-    return {name: tensor.shape for name, tensor in read_headers(Path(folder)).items()}
 
+    folder: Path
 
-def equal(folder: str | os.PathLike[str], one: str, other: str) -> bool:
-    """Whether two tensors of a folder's checkpoint hold the same numbers, read block by block.
+    def exists(self) -> bool:
+        """Whether the folder holds a checkpoint, or the index of one."""
+        return any((self.folder / name).exists() for name in (SINGLE, INDEX))
 
-    Raises:
-      CheckpointError: a file of the checkpoint cannot be read.
-    """
-    stored = read_headers(Path(folder))
-    return _same(stored[one], stored[other])
+    @functools.cached_property
+    def tensors(self) -> Mapping[str, Stored]:
+        """All tensors by name.
+
+        Raises:
+          CheckpointError: there is no checkpoint, or a file of it cannot be read.
+        """
+        return _read_headers(self.folder)
+
+    def name_of(self, tensor: Tensor) -> str | None:
+        """What a row of a table, or the first layer's, is called here; None where it is not."""
+        return next((name for name in tensor.names(0) if name in self.tensors), None)
+
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two tensors hold the same numbers, read block by block.
+
+        Raises:
+          CheckpointError: a file cannot be read.
+        """
+        return _same(self.tensors[one], self.tensors[other])
 
 
 def load(
-    folder: str | os.PathLike[str],
+    folder: str | os.PathLike[str] | Checkpoint,
     tensors: Sequence[Tensor],
     params: Any,
     *,
@@ -96,7 +126,8 @@ def load(
     device gets its own slices, and the host holds no more than a block and one tensor's pages.
 
     Args:
-      folder: holds `model.safetensors`, or shards and `model.safetensors.index.json`.
+      folder: holds `model.safetensors`, or shards and `model.safetensors.index.json`; or the
+        `Checkpoint` of it.
       tensors: the model's table, one row for each parameter.
       params: the tree to fill: arrays or `jax.ShapeDtypeStruct`, for their shapes and dtypes alone.
       ignored: full-match regular expressions of checkpoint names that the model rightly leaves out.
@@ -125,18 +156,19 @@ def load(
     >>> tree["up"]["kernel"].shape, report.loaded
     ((2, 4, 3), ('up/kernel',))
     """
-    folder = expand_home(folder)
     paths, values, treedef = flatten(params)
     leaves = dict(zip(paths, values, strict=True))
     check_table(tensors, leaves)
     shardings = {path: _sharding(path, tuple(x.shape), mesh, rules) for path, x in leaves.items()}
-    stored = read_headers(folder)
-    chosen, missing = choose([t for t in tensors if t.path not in renewed], leaves, stored)
+    checkpoint = folder
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = Checkpoint(expand_home(folder))
+    chosen, missing = choose([t for t in tensors if t.path not in renewed], leaves, checkpoint)
     new = [tensor.path for tensor in tensors if tensor.path not in chosen]
-    skipped = _check(folder, tensors, leaves, stored, chosen, missing, ignored)
+    skipped = _check(checkpoint, tensors, leaves, chosen, missing, ignored)
     if new and initial is None:
         raise CheckpointError(
-            f"{folder} lacks {first_few(new)}, and no initial values are given for them"
+            f"{checkpoint.folder} lacks {first_few(new)}, and no initial values are given for them"
         )
 
     filled = {}
@@ -163,25 +195,7 @@ def load(
     return treedef.unflatten([filled[path] for path in paths]), report
 
 
-@dataclasses.dataclass(frozen=True)
-class Stored:
-    """A tensor as a file holds it."""
-
-    name: str
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str  # the code of the format: "F32", "BF16", ...
-
-    @property
-    def itemsize(self) -> int:
-        return _ITEMSIZE[self.dtype]
-
-    @property
-    def bytes(self) -> int:
-        return self.itemsize * math.prod(self.shape)
-
-
-def read_headers(folder: Path) -> dict[str, Stored]:
+def _read_headers(folder: Path) -> dict[str, Stored]:
     """All tensors of a folder's checkpoint by name, from the headers of its files alone."""
     if (folder / SINGLE).exists():
         files, weight_map = [SINGLE], None
@@ -260,9 +274,10 @@ def _same(one: Stored, other: Stored) -> bool:
 
 
 def choose(
-    tensors: Sequence[Tensor], leaves: Mapping[str, Any], stored: Mapping[str, Stored]
+    tensors: Sequence[Tensor], leaves: Mapping[str, Any], checkpoint: Checkpoint
 ) -> tuple[dict[str, list[Stored]], list[str]]:
     """The stored tensors that fill each parameter, layer by layer, and the names found nowhere."""
+    stored = checkpoint.tensors
     chosen: dict[str, list[Stored]] = {}
     missing: list[str] = []
     for tensor in tensors:
@@ -283,15 +298,15 @@ def choose(
 
 
 def _check(
-    folder: Path,
+    checkpoint: Checkpoint,
     tensors: Sequence[Tensor],
     leaves: Mapping[str, Any],
-    stored: Mapping[str, Stored],
     chosen: Mapping[str, Sequence[Stored]],
     missing: Sequence[str],
     ignored: Sequence[str],
 ) -> list[str]:
     """Raises where the checkpoint is not the model's; gives the names to pass over."""
+    stored = checkpoint.tensors
     taken = {part.name for parts in chosen.values() for part in parts}
     known = {
         name
@@ -315,7 +330,7 @@ def _check(
         )
     if problems:
         raise CheckpointError(
-            f"{folder} is no checkpoint of this model: {'; '.join(problems)}. "
+            f"{checkpoint.folder} is no checkpoint of this model: {'; '.join(problems)}. "
             "Does config.json belong to these weights?"
         )
     for tensor in tensors:

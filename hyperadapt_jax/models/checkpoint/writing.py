@@ -29,11 +29,11 @@ from hyperadapt_jax.models.checkpoint.hub import (
     resolve,
 )
 from hyperadapt_jax.models.checkpoint.reading import (
+    Checkpoint,
     choose,
     on_host,
     open_file,
     progress_bar,
-    read_headers,
     transposed,
     without_mesh,
 )
@@ -117,18 +117,19 @@ def export(
             raise ValueError(
                 f"{path} would be stored as {each.name}: choose one of {', '.join(_CODES)}"
             )
-    names = _names(tensors, leaves, source)
-    stored = read_headers(source) if carried else {}
+    checkpoint = None if source is None else Checkpoint(source)
+    names = _names(tensors, leaves, checkpoint)
 
     entries: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
     for tensor, layer in _order(tensors, leaves):
         shape = shape_in_file(tensor, leaves[tensor.path].shape)
         entries[names[tensor.path][layer]] = (shape, dtypes[tensor.path])
+    codes = {code: name for name, code in _CODES.items()}
     for name in carried:
-        own = {code: key for key, code in _CODES.items()}.get(stored[name].dtype)
-        if own is None:
-            raise CheckpointError(f"{stored[name].file}: {name} has dtype {stored[name].dtype}")
-        entries[name] = (stored[name].shape, jnp.dtype(dtype or own))
+        stored = checkpoint.tensors[name]
+        if stored.dtype not in codes:
+            raise CheckpointError(f"{stored.file}: {name} has dtype {stored.dtype}")
+        entries[name] = (stored.shape, jnp.dtype(dtype or codes[stored.dtype]))
     along = [] if source is None else companions(source)
     files = _files(entries, limit)
     file_of = {name: file for file in files for name in file.offsets}
@@ -176,7 +177,7 @@ def export(
                     write(name, data)
                 del array
             for name in carried:
-                with open_file(stored[name].file) as reader:
+                with open_file(checkpoint.tensors[name].file) as reader:
                     write(name, reader.get_tensor(name))
     return folder
 
@@ -191,11 +192,11 @@ def _order(tensors: Sequence[Tensor], leaves: Mapping[str, Any]) -> Iterator[tup
 
 
 def _names(
-    tensors: Sequence[Tensor], leaves: Mapping[str, Any], source: Path | None
+    tensors: Sequence[Tensor], leaves: Mapping[str, Any], checkpoint: Checkpoint | None
 ) -> dict[str, list[str]]:
     """Each parameter's names in the checkpoint, layer by layer: the source's if it has them all."""
-    if source is not None:
-        chosen, missing = choose(tensors, leaves, read_headers(source))
+    if checkpoint is not None:
+        chosen, missing = choose(tensors, leaves, checkpoint)
         if not missing and len(chosen) == len(tensors):
             return {path: [part.name for part in parts] for path, parts in chosen.items()}
     return {

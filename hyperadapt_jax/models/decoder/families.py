@@ -6,7 +6,7 @@ import functools
 
 from hyperadapt_jax.models.decoder.config import Dialect, read, write
 from hyperadapt_jax.models.decoder.model import Decoder
-from hyperadapt_jax.models.decoder.tensors import ignored, tensors
+from hyperadapt_jax.models.decoder.tensors import as_stored, ignored, tensors
 from hyperadapt_jax.models.family import Family
 
 
@@ -19,6 +19,7 @@ def _family(dialect: Dialect) -> Family:
         write=functools.partial(write, dialect),
         tensors=tensors,
         ignored=ignored,
+        as_stored=as_stored,
     )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+from hyperadapt_jax.models.checkpoint.reading import Checkpoint
 from hyperadapt_jax.models.checkpoint.table import Tensor
 from hyperadapt_jax.models.decoder.config import DecoderConfig
 
@@ -67,3 +70,23 @@ def ignored(config: DecoderConfig) -> tuple[str, ...]:
       Full-match regular expressions: tables that are computed anew.
     """
     return (r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)
+
+
+def as_stored(config: DecoderConfig, checkpoint: Checkpoint) -> DecoderConfig:
+    """Tell by the weights whether the head is the embedding.
+
+    A head that is stored together with the embedding is the head, whatever ``tie_word_embeddings``
+    says, unless both are equal.
+
+    Args:
+      config: the architecture, as ``config.json`` has it.
+      checkpoint: its weights.
+
+    Raises:
+      CheckpointError: a file of the weights cannot be read.
+    """
+    if not config.tied or HEAD not in checkpoint.tensors:
+        return config
+    (embedding,) = (tensor for tensor in tensors(config) if tensor.path == "embed/embedding")
+    name = checkpoint.name_of(embedding)
+    return dataclasses.replace(config, tied=name == HEAD or checkpoint.equal(HEAD, name))

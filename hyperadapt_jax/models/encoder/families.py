@@ -6,7 +6,7 @@ import functools
 
 from hyperadapt_jax.models.encoder.config import Dialect, read, write
 from hyperadapt_jax.models.encoder.model import Encoder
-from hyperadapt_jax.models.encoder.tensors import HEADS, ignored, tensors
+from hyperadapt_jax.models.encoder.tensors import HEADS, as_stored, ignored, tensors
 from hyperadapt_jax.models.family import Family
 
 
@@ -19,6 +19,7 @@ def _family(dialect: Dialect, prefix: str) -> Family:
         write=functools.partial(write, dialect),
         tensors=functools.partial(tensors, prefix=prefix),
         ignored=ignored,
+        as_stored=functools.partial(as_stored, prefix=prefix),
         heads=HEADS,
     )
 

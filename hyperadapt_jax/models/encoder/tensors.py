@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+from hyperadapt_jax.models.checkpoint.reading import Checkpoint
 from hyperadapt_jax.models.checkpoint.table import Tensor
 from hyperadapt_jax.models.encoder.config import CLASSIFIER, EncoderConfig
 
@@ -84,3 +87,17 @@ def ignored(config: EncoderConfig) -> tuple[str, ...]:
     if not config.pooler:
         patterns.append(r"((bert|roberta)\.)?pooler\..*")
     return tuple(patterns)
+
+
+def as_stored(config: EncoderConfig, checkpoint: Checkpoint, prefix: str) -> EncoderConfig:
+    """Tell by the weights whether an encoder without a head has a pooler.
+
+    Args:
+      config: the architecture, as ``config.json`` has it.
+      checkpoint: its weights.
+      prefix: as in `tensors`.
+    """
+    if config.labels is not None:
+        return dataclasses.replace(config, pooled=True)
+    rows = (row for row in tensors(config, prefix) if row.path.startswith("pooler/"))
+    return dataclasses.replace(config, pooled=any(checkpoint.name_of(row) for row in rows))
