@@ -53,6 +53,45 @@ class Tensor:
         return tuple(name.replace("{layer}", str(layer)) for name in (self.name, *self.aliases))
 
 
+class Rows:
+    """A table in the making, of tensors whose names begin with one of several prefixes.
+
+    Args:
+      prefixes: the usual one first.
+
+    >>> rows = Rows("bert.", "")
+    >>> rows.linear("pooler.dense", "pooler", "embed pooled", bias=False)
+    >>> rows.table[0].names(0), rows.table[0].path
+    (('bert.pooler.dense.weight', 'pooler.dense.weight'), 'pooler/kernel')
+    """
+
+    def __init__(self, *prefixes: str):
+        self.prefixes = prefixes
+        self.table: list[Tensor] = []
+
+    def add(
+        self, names: str | Sequence[str], path: str, axes: str, *also: str, **options: bool
+    ) -> None:
+        """Add a tensor: its names with every prefix, those in ``also`` as they are."""
+        names = (names,) if isinstance(names, str) else names
+        name, *aliases = (prefix + each for each in names for prefix in self.prefixes)
+        self.table.append(Tensor(name, path, aliases=(*aliases, *also), axes=axes, **options))
+
+    def linear(
+        self, name: str, path: str, axes: str, *, bias: bool = True, **options: bool
+    ) -> None:
+        """Add a projection: ``axes`` are those of its kernel, the last one that of its bias."""
+        self.add(f"{name}.weight", f"{path}/kernel", axes, transpose=True, **options)
+        if bias:
+            *stack, _, outputs = axes.split()
+            self.add(f"{name}.bias", f"{path}/bias", " ".join([*stack, outputs]), **options)
+
+    def layer_norm(self, name: str, path: str, axes: str) -> None:
+        """Add a norm with a bias: checkpoints of TensorFlow's age say gamma and beta."""
+        self.add((f"{name}.weight", f"{name}.gamma"), f"{path}/scale", axes)
+        self.add((f"{name}.bias", f"{name}.beta"), f"{path}/bias", axes)
+
+
 @dataclasses.dataclass(frozen=True)
 class Report:
     """What a load did.

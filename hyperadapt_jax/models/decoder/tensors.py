@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from hyperadapt_jax.models.checkpoint.reading import Checkpoint
-from hyperadapt_jax.models.checkpoint.table import Tensor
+from hyperadapt_jax.models.checkpoint.table import Rows, Tensor
 from hyperadapt_jax.models.decoder.config import DecoderConfig
 
 HEAD = "lm_head.weight"
@@ -20,44 +20,31 @@ def tensors(config: DecoderConfig) -> tuple[Tensor, ...]:
     Returns:
       One `Tensor` per parameter; a tied head has none.
     """
-    table: list[Tensor] = []
-
-    def add(name: str, path: str, axes: str, *also: str, transpose: bool = False) -> None:
-        # A headless checkpoint names its tensors without the leading "model.".
-        bare = name.removeprefix("model.")
-        aliases = (bare, *also) if bare != name else also
-        table.append(Tensor(name, path, transpose, aliases=aliases, axes=axes))
-
-    def linear(name: str, path: str, axes: str, bias: bool) -> None:
-        name, path = f"model.layers.{{layer}}.{name}", f"layers/{path}"
-        add(f"{name}.weight", f"{path}/kernel", f"layers {axes}", transpose=True)
-        if bias:
-            add(f"{name}.bias", f"{path}/bias", f"layers {axes.split()[-1]}")
-
-    def norm(name: str, path: str, axis: str = "norm") -> None:
-        add(f"model.layers.{{layer}}.{name}.weight", f"layers/{path}/scale", f"layers {axis}")
-
+    rows, head = Rows("model.", ""), Rows("")  # a headless checkpoint has no prefix
+    layer = "layers.{layer}"
     # A tied matrix may be stored as the head, also or alone.
     tied = (HEAD,) if config.tied else ()
-    add("model.embed_tokens.weight", "embed/embedding", "vocab embed", *tied)
-    norm("input_layernorm", "attn_norm")
+    rows.add("embed_tokens.weight", "embed/embedding", "vocab embed", *tied)
+    rows.add(f"{layer}.input_layernorm.weight", "layers/attn_norm/scale", "layers norm")
     projections = {"q": "heads", "k": "kv_heads", "v": "kv_heads"}
-    for part, outputs in ({"qkv": "qkv"} if config.fused else projections).items():
-        linear(f"self_attn.{part}_proj", part, f"embed {outputs}", config.qkv_bias)
-    if config.qk_norm:
-        norm("self_attn.q_norm", "q_norm", "head_dim")
-        norm("self_attn.k_norm", "k_norm", "head_dim")
-    linear("self_attn.o_proj", "o", "heads embed", config.out_bias)
-    norm("post_attention_layernorm", "mlp_norm")
-    for part, outputs in (
-        {"gate_up": "gate_up"} if config.fused else {"gate": "mlp", "up": "mlp"}
-    ).items():
-        linear(f"mlp.{part}_proj", part, f"embed {outputs}", config.mlp_bias)
-    linear("mlp.down_proj", "down", "mlp embed", config.mlp_bias)
-    add("model.norm.weight", "norm/scale", "norm")
+    for name, outputs in ({"qkv": "qkv"} if config.fused else projections).items():
+        axes = f"layers embed {outputs}"
+        rows.linear(f"{layer}.self_attn.{name}_proj", f"layers/{name}", axes, bias=config.qkv_bias)
+    for name in ("q_norm", "k_norm") if config.qk_norm else ():
+        rows.add(f"{layer}.self_attn.{name}.weight", f"layers/{name}/scale", "layers head_dim")
+    axes = "layers heads embed"
+    rows.linear(f"{layer}.self_attn.o_proj", "layers/o", axes, bias=config.out_bias)
+    rows.add(f"{layer}.post_attention_layernorm.weight", "layers/mlp_norm/scale", "layers norm")
+    projections = {"gate": "mlp", "up": "mlp"}
+    for name, outputs in ({"gate_up": "gate_up"} if config.fused else projections).items():
+        axes = f"layers embed {outputs}"
+        rows.linear(f"{layer}.mlp.{name}_proj", f"layers/{name}", axes, bias=config.mlp_bias)
+    axes = "layers mlp embed"
+    rows.linear(f"{layer}.mlp.down_proj", "layers/down", axes, bias=config.mlp_bias)
+    rows.add("norm.weight", "norm/scale", "norm")
     if not config.tied:
-        add(HEAD, "head/kernel", "embed vocab", transpose=True)
-    return tuple(table)
+        head.add(HEAD, "head/kernel", "embed vocab", transpose=True)
+    return (*rows.table, *head.table)
 
 
 def ignored(config: DecoderConfig) -> tuple[str, ...]:

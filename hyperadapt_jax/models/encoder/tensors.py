@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from hyperadapt_jax.models.checkpoint.reading import Checkpoint
-from hyperadapt_jax.models.checkpoint.table import Tensor
+from hyperadapt_jax.models.checkpoint.table import Rows, Tensor
 from hyperadapt_jax.models.encoder.config import CLASSIFIER, EncoderConfig
 
 # The heads of a checkpoint stand beside the encoder. By the ends of their architectures:
@@ -26,50 +26,29 @@ def tensors(config: EncoderConfig, prefix: str) -> tuple[Tensor, ...]:
     Returns:
       One `Tensor` per parameter; the pooler and the head may be missing in a checkpoint.
     """
-    # A checkpoint of the model alone has no prefix; one with a head has it.
-    prefixes = (prefix, "") if config.labels is not None else ("", prefix)
-    table: list[Tensor] = []
-
-    def add(name: str, path: str, axes: str, *also: str, **options: bool) -> None:
-        name, *aliases = (start + each for each in (name, *also) for start in prefixes)
-        table.append(Tensor(name, path, aliases=tuple(aliases), axes=axes, **options))
-
-    def linear(name: str, path: str, axes: str, **options: bool) -> None:
-        add(f"{name}.weight", f"{path}/kernel", axes, transpose=True, **options)
-        *stack, _, outputs = axes.split()
-        add(f"{name}.bias", f"{path}/bias", " ".join([*stack, outputs]), **options)
-
-    def norm(name: str, path: str, axes: str) -> None:
-        # Checkpoints of TensorFlow's age say gamma and beta.
-        add(f"{name}.weight", f"{path}/scale", axes, f"{name}.gamma")
-        add(f"{name}.bias", f"{path}/bias", axes, f"{name}.beta")
-
-    def head(name: str, path: str, axes: str) -> None:
-        # The head stands beside the encoder, without its prefix.
-        path, outputs = f"classifier/{path}", axes.split()[-1]
-        table.append(Tensor(f"{name}.weight", f"{path}/kernel", True, optional=True, axes=axes))
-        table.append(Tensor(f"{name}.bias", f"{path}/bias", optional=True, axes=outputs))
-
-    add("embeddings.word_embeddings.weight", "embed/words/embedding", "vocab embed")
-    add("embeddings.position_embeddings.weight", "embed/positions/embedding", "positions embed")
-    add("embeddings.token_type_embeddings.weight", "embed/types/embedding", "types embed")
-    norm("embeddings.LayerNorm", "embed/norm", "norm")
+    # A checkpoint of the model alone has no prefix; one with a head has it, but for the head.
+    rows, head = Rows(*((prefix, "") if config.labels is not None else ("", prefix))), Rows("")
+    rows.add("embeddings.word_embeddings.weight", "embed/words/embedding", "vocab embed")
+    positions = "embeddings.position_embeddings.weight"
+    rows.add(positions, "embed/positions/embedding", "positions embed")
+    rows.add("embeddings.token_type_embeddings.weight", "embed/types/embedding", "types embed")
+    rows.layer_norm("embeddings.LayerNorm", "embed/norm", "norm")
     layer = "encoder.layer.{layer}"
     for name, path in (("query", "q"), ("key", "k"), ("value", "v")):
-        linear(f"{layer}.attention.self.{name}", f"layers/{path}", "layers embed heads")
-    linear(f"{layer}.attention.output.dense", "layers/o", "layers heads embed")
-    norm(f"{layer}.attention.output.LayerNorm", "layers/attn_norm", "layers norm")
-    linear(f"{layer}.intermediate.dense", "layers/up", "layers embed mlp")
-    linear(f"{layer}.output.dense", "layers/down", "layers mlp embed")
-    norm(f"{layer}.output.LayerNorm", "layers/mlp_norm", "layers norm")
+        rows.linear(f"{layer}.attention.self.{name}", f"layers/{path}", "layers embed heads")
+    rows.linear(f"{layer}.attention.output.dense", "layers/o", "layers heads embed")
+    rows.layer_norm(f"{layer}.attention.output.LayerNorm", "layers/attn_norm", "layers norm")
+    rows.linear(f"{layer}.intermediate.dense", "layers/up", "layers embed mlp")
+    rows.linear(f"{layer}.output.dense", "layers/down", "layers mlp embed")
+    rows.layer_norm(f"{layer}.output.LayerNorm", "layers/mlp_norm", "layers norm")
     if config.pooler:
-        linear("pooler.dense", "pooler", "embed pooled", optional=True)
+        rows.linear("pooler.dense", "pooler", "embed pooled", optional=True)
     if config.labels is not None and config.head == "pooled":
-        head("classifier", "out", "pooled labels")
+        head.linear("classifier", "classifier/out", "pooled labels", optional=True)
     elif config.labels is not None:
-        head("classifier.dense", "dense", "embed pooled")
-        head("classifier.out_proj", "out", "pooled labels")
-    return tuple(table)
+        head.linear("classifier.dense", "classifier/dense", "embed pooled", optional=True)
+        head.linear("classifier.out_proj", "classifier/out", "pooled labels", optional=True)
+    return (*rows.table, *head.table)
 
 
 def ignored(config: EncoderConfig) -> tuple[str, ...]:
