@@ -12,6 +12,7 @@ from hyperadapt_jax.models.decoder import families as decoders
 from hyperadapt_jax.models.decoder.config import DecoderConfig
 from hyperadapt_jax.models.encoder import families as encoders
 from hyperadapt_jax.models.encoder.config import EncoderConfig
+from hyperadapt_jax.models.encoder.distilbert import DISTILBERT
 from hyperadapt_jax.models.family import Family
 from hyperadapt_jax.models.fields import Fields
 
@@ -29,6 +30,7 @@ FAMILIES: dict[str, Family] = {
         encoders.ROBERTA,
         encoders.XLM_ROBERTA,
         encoders.CAMEMBERT,
+        DISTILBERT,
     )
 }
 
@@ -110,7 +112,7 @@ def config_from_dict(raw: Mapping[str, Any], *, where: str = "config.json") -> C
     >>> config_from_dict({"model_type": "mamba"})
     Traceback (most recent call last):
     ValueError: config.json: field 'model_type' = 'mamba': not supported; one of bert, camembert, \
-llama, mistral, phi3, qwen2, qwen3, roberta, xlm-roberta
+distilbert, llama, mistral, phi3, qwen2, qwen3, roberta, xlm-roberta
     """
     fields = Fields(raw, where)
     family = FAMILIES[fields.choice("model_type", FAMILIES)]

@@ -212,6 +212,7 @@ def test_an_encoder_has_a_pooler_if_the_checkpoint_has_one(tmp_path: pathlib.Pat
         ("bert-classifier", 2, {"classifier/out/kernel", "classifier/out/bias"}),
         ("roberta-classifier", 1, {"classifier/out/kernel", "classifier/out/bias"}),
         ("camembert-classifier", 5, {"classifier/out/kernel", "classifier/out/bias"}),
+        ("distilbert-classifier", 2, {"classifier/out/kernel", "classifier/out/bias"}),
         ("bert-classifier", 3, set()),
         ("roberta-classifier", None, set()),
     ],

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from hyperadapt_jax.models.fields import Fields
 from hyperadapt_jax.models.layers import ACTIVATIONS
 
-Head = Literal["pooled", "tanh"]
+Head = Literal["pooled", "tanh", "relu"]
 CLASSIFIER = "ForSequenceClassification"  # how an architecture with a classification head ends
 
 
@@ -25,14 +25,15 @@ class EncoderConfig:
       layers: number of layers, L.
       heads: attention heads, N; D is a multiple of N.
       positions: rows of the position table.
-      token_types: rows of the token-type table.
+      token_types: rows of the token-type table; 0 without one.
       activation: name of the MLP's activation.
       norm_epsilon: added to the variance in LayerNorm.
       pad_token: token of padding.
       first_position: row of the position table for the first token; where that is not zero, padding
         is not counted and has the row before it.
       head: what the classifier is: a projection of the pooler's output (``pooled``), or of a hidden
-        layer of its own with a ``tanh``.
+        layer of its own with a ``tanh``, which has dropout before it too, or with a ``relu``.
+      out_dropout: probability on the outputs of attention; None for that of ``dropout``.
       dropout: probability on embeddings and on the outputs of attention and MLP.
       attention_dropout: probability on attention weights.
       head_dropout: probability before the classification head.
@@ -58,6 +59,7 @@ class EncoderConfig:
     pooled: bool = True
     first_position: int = dataclasses.field(kw_only=True)
     head: Head = dataclasses.field(kw_only=True)
+    out_dropout: float | None = None
 
     @property
     def head_dim(self) -> int:
@@ -112,11 +114,7 @@ def read(dialect: Dialect, fields: Fields, architectures: Sequence[str]) -> Enco
     if width % heads:
         raise fields.error("num_attention_heads", heads, f"does not divide hidden_size {width}")
     fields.expect("position_embedding_type", "absolute")
-    # As in the reference, the names count where both are given.
-    names = fields.take("id2label", dict, None)
-    labels = fields.positive("num_labels", default=2) if names is None else len(names)
-    if labels == 0:
-        raise fields.error("id2label", names, "expected a name for each label")
+    labels = read_labels(fields, architectures)
     pad_token = fields.take("pad_token_id", int, dialect.pad_token)
     positions = fields.positive("max_position_embeddings", default=512)
     first_position = 0 if dialect.counts_padding else pad_token + 1
@@ -142,7 +140,7 @@ def read(dialect: Dialect, fields: Fields, architectures: Sequence[str]) -> Enco
         dropout=dropout,
         attention_dropout=fields.probability("attention_probs_dropout_prob", 0.1),
         head_dropout=fields.probability("classifier_dropout", dropout),
-        labels=labels if any(a.endswith(CLASSIFIER) for a in architectures) else None,
+        labels=labels,
         first_position=first_position,
         head=dialect.head,
     )
@@ -156,7 +154,7 @@ def write(dialect: Dialect, config: EncoderConfig) -> dict[str, Any]:
       config: the configuration.
     """
     head = "Model" if config.labels is None else CLASSIFIER
-    raw: dict[str, Any] = {
+    return {
         "architectures": [dialect.architecture + head],
         "model_type": dialect.family,
         "vocab_size": config.vocab_size,
@@ -172,8 +170,26 @@ def write(dialect: Dialect, config: EncoderConfig) -> dict[str, Any]:
         "hidden_dropout_prob": config.dropout,
         "attention_probs_dropout_prob": config.attention_dropout,
         "classifier_dropout": config.head_dropout,
+        **write_labels(config.labels),
     }
-    if config.labels is not None:
-        raw["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.labels)}
-        raw["label2id"] = {f"LABEL_{i}": i for i in range(config.labels)}
-    return raw
+
+
+def read_labels(fields: Fields, architectures: Sequence[str]) -> int | None:
+    """The outputs of the classification head; None where the architecture has none."""
+    # As in the reference, the names count where both are given.
+    names = fields.take("id2label", dict, None)
+    labels = fields.positive("num_labels", default=2) if names is None else len(names)
+    if labels == 0:
+        raise fields.error("id2label", names, "expected a name for each label")
+    return labels if any(name.endswith(CLASSIFIER) for name in architectures) else None
+
+
+def write_labels(labels: int | None) -> dict[str, Any]:
+    """The fields that name the outputs of the classification head."""
+    if labels is None:
+        return {}
+    names = [f"LABEL_{i}" for i in range(labels)]
+    return {
+        "id2label": {str(i): name for i, name in enumerate(names)},
+        "label2id": {name: i for i, name in enumerate(names)},
+    }

@@ -1,4 +1,4 @@
-"""Bidirectional encoders of the BERT shape: BERT, RoBERTa and XLM-RoBERTa."""
+"""Bidirectional encoders of the BERT shape: BERT, RoBERTa, XLM-RoBERTa and DistilBERT."""
 
 from __future__ import annotations
 
@@ -39,22 +39,26 @@ class EncoderOutput(NamedTuple):
 
 
 class Embeddings(nnx.Module):
-    """The sum of word, position and token-type vectors, normalised."""
+    """The sum of word, position and, if there are any, token-type vectors, normalised."""
 
     def __init__(self, config: EncoderConfig, *, param_dtype: jnp.dtype, rngs: nnx.Rngs):
         self.config = config
         shared = {"param_dtype": param_dtype, "rngs": rngs}
         self.words = Embedding(config.vocab_size, config.width, **shared)
         self.positions = Embedding(config.positions, config.width, **shared)
-        self.types = Embedding(config.token_types, config.width, **shared)
+        if config.token_types:
+            self.types = Embedding(config.token_types, config.width, **shared)
         self.norm = LayerNorm(config.width, config.norm_epsilon, param_dtype=param_dtype)
 
     def __call__(
-        self, tokens: Array, token_types: Array, positions: Array | None, dtype: jnp.dtype
+        self, tokens: Array, token_types: Array | None, positions: Array | None, dtype: jnp.dtype
     ) -> Array:
         if positions is None:
             positions = self._count(tokens)
-        x = self.words(tokens, dtype) + self.types(token_types, dtype)
+        x = self.words(tokens, dtype)
+        if self.config.token_types:
+            types = jnp.zeros_like(tokens) if token_types is None else token_types
+            x = x + self.types(types, dtype)
         return self.norm(x + self.positions(positions, dtype))
 
     def _count(self, tokens: Array) -> Array:
@@ -106,16 +110,17 @@ class Layer(nnx.Module):
         else:
             y = dropout_attention(q, k, v, mask, config.attention_dropout, for_weights)
         y = self.o(y.reshape(x.shape))
-        x = self.attn_norm(x + dropout(y, config.dropout, for_attention))
+        rate = config.dropout if config.out_dropout is None else config.out_dropout
+        x = self.attn_norm(x + dropout(y, rate, for_attention))
         y = self.down(ACTIVATIONS[config.activation](self.up(x)))
         return self.mlp_norm(x + dropout(y, config.dropout, for_mlp))
 
 
 class Classifier(nnx.Module):
-    """The head: a projection, behind a layer with a tanh where there is no pooler."""
+    """The head: a projection of the pooler's output, or of a hidden layer of its own."""
 
     def __init__(self, config: EncoderConfig, *, param_dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.rate = config.head_dropout
+        self.config = config
         shared = {"param_dtype": param_dtype, "rngs": rngs}
         if config.head != "pooled":
             self.dense = Linear(config.width, config.width, **shared)
@@ -123,9 +128,13 @@ class Classifier(nnx.Module):
 
     def __call__(self, x: Array, rng: Array | None) -> Array:
         before, between = (None, None) if rng is None else jax.random.split(rng)
-        x = dropout(x, self.rate, before)
-        if hasattr(self, "dense"):
-            x = dropout(jnp.tanh(self.dense(x)), self.rate, between)
+        rate, head = self.config.head_dropout, self.config.head
+        if head == "relu":
+            x = dropout(jax.nn.relu(self.dense(x)), rate, between)
+        else:
+            x = dropout(x, rate, before)
+        if head == "tanh":
+            x = dropout(jnp.tanh(self.dense(x)), rate, between)
         return self.out(x, precise=True)
 
 
@@ -189,7 +198,8 @@ class Encoder(nnx.Module):
         Args:
           tokens: token numbers, ``[B, T]`` integers.
           mask: True at tokens, False at padding, ``[B, T]``; all True if not given.
-          token_types: which part a token belongs to, ``[B, T]``; zero if not given.
+          token_types: which part a token belongs to, ``[B, T]``; zero if not given. Not every
+            family tells them apart.
           positions: rows of the position table, ``[B, T]``; counted as the family does if not
             given.
           segment_ids: number of the sequence that a token belongs to, ``[B, T]``, where several
@@ -200,8 +210,9 @@ class Encoder(nnx.Module):
           An `EncoderOutput`.
 
         Raises:
-          ValueError: shapes do not fit, the row is longer than the position table, or (outside
-            ``jit``) a number is outside its table; under ``jit`` such a number gives NaN.
+          ValueError: shapes do not fit, there are no token types, the row is longer than the
+            position table, or (outside ``jit``) a number is outside its table; under ``jit`` such a
+            number gives NaN.
         """
         config = self.config
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
@@ -224,10 +235,10 @@ class Encoder(nnx.Module):
         if positions is not None:
             check_range("positions", positions, config.positions)
         if token_types is not None:
+            if not config.token_types:
+                raise ValueError("token_types: this model has none; leave them out")
             check_range("token_types", token_types, config.token_types)
         for_embed, for_layers, for_head = (None,) * 3 if rng is None else jax.random.split(rng, 3)
-        if token_types is None:
-            token_types = jnp.zeros_like(tokens)
         x = self.embed(tokens, token_types, positions, self.dtype)
         x = dropout(x, config.dropout, for_embed)
         x = self._run(x, _visible(mask, segment_ids), for_layers)
