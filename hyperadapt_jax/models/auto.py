@@ -38,7 +38,7 @@ _FUSED = {"qkv": frozenset({"q", "k", "v"}), "gate_up": frozenset({"gate", "up"}
 
 
 def create(config: Config, *, seed: int = 0, **options: Any) -> Model:
-    """Make a newly initialised model.
+    """Make a newly initialized model.
 
     Args:
       config: the architecture.
@@ -131,7 +131,7 @@ def with_params(config: Config, params: Params, **options: Any) -> Model:
 
 
 class NewParametersWarning(UserWarning):
-    """A checkpoint lacks parameters of the model, which were newly initialised.
+    """A checkpoint lacks parameters of the model, which were newly initialized.
 
     Attributes:
       paths: those parameters.
@@ -139,7 +139,7 @@ class NewParametersWarning(UserWarning):
 
     def __init__(self, folder: str | os.PathLike[str], paths: Sequence[str]):
         super().__init__(
-            f"{folder}: newly initialised, since the checkpoint lacks them: {', '.join(paths)}"
+            f"{folder}: newly initialized, since the checkpoint lacks them: {', '.join(paths)}"
         )
         self.paths = tuple(paths)
 
@@ -269,8 +269,8 @@ def load_functional(
 def describe(folder: str | os.PathLike[str]) -> Config:
     """Read the configuration of a folder's model: its ``config.json``, as the weights have it.
 
-    A head that is stored beside the embedding is the head, whatever ``tie_word_embeddings`` says,
-    unless both are equal; and a pooler is there if it is stored. A folder without weights is
+    A head that is stored together with the embedding is the head, whatever ``tie_word_embeddings``
+    says, unless both are equal; and a pooler is there if it is stored. A folder without weights is
     described by its ``config.json`` alone.
 
     Args:

@@ -584,7 +584,7 @@ def break_rank(folder):
 
 def break_dtype(folder):
     rewrite(folder, model__layers__1__up__weight=np.ones((16, 8), np.int8))
-    return r"part-\d\.safetensors: model\.layers\.1\.up\.weight has dtype I8; .*unquantised"
+    return r"part-\d\.safetensors: model\.layers\.1\.up\.weight has dtype I8; .*unquantized"
 
 
 BREAKS = [value for name, value in globals().items() if name.startswith("break_")]

@@ -17,9 +17,10 @@ from hyperadapt_jax.models.checkpoint.table import CheckpointError, duplicates, 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-# What belongs to a model beside its weights, as names within its folder. Data alone, no code: how
-# text becomes tokens and a chat one text, how the model is to generate, what sentence-transformers
-# does with its outputs, and the terms of use. A README speaks of the weights that were there.
+# What belongs to a model together with its weights, as names within its folder. Data alone, no
+# code: how text becomes tokens and a chat one text, how the model is to generate, what
+# sentence-transformers does with its outputs, and the terms of use. A README speaks of the weights
+# that were there.
 _COMPANIONS = (
     "tokenizer*.json",
     "tokenizer.model*",
@@ -65,7 +66,7 @@ def resolve(
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """Finds a checkpoint's folder: a local one first, else a repository of the Hugging Face hub.
+    """Find a checkpoint's folder: a local one first, else a repository of the Hugging Face hub.
 
     From the hub come the configuration, the safetensors files at the repository's root and what
     belongs to them, as the tokenizer; no code, no pickles, no copies in other formats.
@@ -97,8 +98,8 @@ def resolve(
         at = f" at revision {revision!r}" if revision else ""
         reason = str(error).strip().splitlines()
         raise FileNotFoundError(
-            f"no folder {name!r}, and no repository of that name{at} to be had from the hub: "
-            f"{type(error).__name__}{': ' + reason[0] if reason else ''}. Check the name, the "
+            f"no folder {name!r}, and no repository of that name{at} could be downloaded from the "
+            f"hub: {type(error).__name__}{': ' + reason[0] if reason else ''}. Check the name, the "
             "network (HF_HUB_OFFLINE) and, for a gated or private repository, the login (HF_TOKEN)"
         ) from error
     return Path(found)
@@ -137,7 +138,7 @@ def file_inside(folder: Path, name: str, referrer: str = "") -> Path:
 
 
 def read_json(folder: str | os.PathLike[str], name: str) -> dict[str, Any]:
-    """Reads a JSON object from a file of a folder.
+    """Read a JSON object from a file of a folder.
 
     Raises:
       CheckpointError: the file is missing, outside the folder, no JSON object, or has a key twice.
@@ -163,7 +164,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _is_companion(name: str) -> bool:
-    """Whether a file, by its name within a folder, belongs to the model beside its weights."""
+    """Whether a file, by its name within a folder, is one of those that belong to a model."""
     matches = (p for p in _COMPANIONS if p.count("/") == name.count("/"))
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in matches)
 

@@ -119,7 +119,7 @@ def load(
     rules: Rules = (),
     progress: bool = True,
 ) -> tuple[Any, Report]:
-    """Reads a folder's safetensors into a tree of parameters.
+    """Read a folder's safetensors into a tree of parameters.
 
     The whole folder is checked from its files' headers before anything is allocated. Then each
     tensor goes to its devices in blocks of at most 16 MiB, cast to the parameter's dtype: every
@@ -137,7 +137,7 @@ def load(
       mesh: where the parameters live; without it, whole on the default device.
       rules: pairs of a full-match regular expression on the path and a PartitionSpec; the first
         that matches holds, and one must.
-      progress: shows a bar on standard error when it takes longer than two seconds.
+      progress: show a bar on standard error when it takes longer than two seconds.
 
     Returns:
       The tree, filled, and a `Report`.
@@ -305,7 +305,7 @@ def _check(
     missing: Sequence[str],
     ignored: Sequence[str],
 ) -> list[str]:
-    """Raises where the checkpoint is not the model's; gives the names to pass over."""
+    """Raise where the checkpoint is not the model's; return the names to pass over."""
     stored = checkpoint.tensors
     taken = {part.name for parts in chosen.values() for part in parts}
     known = {
@@ -344,7 +344,7 @@ def _check(
             if part.dtype not in _ITEMSIZE:
                 raise CheckpointError(
                     f"{part.file}: {part.name} has dtype {part.dtype}; only "
-                    f"{', '.join(_ITEMSIZE)} are read: give an unquantised checkpoint"
+                    f"{', '.join(_ITEMSIZE)} are read: give an unquantized checkpoint"
                 )
     return skipped
 
@@ -480,7 +480,7 @@ def _empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames="transpose")
 def _write_device(buffer: Array, block: Array, start: tuple[int, ...], *, transpose: bool) -> Array:
-    """Puts a block of a stored tensor in its place, in the layout and dtype of the parameter."""
+    """Put a block of a stored tensor in its place, in the layout and dtype of the parameter."""
     block = (block.T if transpose else block).astype(buffer.dtype)
     block = block.reshape((1,) * (buffer.ndim - block.ndim) + block.shape)
     return jax.lax.dynamic_update_slice(buffer, block, start)

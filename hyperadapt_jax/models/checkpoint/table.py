@@ -23,7 +23,7 @@ class Tensor:
       path: the "/"-joined path of the parameter; where the name has "{layer}", the parameter holds
         all layers, stacked on axis 0.
       transpose: the checkpoint stores (out, in) and the parameter (in, out).
-      optional: the checkpoint may lack it: the parameter is then newly initialised, and reported.
+      optional: the checkpoint may lack it: the parameter is then newly initialized, and reported.
       aliases: other names of the same tensor, as with and without the prefix "bert."; a checkpoint
         may hold it under several, if all are equal.
       axes: one word for each axis of the parameter, outermost first, or nothing. ``layers`` are

@@ -66,7 +66,7 @@ def export(
     overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
-    """Writes parameters as a Hugging Face folder that any reader of the format can load.
+    """Write parameters as a Hugging Face folder that any reader of the format can load.
 
     One parameter at a time is asked for and one tensor at a time is fetched to the host. The folder
     appears under its name when it is complete; nothing is left behind by a failure.
@@ -83,9 +83,9 @@ def export(
         by weight, and no second model held.
       dtype: the dtype to store all tensors in; each parameter's own by default.
       max_shard_size: bytes per file, as a number or as "5GB"; more than one file gets an index.
-      overwrite: replaces the model in a folder that holds one: config.json and other files, no
+      overwrite: replace the model in a folder that holds one: config.json and other files, no
         folders.
-      progress: shows a bar on standard error when it takes longer than two seconds.
+      progress: show a bar on standard error when it takes longer than two seconds.
 
     Returns:
       The folder.
@@ -276,7 +276,7 @@ class _File:
 
 
 def _files(entries: Mapping[str, tuple[tuple[int, ...], np.dtype]], limit: int) -> list[_File]:
-    """Distributes tensors over files of at most `limit` bytes, in their order."""
+    """Distribute tensors over files of at most `limit` bytes, in their order."""
     groups: list[list[str]] = []
     free = 0
     for name, (shape, dtype) in entries.items():
@@ -301,7 +301,7 @@ def _files(entries: Mapping[str, tuple[tuple[int, ...], np.dtype]], limit: int) 
 
 
 def _file(name: str, entries: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> _File:
-    """Lays out one file: eight bytes of length, a JSON header, the tensors without gaps."""
+    """Lay out one file: eight bytes of length, a JSON header, the tensors without gaps."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     # The widest dtypes first, so that each tensor is aligned to its own.
@@ -318,7 +318,7 @@ def _file(name: str, entries: Mapping[str, tuple[tuple[int, ...], np.dtype]]) ->
 
 @contextlib.contextmanager
 def _new_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder beside the wanted one, which takes its name when all is written, or goes."""
+    """A folder next to the wanted one, which takes its name when all is written, or goes."""
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file")
     if folder.is_dir() and any(folder.iterdir()):

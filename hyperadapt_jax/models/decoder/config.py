@@ -33,7 +33,7 @@ class DecoderConfig:
       qkv_bias: query, key and value projections have a bias.
       out_bias: the attention's output projection has a bias.
       mlp_bias: the MLP's projections have a bias.
-      qk_norm: queries and keys are normalised per head.
+      qk_norm: queries and keys are normalized per head.
       fused: query, key and value are one matrix, gate and up another.
       tied: the head is the embedding.
       bos_token: first token of a sequence, or None.
@@ -77,7 +77,7 @@ class Dialect:
       head_dim: where left out; None for the width divided by the heads.
       norm_epsilon: ``rms_norm_eps``, where left out.
       qkv_bias: query, key and value projections have a bias, whatever the file says.
-      qk_norm: queries and keys are normalised per head.
+      qk_norm: queries and keys are normalized per head.
       fused: query, key and value are one matrix, gate and up another.
       windows: which layers a ``sliding_window`` is for; ``some`` are named by further fields.
       window: ``sliding_window``, where left out.

@@ -39,7 +39,7 @@ class EncoderOutput(NamedTuple):
 
 
 class Embeddings(nnx.Module):
-    """The sum of word, position and, if there are any, token-type vectors, normalised."""
+    """The sum of word, position and, if there are any, token-type vectors, normalized."""
 
     def __init__(self, config: EncoderConfig, *, param_dtype: jnp.dtype, rngs: nnx.Rngs):
         self.config = config
