@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hyperadapt_jax import models, paths
-from hyperadapt_jax.models import weights
+from hyperadapt_jax.models.checkpoint import hub
 from hyperadapt_jax.models.layers import check_attention
 
 from .errors import InputError, first_line
@@ -46,7 +45,7 @@ class Base:
 
     name: str
     config: models.Config
-    fn: models.build.Function
+    fn: models.auto.Function
     params: Any
     fresh: tuple[str, ...]
     folder: Path
@@ -62,18 +61,7 @@ def describe(options: ModelOptions, labels: int | None = None) -> Base:
     Raises:
       InputError: there is no such model, or it is none of those known here.
     """
-    folder = _folder(options)
-    try:
-        config = models.describe(folder)
-    except (ValueError, OSError) as error:
-        raise InputError(f"--model {options.model}: {error}") from error
-    if labels is not None:
-        if not isinstance(config, models.EncoderConfig):
-            raise InputError(
-                f"--model {options.model} is a decoder, {config.family}: this recipe needs an"
-                " encoder"
-            )
-        config = dataclasses.replace(config, labels=labels)
+    folder, config = _described(options, labels)
     fn, params = models.functional(models.abstract(config, **_settings(options)))
     return Base(options.model, config, fn, params, (), folder)
 
@@ -96,30 +84,23 @@ def load(
       InputError: as :func:`describe`, a file that is missing or damaged, or an attention that this
         machine cannot compute.
     """
-    described = describe(options, labels)
-    config = described.config
+    folder, config = _described(options, labels)
     try:
         check_attention(options.attention, jnp.dtype(options.dtype), config.head_dim)
     except ValueError as error:
         raise InputError(f"--attention: {error}; leave it out") from error
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            model = models.load(
-                described.folder, labels=labels, seed=seed, progress=not quiet, **_settings(options)
-            )
-        except (ValueError, OSError) as error:
-            raise InputError(f"--model {options.model}: {error}") from error
-    fresh: tuple[str, ...] = ()
-    for warning in caught:
-        if isinstance(warning.message, models.NewParametersWarning):
-            fresh += warning.message.paths
-        else:
-            warnings.warn_explicit(
-                warning.message, warning.category, warning.filename, warning.lineno
-            )
-    fn, params = models.functional(model)
-    return dataclasses.replace(described, fn=fn, params=params, fresh=fresh)
+    try:
+        fn, params, report = models.load_functional(
+            folder,
+            config=config,
+            labels=labels,
+            seed=seed,
+            progress=not quiet,
+            **_settings(options),
+        )
+    except (ValueError, OSError) as error:
+        raise InputError(f"--model {options.model}: {error}") from error
+    return Base(options.model, config, fn, params, report.initialised, folder)
 
 
 def tokenizer(options: ModelOptions) -> Any:
@@ -213,9 +194,25 @@ def _sums(array: jax.Array) -> jax.Array:
     return jnp.stack([bits.sum(dtype=jnp.uint32), mixed.sum(dtype=jnp.uint32)])
 
 
+def _described(options: ModelOptions, labels: int | None) -> tuple[Path, models.Config]:
+    """The model's folder and its architecture, with the head that is asked for."""
+    folder = _folder(options)
+    try:
+        config = models.describe(folder)
+    except (ValueError, OSError) as error:
+        raise InputError(f"--model {options.model}: {error}") from error
+    if labels is None:
+        return folder, config
+    if not isinstance(config, models.EncoderConfig):
+        raise InputError(
+            f"--model {options.model} is a decoder, {config.family}: this recipe needs an encoder"
+        )
+    return folder, dataclasses.replace(config, labels=labels)
+
+
 def _folder(options: ModelOptions) -> Path:
     try:
-        return weights.resolve(options.model, revision=options.revision)
+        return hub.resolve(options.model, revision=options.revision)
     except FileNotFoundError as error:
         raise InputError(f"--model: {error}") from error
 

@@ -13,7 +13,7 @@ import jax
 import hyperadapt_jax as ha
 from hyperadapt_jax import models, paths
 from hyperadapt_jax.adapter_io import CONFIG
-from hyperadapt_jax.models import weights
+from hyperadapt_jax.models.checkpoint import hub, reading
 
 from .base import Base, describe
 from .errors import InputError
@@ -48,7 +48,7 @@ class Trained:
     @property
     def dtype(self) -> str:
         """The dtype in which the base is stored, as its config.json says; else float32."""
-        config = weights.read_json(self.base.folder, "config.json")
+        config = hub.read_json(self.base.folder, "config.json")
         name = config.get("dtype") or config.get("torch_dtype")
         return name if name in ("bfloat16", "float16") else "float32"
 
@@ -64,7 +64,7 @@ class Trained:
         row = next(tensor for tensor in models.tensors(self.base.config) if tensor.path == path)
         like = {path: jax.ShapeDtypeStruct(shape, dtype)}
         others = [".*"]  # this parameter's tensors alone are looked at
-        tree, _ = weights.load(self.base.folder, [row], like, ignored=others, progress=False)
+        tree, _ = reading.load(self.base.folder, [row], like, ignored=others, progress=False)
         return tree[path]
 
     @functools.cached_property

@@ -1,6 +1,6 @@
 """Plain Flax NNX models, read straight from Hugging Face folders; they know nothing of adapters."""
 
-from hyperadapt_jax.models.build import (
+from hyperadapt_jax.models.auto import (
     NewParametersWarning,
     abstract,
     create,
@@ -8,23 +8,20 @@ from hyperadapt_jax.models.build import (
     export,
     functional,
     load,
+    load_functional,
+    logical_axes,
     targets,
     tensors,
     with_params,
 )
-from hyperadapt_jax.models.config import (
-    Config,
-    DecoderConfig,
-    EncoderConfig,
-    Rope,
-    config_from_dict,
-    config_to_dict,
-    read_config,
-)
-from hyperadapt_jax.models.decoder import Cache, Decoder, open_cache
-from hyperadapt_jax.models.encoder import Encoder, EncoderOutput
+from hyperadapt_jax.models.checkpoint.table import CheckpointError, Report, Tensor
+from hyperadapt_jax.models.decoder.config import DecoderConfig
+from hyperadapt_jax.models.decoder.model import Cache, Decoder, open_cache
+from hyperadapt_jax.models.encoder.config import EncoderConfig
+from hyperadapt_jax.models.encoder.model import Encoder, EncoderOutput
 from hyperadapt_jax.models.generate import Sampling, decode, generate
-from hyperadapt_jax.models.weights import CheckpointError, Tensor
+from hyperadapt_jax.models.registry import Config, config_from_dict, config_to_dict, read_config
+from hyperadapt_jax.models.rope import Rope
 
 __all__ = [
     "Cache",
@@ -36,6 +33,7 @@ __all__ = [
     "EncoderConfig",
     "EncoderOutput",
     "NewParametersWarning",
+    "Report",
     "Rope",
     "Sampling",
     "Tensor",
@@ -49,6 +47,8 @@ __all__ = [
     "functional",
     "generate",
     "load",
+    "load_functional",
+    "logical_axes",
     "open_cache",
     "read_config",
     "targets",

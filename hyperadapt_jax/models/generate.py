@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hyperadapt_jax.models.decoder import Cache, open_cache
+from hyperadapt_jax.models.decoder.model import Cache, open_cache
 from hyperadapt_jax.models.layers import check_range
 
 Array = jax.Array

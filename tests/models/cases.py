@@ -60,6 +60,20 @@ def _encoder(family: str, name: str, **fields: Any) -> dict[str, Any]:
     } | fields
 
 
+def _distilbert(name: str, **fields: Any) -> dict[str, Any]:
+    return {
+        "model_type": "distilbert",
+        "architectures": [name],
+        "vocab_size": 23,
+        "dim": 16,
+        "hidden_dim": 20,
+        "n_layers": 2,
+        "n_heads": 4,
+        "max_position_embeddings": 20,
+        "pad_token_id": 0,
+    } | fields
+
+
 _LABELS = {"id2label": {"0": "no", "1": "yes", "2": "maybe"}}
 _LABELS["label2id"] = {name: int(number) for number, name in _LABELS["id2label"].items()}
 _LONGROPE = {"type": "longrope", "short_factor": [1.0, 1.5, 2.0], "long_factor": [1.5, 4.0, 9.0]}
@@ -184,6 +198,10 @@ CASES: dict[str, Case] = {
             problem_type="regression",
         ),
         "left",
+    ),
+    "distilbert": Case(_distilbert("DistilBertModel", sinusoidal_pos_embds=True), "right"),
+    "distilbert-classifier": Case(
+        _distilbert("DistilBertForSequenceClassification", activation="relu", **_LABELS), "right"
     ),
 }
 

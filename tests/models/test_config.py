@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from hyperadapt_jax import models
+from hyperadapt_jax.models.registry import FAMILIES
 from tests.models import cases
 
 
@@ -104,6 +105,7 @@ def test_both_spellings_of_rope_scaling_are_read_alike() -> None:
         ("bert", {"sentence_transformers": {"version": "4.0"}, "_num_labels": 5}),
         ("bert", {"sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity"}),
         ("roberta", {"language": "english", "name": "Roberta", "use_return_dict": True}),
+        ("distilbert", {"qa_dropout": 0.3, "tie_weights_": True, "sinusoidal_pos_embds": False}),
     ],
 )
 def test_fields_without_effect_are_passed_over(case: str, more: dict[str, Any]) -> None:
@@ -257,7 +259,7 @@ WRONG = ["x", [], ["x"], {}, {"a": 1}, [["x"]], 10**400, -(10**400), 10**12, flo
 
 
 @pytest.mark.parametrize(
-    "case", ["llama3", "phi4-mini-long", "qwen2-sliding", "qwen3-yarn", "roberta"]
+    "case", ["llama3", "phi4-mini-long", "qwen2-sliding", "qwen3-yarn", "roberta", "distilbert"]
 )
 def test_a_bad_value_is_an_error_that_names_its_field(case: str) -> None:
     """Whatever stands in a field, the configuration is read or refused, in one line and at once."""
@@ -298,6 +300,9 @@ def test_a_bad_value_is_an_error_that_names_its_field(case: str) -> None:
         ("roberta", {"pad_token_id": -1}, "pad_token_id"),
         ("roberta", {"pad_token_id": 19}, "pad_token_id"),
         ("bert-classifier", {"id2label": {}}, "id2label"),
+        ("distilbert", {"n_layers": 10**9}, "n_layers.*at most 10000"),
+        ("distilbert", {"n_heads": 3}, "n_heads.*does not divide dim 16"),
+        ("distilbert", {"pad_token_id": -1}, "pad_token_id"),
         ("llama2", {"unheard_of": [[[[[["deep"] * 99] * 99]]]]}, "unheard_of.*not understood"),
     ],
 )
@@ -340,7 +345,9 @@ OTHERS = {
     "bert-large-uncased-whole-word-masking-finetuned-squad": "architectures.*QuestionAnswering",
     "deepset/roberta-base-squad2": "architectures.*QuestionAnswering",
     "dslim/bert-base-NER": "architectures.*TokenClassification",
-    "almanach/camembert-base": "'num_attention_heads' is missing",  # the list gives a stub
+    # The list gives stubs of these.
+    "almanach/camembert-base": "'num_attention_heads' is missing",
+    "distilbert/distilbert-base-uncased": "'dim' is missing",
 }
 
 
@@ -350,13 +357,12 @@ def test_public_configurations_are_read_or_refused_as_they_should_be(
     file = shared / "cases" / "models" / "configs.json"
     if not file.is_file():
         pytest.skip(f"needs {file}")
-    families = {"llama", "mistral", "qwen2", "qwen3", "phi3", "bert", "roberta", "xlm-roberta"}
     wrong, read = [], 0
     for number, (name, entry) in enumerate(json.loads(file.read_text()).items()):
         folder = tmp_path / str(number)
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(entry["config"]))
-        known = entry["config"].get("model_type") in families | {"camembert"}
+        known = entry["config"].get("model_type") in FAMILIES
         reason = OTHERS.get(name, None if known else "model_type")
         if name == "nvidia/Llama-3.1-70B-Instruct-FP8":  # config.json does not say so
             (folder / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')

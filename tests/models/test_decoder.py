@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from hyperadapt_jax import models
-from hyperadapt_jax.models import decoder
+from hyperadapt_jax.models.decoder import model as decoder
 from hyperadapt_jax.models.layers import check_attention
 from tests.models import cases
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +12,18 @@ import pytest
 import hyperadapt_jax as ha
 from hyperadapt_jax import models
 from hyperadapt_jax.models import layers
+from hyperadapt_jax.models.encoder import model
 from tests.models import cases
 
-ENCODERS = ("bert", "bert-classifier", "roberta", "roberta-classifier", "xlm-roberta-regression")
+ENCODERS = (
+    "bert",
+    "bert-classifier",
+    "roberta",
+    "roberta-classifier",
+    "xlm-roberta-regression",
+    "distilbert",
+    "distilbert-classifier",
+)
 
 
 def make(name: str, **options):
@@ -29,12 +40,13 @@ def test_what_each_family_returns(name: str) -> None:
     assert shapes.sequence.shape == (3, 7, 16)
     classifier = config.labels is not None
     assert (shapes.logits is not None) == classifier
-    assert (shapes.pooled is None) == (classifier and config.family != "bert")
+    pooled = config.family == "bert" or not (classifier or config.family == "distilbert")
+    assert (shapes.pooled is not None) == pooled
     if classifier:
         assert shapes.logits.shape == (3, config.labels)
 
 
-@pytest.mark.parametrize("name", ["bert-classifier", "roberta-classifier"])
+@pytest.mark.parametrize("name", ["bert-classifier", "roberta-classifier", "distilbert-classifier"])
 def test_dropout_follows_its_key(name: str) -> None:
     config, fn, params = make(name)
     tokens = cases.batch(config, "none")["tokens"]
@@ -44,6 +56,33 @@ def test_dropout_follows_its_key(name: str) -> None:
     still = fn(params, tokens).logits
     np.testing.assert_array_equal(still, fn(params, tokens).logits)
     assert np.abs(one - still).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("bert-classifier", [0.1, 0.1, 0.1, 0.3]),
+        ("roberta-classifier", [0.1, 0.1, 0.1, 0.3, 0.3]),
+        ("distilbert-classifier", [0.1, 0.0, 0.1, 0.3]),
+    ],
+)
+def test_each_family_drops_where_its_reference_does(
+    name: str, expected: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the embedding, on the outputs of attention and of the MLP, in the head."""
+    config = models.config_from_dict(cases.CASES[name].config)
+    config = dataclasses.replace(config, dropout=0.1, attention_dropout=0.0, head_dropout=0.3)
+    rates = []
+
+    def record(x, rate, rng):
+        rates.append(rate)
+        return layers.dropout(x, rate, rng)
+
+    monkeypatch.setattr(model, "dropout", record)
+    fn, params = models.functional(models.abstract(config))
+    tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    jax.eval_shape(lambda p, t: fn(p, t, rng=jax.random.key(0)), params, tokens)
+    assert rates == expected
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -116,6 +155,13 @@ def test_token_types_count() -> None:
     )
     types[:, 5:] = 1
     assert np.abs(fn(params, tokens).pooled - fn(params, tokens, token_types=types).pooled).max()
+
+
+def test_token_types_that_a_model_lacks_are_refused() -> None:
+    config, fn, params = make("distilbert")
+    tokens = cases.batch(config, "none")["tokens"]
+    with pytest.raises(ValueError, match="token_types: this model has none"):
+        fn(params, tokens, token_types=np.zeros_like(tokens))
 
 
 def test_a_row_longer_than_the_position_table_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""Bidirectional encoders of the BERT shape: BERT, RoBERTa and XLM-RoBERTa."""
+"""Bidirectional encoders of the BERT shape: BERT, RoBERTa, XLM-RoBERTa and DistilBERT."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hyperadapt_jax.models.config import EncoderConfig
+from hyperadapt_jax.models.encoder.config import EncoderConfig
 from hyperadapt_jax.models.layers import (
     ACTIVATIONS,
     REMAT,
@@ -20,7 +20,6 @@ from hyperadapt_jax.models.layers import (
     dropout,
     dropout_attention,
 )
-from hyperadapt_jax.models.weights import Tensor
 
 Array = jax.Array
 
@@ -40,31 +39,35 @@ class EncoderOutput(NamedTuple):
 
 
 class Embeddings(nnx.Module):
-    """The sum of word, position and token-type vectors, normalised."""
+    """The sum of word, position and, if there are any, token-type vectors, normalized."""
 
     def __init__(self, config: EncoderConfig, *, param_dtype: jnp.dtype, rngs: nnx.Rngs):
         self.config = config
         shared = {"param_dtype": param_dtype, "rngs": rngs}
         self.words = Embedding(config.vocab_size, config.width, **shared)
         self.positions = Embedding(config.positions, config.width, **shared)
-        self.types = Embedding(config.token_types, config.width, **shared)
+        if config.token_types:
+            self.types = Embedding(config.token_types, config.width, **shared)
         self.norm = LayerNorm(config.width, config.norm_epsilon, param_dtype=param_dtype)
 
     def __call__(
-        self, tokens: Array, token_types: Array, positions: Array | None, dtype: jnp.dtype
+        self, tokens: Array, token_types: Array | None, positions: Array | None, dtype: jnp.dtype
     ) -> Array:
         if positions is None:
             positions = self._count(tokens)
-        x = self.words(tokens, dtype) + self.types(token_types, dtype)
+        x = self.words(tokens, dtype)
+        if self.config.token_types:
+            types = jnp.zeros_like(tokens) if token_types is None else token_types
+            x = x + self.types(types, dtype)
         return self.norm(x + self.positions(positions, dtype))
 
     def _count(self, tokens: Array) -> Array:
-        """Places from zero in BERT; in RoBERTa from after ``pad_token``, where padding stays."""
-        if self.config.family == "bert":
+        """Rows of the position table: from zero, or from the first one with padding before it."""
+        first = self.config.first_position
+        if first == 0:
             return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        pad = self.config.pad_token
-        real = (tokens != pad).astype(jnp.int32)
-        return jnp.cumsum(real, axis=1) * real + pad
+        real = (tokens != self.config.pad_token).astype(jnp.int32)
+        return jnp.cumsum(real, axis=1) * real + first - 1
 
 
 class Layer(nnx.Module):
@@ -107,26 +110,31 @@ class Layer(nnx.Module):
         else:
             y = dropout_attention(q, k, v, mask, config.attention_dropout, for_weights)
         y = self.o(y.reshape(x.shape))
-        x = self.attn_norm(x + dropout(y, config.dropout, for_attention))
+        rate = config.dropout if config.out_dropout is None else config.out_dropout
+        x = self.attn_norm(x + dropout(y, rate, for_attention))
         y = self.down(ACTIVATIONS[config.activation](self.up(x)))
         return self.mlp_norm(x + dropout(y, config.dropout, for_mlp))
 
 
 class Classifier(nnx.Module):
-    """The head: one projection in BERT, two with a tanh between them in RoBERTa."""
+    """The head: a projection of the pooler's output, or of a hidden layer of its own."""
 
     def __init__(self, config: EncoderConfig, *, param_dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.rate = config.head_dropout
+        self.config = config
         shared = {"param_dtype": param_dtype, "rngs": rngs}
-        if not config.pooler:
+        if config.head != "pooled":
             self.dense = Linear(config.width, config.width, **shared)
         self.out = Linear(config.width, config.labels, **shared)
 
     def __call__(self, x: Array, rng: Array | None) -> Array:
         before, between = (None, None) if rng is None else jax.random.split(rng)
-        x = dropout(x, self.rate, before)
-        if hasattr(self, "dense"):
-            x = dropout(jnp.tanh(self.dense(x)), self.rate, between)
+        rate, head = self.config.head_dropout, self.config.head
+        if head == "relu":
+            x = dropout(jax.nn.relu(self.dense(x)), rate, between)
+        else:
+            x = dropout(x, rate, before)
+        if head == "tanh":
+            x = dropout(jnp.tanh(self.dense(x)), rate, between)
         return self.out(x, precise=True)
 
 
@@ -190,7 +198,8 @@ class Encoder(nnx.Module):
         Args:
           tokens: token numbers, ``[B, T]`` integers.
           mask: True at tokens, False at padding, ``[B, T]``; all True if not given.
-          token_types: which part a token belongs to, ``[B, T]``; zero if not given.
+          token_types: which part a token belongs to, ``[B, T]``; zero if not given. Not every
+            family tells them apart.
           positions: rows of the position table, ``[B, T]``; counted as the family does if not
             given.
           segment_ids: number of the sequence that a token belongs to, ``[B, T]``, where several
@@ -201,8 +210,9 @@ class Encoder(nnx.Module):
           An `EncoderOutput`.
 
         Raises:
-          ValueError: shapes do not fit, the row is longer than the position table, or (outside
-            ``jit``) a number is outside its table; under ``jit`` such a number gives NaN.
+          ValueError: shapes do not fit, there are no token types, the row is longer than the
+            position table, or (outside ``jit``) a number is outside its table; under ``jit`` such a
+            number gives NaN.
         """
         config = self.config
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
@@ -225,10 +235,10 @@ class Encoder(nnx.Module):
         if positions is not None:
             check_range("positions", positions, config.positions)
         if token_types is not None:
+            if not config.token_types:
+                raise ValueError("token_types: this model has none; leave them out")
             check_range("token_types", token_types, config.token_types)
         for_embed, for_layers, for_head = (None,) * 3 if rng is None else jax.random.split(rng, 3)
-        if token_types is None:
-            token_types = jnp.zeros_like(tokens)
         x = self.embed(tokens, token_types, positions, self.dtype)
         x = dropout(x, config.dropout, for_embed)
         x = self._run(x, _visible(mask, segment_ids), for_layers)
@@ -257,87 +267,3 @@ def _visible(mask: Array | None, segment_ids: Array | None) -> Array | None:
         same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
         visible = same if visible is None else visible & same
     return visible
-
-
-# The heads of a checkpoint stand beside the encoder: those of pre-training, and a classifier.
-PRETRAINING_HEADS = r"(cls|lm_head)\..*"
-WORDS_HEAD = r"(cls\.predictions|lm_head)\..*"
-SENTENCES_HEAD = r"cls\.seq_relationship\..*"
-CLASSIFIER = r"classifier\..*"
-
-
-def tensors(config: EncoderConfig) -> tuple[Tensor, ...]:
-    """The checkpoint's tensors and their places, each parameter exactly once.
-
-    Args:
-      config: the architecture.
-
-    Returns:
-      One `Tensor` per parameter; the pooler and the head may be missing in a checkpoint.
-    """
-    prefix = "bert." if config.family == "bert" else "roberta."
-    # A checkpoint of the model alone has no prefix; one with a head has it.
-    prefixed = config.labels is not None
-    table: list[Tensor] = []
-
-    def add(bare: str, path: str, transpose: bool = False, optional: bool = False) -> None:
-        name, alias = (prefix + bare, bare) if prefixed else (bare, prefix + bare)
-        table.append(Tensor(name, path, transpose, optional, aliases=(alias,)))
-
-    def linear(name: str, path: str, **options: bool) -> None:
-        add(f"{name}.weight", f"{path}/kernel", transpose=True, **options)
-        add(f"{name}.bias", f"{path}/bias", **options)
-
-    def norm(name: str, path: str) -> None:
-        # Checkpoints of TensorFlow's age say gamma and beta.
-        for new, old, part in (("weight", "gamma", "scale"), ("bias", "beta", "bias")):
-            add(f"{name}.{new}", f"{path}/{part}")
-            last = table.pop()
-            old_names = tuple(n.removesuffix(new) + old for n in (last.name, *last.aliases))
-            table.append(Tensor(last.name, last.path, aliases=(*last.aliases, *old_names)))
-
-    for name, path in (("word", "words"), ("position", "positions"), ("token_type", "types")):
-        add(f"embeddings.{name}_embeddings.weight", f"embed/{path}/embedding")
-    norm("embeddings.LayerNorm", "embed/norm")
-    layer = "encoder.layer.{layer}"
-    for name, path in (("query", "q"), ("key", "k"), ("value", "v")):
-        linear(f"{layer}.attention.self.{name}", f"layers/{path}")
-    linear(f"{layer}.attention.output.dense", "layers/o")
-    norm(f"{layer}.attention.output.LayerNorm", "layers/attn_norm")
-    linear(f"{layer}.intermediate.dense", "layers/up")
-    linear(f"{layer}.output.dense", "layers/down")
-    norm(f"{layer}.output.LayerNorm", "layers/mlp_norm")
-    if config.pooler:
-        linear("pooler.dense", "pooler", optional=True)
-    if config.labels is not None:
-        # The head stands beside the encoder, without its prefix.
-        parts = (
-            (("classifier", "out"),)
-            if config.pooler
-            else (
-                ("classifier.dense", "dense"),
-                ("classifier.out_proj", "out"),
-            )
-        )
-        for name, path in parts:
-            table.append(Tensor(f"{name}.weight", f"classifier/{path}/kernel", True, optional=True))
-            table.append(Tensor(f"{name}.bias", f"classifier/{path}/bias", optional=True))
-    return tuple(table)
-
-
-def ignored(config: EncoderConfig) -> tuple[str, ...]:
-    """Patterns of checkpoint names that hold no parameter of the model.
-
-    Args:
-      config: the architecture.
-
-    Returns:
-      Full-match regular expressions: tables of positions, heads that predict tokens, and the
-      pooler and classifier where the model has none.
-    """
-    patterns = (r"((bert|roberta)\.)?embeddings\.(position_ids|token_type_ids)", PRETRAINING_HEADS)
-    if not config.pooler:
-        patterns += (r"((bert|roberta)\.)?pooler\..*",)
-    if config.labels is None:
-        patterns += (CLASSIFIER,)
-    return patterns

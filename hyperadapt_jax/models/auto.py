@@ -15,32 +15,30 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from hyperadapt_jax import paths
-from hyperadapt_jax.models import decoder, encoder, weights
-from hyperadapt_jax.models.config import (
-    Config,
-    DecoderConfig,
-    EncoderConfig,
-    config_to_dict,
-    read_config,
-)
-from hyperadapt_jax.models.decoder import Decoder
-from hyperadapt_jax.models.encoder import Encoder
+from hyperadapt_jax.models.checkpoint import hub, reading, writing
+from hyperadapt_jax.models.checkpoint.reading import Checkpoint
+from hyperadapt_jax.models.checkpoint.table import Report, Tensor
+from hyperadapt_jax.models.decoder.config import DecoderConfig
+from hyperadapt_jax.models.decoder.model import Decoder
+from hyperadapt_jax.models.encoder.config import EncoderConfig
+from hyperadapt_jax.models.encoder.model import Encoder
+from hyperadapt_jax.models.registry import Config, config_to_dict, family_of, read_config
 
 Model = Decoder | Encoder
 Params = Mapping[str, Any]
 
-# Which projections each preset takes, by their role in the layer.
-PRESETS: dict[str, tuple[str, ...]] = {
-    "qv": ("q", "v"),
-    "qkvo": ("q", "k", "v", "o"),
-    "qkvud": ("q", "k", "v", "up", "down"),
-    "all-linear": ("q", "k", "v", "o", "gate", "up", "down"),
+# Which projections of the layers each preset takes, by their names; None for all.
+PRESETS: dict[str, frozenset[str] | None] = {
+    "qv": frozenset({"q", "v"}),
+    "qkvo": frozenset({"q", "k", "v", "o"}),
+    "qkvud": frozenset({"q", "k", "v", "up", "down"}),
+    "all-linear": None,
 }
-_FUSED = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
+_FUSED = {"qkv": frozenset({"q", "k", "v"}), "gate_up": frozenset({"gate", "up"})}
 
 
 def create(config: Config, *, seed: int = 0, **options: Any) -> Model:
-    """Make a newly initialised model.
+    """Make a newly initialized model.
 
     Args:
       config: the architecture.
@@ -54,8 +52,7 @@ def create(config: Config, *, seed: int = 0, **options: Any) -> Model:
     Raises:
       ValueError: an option has an unknown value.
     """
-    kind = Decoder if isinstance(config, DecoderConfig) else Encoder
-    return kind(config, rngs=nnx.Rngs(params=seed), **options)
+    return family_of(config).module(config, rngs=nnx.Rngs(params=seed), **options)
 
 
 def abstract(config: Config, **options: Any) -> Model:
@@ -134,7 +131,7 @@ def with_params(config: Config, params: Params, **options: Any) -> Model:
 
 
 class NewParametersWarning(UserWarning):
-    """A checkpoint lacks parameters of the model, which were newly initialised.
+    """A checkpoint lacks parameters of the model, which were newly initialized.
 
     Attributes:
       paths: those parameters.
@@ -142,7 +139,7 @@ class NewParametersWarning(UserWarning):
 
     def __init__(self, folder: str | os.PathLike[str], paths: Sequence[str]):
         super().__init__(
-            f"{folder}: newly initialised, since the checkpoint lacks them: {', '.join(paths)}"
+            f"{folder}: newly initialized, since the checkpoint lacks them: {', '.join(paths)}"
         )
         self.paths = tuple(paths)
 
@@ -183,8 +180,58 @@ def load(
       FileNotFoundError: there is no such folder or repository.
       ValueError: the configuration or the weights are not those of a model known here.
     """
-    folder = weights.resolve(path_or_name, revision=revision, cache_dir=cache_dir)
-    config = describe(folder)
+    folder = hub.resolve(path_or_name, revision=revision, cache_dir=cache_dir)
+    fn, params, report = load_functional(
+        folder, labels=labels, mesh=mesh, rules=rules, seed=seed, progress=progress, **options
+    )
+    if report.initialised:
+        warnings.warn(NewParametersWarning(folder, report.initialised), stacklevel=2)
+    return nnx.merge(fn.graph, params)
+
+
+def load_functional(
+    path_or_name: str | os.PathLike[str],
+    *,
+    config: Config | None = None,
+    labels: int | None = None,
+    mesh: Mesh | None = None,
+    rules: Sequence[tuple[str, PartitionSpec]] = (),
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    **options: Any,
+) -> tuple[Function, Params, Report]:
+    """Load a model from a Hugging Face folder as a pure function and its tree of parameters.
+
+    Args:
+      path_or_name: as for `load`.
+      config: the architecture, as `describe` gives it, where it is known already.
+      labels, mesh, rules, revision, cache_dir, seed, progress: as for `load`.
+      **options: as for `create`.
+
+    Returns:
+      ``(fn, params, report)``: the first two as `functional` gives them; the report names the
+      parameters that the checkpoint filled, and those that it lacked and that are new.
+
+    Raises:
+      FileNotFoundError: there is no such folder or repository.
+      ValueError: the configuration or the weights are not those of a model known here.
+
+    >>> import tempfile
+    >>> from hyperadapt_jax import models
+    >>> config = models.config_from_dict(dict(model_type="bert", vocab_size=9, hidden_size=8,
+    ...     intermediate_size=16, num_hidden_layers=2, num_attention_heads=2))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = models.export(folder, models.create(config))
+    ...     fn, params, report = models.load_functional(folder, labels=3)
+    >>> report.initialised
+    ('classifier/out/bias', 'classifier/out/kernel')
+    """
+    folder = hub.resolve(path_or_name, revision=revision, cache_dir=cache_dir)
+    checkpoint = Checkpoint(folder)
+    if config is None:
+        config = _describe(checkpoint)
     renewed: tuple[str, ...] = ()
     if labels is not None:
         if not isinstance(config, EncoderConfig) or labels < 1:
@@ -193,8 +240,8 @@ def load(
                 f"{folder} is {config.family}"
             )
         config = dataclasses.replace(config, labels=labels)
-        renewed = _other_labels(folder, config)
-    fn, params = functional(abstract(config, **options))
+        renewed = _other_labels(config, checkpoint)
+    fn, abstract_params = functional(abstract(config, **options))
 
     def initial(path: str) -> jax.Array:
         def make() -> jax.Array:
@@ -204,27 +251,26 @@ def load(
         # Compiled, so that nothing but this one parameter is ever allocated.
         return jax.jit(make)()
 
-    params, report = weights.load(
-        folder,
-        tensors(config),
-        params,
-        ignored=_module(config).ignored(config),
+    family = family_of(config)
+    params, report = reading.load(
+        checkpoint,
+        family.tensors(config),
+        abstract_params,
+        ignored=family.ignored(config),
         renewed=renewed,
         initial=initial,
         mesh=mesh,
         rules=rules,
         progress=progress,
     )
-    if report.initialised:
-        warnings.warn(NewParametersWarning(folder, report.initialised), stacklevel=2)
-    return nnx.merge(fn.graph, params)
+    return fn, params, report
 
 
 def describe(folder: str | os.PathLike[str]) -> Config:
     """Read the configuration of a folder's model: its ``config.json``, as the weights have it.
 
-    A head that is stored beside the embedding is the head, whatever ``tie_word_embeddings`` says,
-    unless both are equal; and a pooler is there if it is stored. A folder without weights is
+    A head that is stored together with the embedding is the head, whatever ``tie_word_embeddings``
+    says, unless both are equal; and a pooler is there if it is stored. A folder without weights is
     described by its ``config.json`` alone.
 
     Args:
@@ -237,34 +283,19 @@ def describe(folder: str | os.PathLike[str]) -> Config:
       FileNotFoundError: there is no ``config.json``.
       ValueError: the configuration or the weights are not those of a model known here.
     """
-    config = read_config(folder)
-    if not weights.has_weights(folder):
-        return config
-    if isinstance(config, EncoderConfig):
-        rows = (row for row in tensors(config) if row.path.startswith("pooler/"))
-        stored = weights.shapes(folder)
-        pooled = any(name in stored for row in rows for name in row.names(0))
-        return dataclasses.replace(config, pooled=pooled or config.labels is not None)
-    if config.tied:
-        embed = _stored_name(folder, config, "embed/embedding")
-        other = embed != decoder.HEAD and decoder.HEAD in weights.shapes(folder)
-        tied = not other or weights.equal(folder, decoder.HEAD, embed)
-        return dataclasses.replace(config, tied=tied)
-    return config
+    return _describe(Checkpoint(Path(folder)))
 
 
-def _stored_name(folder: str | os.PathLike[str], config: Config, path: str) -> str | None:
-    """What a folder's checkpoint calls the tensor of a parameter."""
-    (row,) = (row for row in tensors(config) if row.path == path)
-    stored = weights.shapes(folder)
-    return next((name for name in row.names(0) if name in stored), None)
+def _describe(checkpoint: Checkpoint) -> Config:
+    config = read_config(checkpoint.folder)
+    return family_of(config).as_stored(config, checkpoint) if checkpoint.exists() else config
 
 
-def _other_labels(folder: Path, config: EncoderConfig) -> tuple[str, ...]:
+def _other_labels(config: EncoderConfig, checkpoint: Checkpoint) -> tuple[str, ...]:
     """The parameters of the head that the checkpoint has for another number of labels."""
     last = [row for row in tensors(config) if row.path.startswith("classifier/out/")]
-    stored, labels = weights.shapes(folder), (config.labels,)
-    fits = all(stored.get(row.name, labels)[:1] == labels for row in last)
+    stored = [checkpoint.tensors[row.name] for row in last if row.name in checkpoint.tensors]
+    fits = all(tensor.shape[:1] == (config.labels,) for tensor in stored)
     return () if fits else tuple(row.path for row in last)
 
 
@@ -306,14 +337,15 @@ def export(
     config = model.config
     raw, carried = config_to_dict(config), ()
     if source is not None:
-        source = weights.resolve(source)
-        described = describe(source)
-        raw = _config_of_export(config, described, source)
+        source = hub.resolve(source)
+        checkpoint = Checkpoint(source)
+        described, theirs = _describe(checkpoint), hub.read_json(source, "config.json")
+        raw = _config_of_export(config, described, theirs)
         if isinstance(config, EncoderConfig) and config == described and config.labels is None:
-            carried = _other_heads(config, source)
-            if _lacks_head(raw.get("architectures") or (), carried):
+            carried = _other_heads(config, checkpoint, theirs)
+            if _lacks_head(config, raw.get("architectures") or (), carried):
                 raw |= {"architectures": config_to_dict(config)["architectures"]}
-    return weights.export(
+    return writing.export(
         folder,
         tensors(config),
         functional(model)[1] if params is None else params,
@@ -328,9 +360,11 @@ def export(
     )
 
 
-def _config_of_export(config: Config, described: Config, source: Path) -> dict[str, Any]:
+def _config_of_export(
+    config: Config, described: Config, theirs: Mapping[str, Any]
+) -> dict[str, Any]:
     """The fields of ``config.json``: the source's, which say more, where they are of this model."""
-    ours, theirs = config_to_dict(config), weights.read_json(source, "config.json")
+    ours = config_to_dict(config)
     # Remote code stays behind, and these are the model's own.
     dropped, own = {"auto_map"}, set()
     if isinstance(config, DecoderConfig):
@@ -345,36 +379,31 @@ def _config_of_export(config: Config, described: Config, source: Path) -> dict[s
     return kept | {name: ours[name] for name in sorted(own) if name in ours}
 
 
-def _lacks_head(architectures: Sequence[str], names: Sequence[str]) -> bool:
+def _lacks_head(config: Config, architectures: Sequence[str], names: Sequence[str]) -> bool:
     """Whether an architecture has a head of which no tensor is there: readers would make one up."""
-    heads = {
-        "ForMaskedLM": encoder.WORDS_HEAD,
-        "ForPreTraining": encoder.SENTENCES_HEAD,
-        "ForSequenceClassification": encoder.CLASSIFIER,
-    }
+    heads = family_of(config).heads
     wanted = [heads[end] for end in heads for name in architectures if name.endswith(end)]
     return not all(any(re.fullmatch(head, name) for name in names) for head in wanted)
 
 
-def _other_heads(config: EncoderConfig, source: Path) -> tuple[str, ...]:
+def _other_heads(
+    config: EncoderConfig, checkpoint: Checkpoint, raw: Mapping[str, Any]
+) -> tuple[str, ...]:
     """The tensors of the heads that an encoder leaves out, but for a tied copy of the embedding.
 
     They are written as they are, so that the architecture of ``config.json`` is there: a head is
     frozen like all else that is not trained.
     """
-    heads = re.compile(f"{encoder.PRETRAINING_HEADS}|{encoder.CLASSIFIER}")
-    names = [name for name in weights.shapes(source) if heads.fullmatch(name)]
-    if weights.read_json(source, "config.json").get("tie_word_embeddings") is False:
-        return tuple(names)
-    words = _stored_name(source, config, "embed/words/embedding")
-    return tuple(
-        name
-        for name in names
-        if not (name.endswith("decoder.weight") and weights.equal(source, name, words))
-    )
+    heads = re.compile("|".join(family_of(config).heads.values()))
+    names = tuple(name for name in checkpoint.tensors if heads.fullmatch(name))
+    (row,) = (row for row in tensors(config) if row.path == "embed/words/embedding")
+    words = checkpoint.name_of(row)
+    if raw.get("tie_word_embeddings") is False or words is None:
+        return names
+    return tuple(name for name in names if not checkpoint.equal(name, words))
 
 
-def tensors(config: Config) -> tuple[weights.Tensor, ...]:
+def tensors(config: Config) -> tuple[Tensor, ...]:
     """The table of a model's tensors: name in the checkpoint, path among the parameters.
 
     Args:
@@ -383,11 +412,27 @@ def tensors(config: Config) -> tuple[weights.Tensor, ...]:
     Returns:
       One entry per parameter.
     """
-    return _module(config).tensors(config)
+    return family_of(config).tensors(config)
 
 
-def _module(config: Config) -> Any:
-    return decoder if isinstance(config, DecoderConfig) else encoder
+def logical_axes(config: Config) -> dict[str, str]:
+    """What each axis of each parameter stands for.
+
+    Args:
+      config: the architecture.
+
+    Returns:
+      By the parameter's path, one word for each of its axes, outermost first: the words that
+      `Tensor.axes` lists.
+
+    >>> from hyperadapt_jax import models
+    >>> config = models.config_from_dict(dict(model_type="qwen3", vocab_size=9, hidden_size=8,
+    ...     intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, head_dim=4))
+    >>> axes = models.logical_axes(config)
+    >>> axes["layers/q/kernel"], axes["embed/embedding"]
+    ('layers embed heads', 'vocab embed')
+    """
+    return {tensor.path: tensor.axes for tensor in tensors(config)}
 
 
 def targets(model: Model | Config, preset: str) -> tuple[tuple[str, str], ...]:
@@ -414,9 +459,11 @@ def targets(model: Model | Config, preset: str) -> tuple[tuple[str, str], ...]:
     if preset not in PRESETS:
         raise ValueError(f"preset {preset!r}: expected one of {', '.join(PRESETS)}")
     config = getattr(model, "config", model)
-    names = PRESETS[preset]
-    if not isinstance(config, DecoderConfig):
-        names = tuple(name for name in names if name != "gate")
-    elif config.fused:
-        names = tuple(dict.fromkeys(_FUSED.get(name, name) for name in names))
+    wanted, names = PRESETS[preset], []
+    for path, axes in logical_axes(config).items():
+        # The matrices of the layers: their biases and norms have an axis less.
+        if axes.startswith("layers ") and len(axes.split()) == 3:
+            name = path.split("/")[-2]
+            if wanted is None or wanted & _FUSED.get(name, {name}):
+                names.append(name)
     return ((f".*/({'|'.join(names)})/kernel", "stack in out"),)

@@ -9,19 +9,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hyperadapt_jax.models.config import DecoderConfig
+from hyperadapt_jax.models.decoder.config import DecoderConfig
 from hyperadapt_jax.models.layers import (
     ACTIVATIONS,
     REMAT,
     Embedding,
     Linear,
     RMSNorm,
-    apply_rope,
     attend,
     check_range,
-    rope_tables,
 )
-from hyperadapt_jax.models.weights import Tensor
+from hyperadapt_jax.models.rope import apply_rope, rope_tables
 
 Array = jax.Array
 
@@ -73,8 +71,8 @@ class _Tokens(NamedTuple):
     groups: tuple[Array, ...]  # [B, T] each: a token sees those that equal it in all of them
 
 
-class _Context(NamedTuple):
-    """What every layer needs beside the stream: rotary tables and the attention mask's parts."""
+class _AttentionInputs(NamedTuple):
+    """What attention needs in every layer: rotary tables and the parts of its mask."""
 
     cos: Array
     sin: Array
@@ -126,10 +124,10 @@ class Layer(nnx.Module):
     def __call__(
         self,
         x: Array,
-        context: _Context,
+        context: _AttentionInputs,
         window: Array | int | None,
         index: Array,
-        kept: tuple[Array, Array] | None,
+        kv: tuple[Array, Array] | None,
     ) -> tuple[Array, tuple[Array, Array] | None]:
         """Apply the layer.
 
@@ -137,27 +135,27 @@ class Layer(nnx.Module):
           x: ``[B, T, D]``.
           context: rotary tables and masks, equal for all layers.
           window: tokens back that this layer sees, itself included; None for all.
-          index: number of this layer, by which it finds its place in ``kept``.
-          kept: the cache's keys and values, ``[L, B, S, K, H]`` each, or None.
+          index: number of this layer, by which it finds its place in ``kv``.
+          kv: the cache's keys and values, ``[L, B, S, K, H]`` each, or None.
 
         Returns:
-          ``x`` and ``kept`` after this layer.
+          ``x`` and ``kv`` after this layer.
         """
         config = self.config
         q, k, v = self._heads(self.attn_norm(x))
         q = apply_rope(q, context.cos, context.sin)
         k = apply_rope(k, context.cos, context.sin)
-        if kept is not None:
+        if kv is not None:
             zero = jnp.zeros((), jnp.int32)
             at = (index, zero, context.write_at, zero, zero)
-            kept = tuple(
+            kv = tuple(
                 jax.lax.dynamic_update_slice(old, new[None], at)
-                for old, new in zip(kept, (k, v), strict=True)
+                for old, new in zip(kv, (k, v), strict=True)
             )
             if not context.fresh:
-                k, v = (jax.lax.dynamic_index_in_dim(a, index, keepdims=False) for a in kept)
+                k, v = (jax.lax.dynamic_index_in_dim(a, index, keepdims=False) for a in kv)
         # Flash kernels have nothing to save where one query meets a cache.
-        alone = kept is not None and q.shape[1] == 1
+        alone = kv is not None and q.shape[1] == 1
         implementation = None if alone else self.attention
 
         def attention(q: Array, queries: _Tokens) -> Array:
@@ -169,7 +167,7 @@ class Layer(nnx.Module):
             y = attend(
                 q, k, v, is_causal=True, local_window_size=local, implementation=implementation
             )
-        elif kept is None:
+        elif kv is None:
             y = attention(q, context.queries)
         else:
             y = _in_blocks(attention, q, context.queries)
@@ -179,7 +177,7 @@ class Layer(nnx.Module):
             gate, up = jnp.split(self.gate_up(y), 2, axis=-1)
         else:
             gate, up = self.gate(y), self.up(y)
-        return x + self.down(ACTIVATIONS[config.activation](gate) * up), kept
+        return x + self.down(ACTIVATIONS[config.activation](gate) * up), kv
 
     def _heads(self, x: Array) -> tuple[Array, Array, Array]:
         """Queries ``[B, T, N, H]``, keys and values ``[B, T, K, H]``."""
@@ -296,7 +294,7 @@ class Decoder(nnx.Module):
         return self.embed.attend(x) if self.config.tied else self.head(x, precise=True)
 
     def _run(
-        self, x: Array, context: _Context, kept: tuple[Array, Array] | None
+        self, x: Array, context: _AttentionInputs, kv: tuple[Array, Array] | None
     ) -> tuple[Array, tuple[Array, Array] | None]:
         """Scan the layers over the stream ``x: [B, T, D]``."""
         graph, params = nnx.split(self.layers)
@@ -308,13 +306,13 @@ class Decoder(nnx.Module):
             mixed = jnp.asarray([unlimited if w is None else w for w in windows], jnp.int32)
 
         def layer(carry, slices):
-            x, kept = carry
+            x, kv = carry
             params, index, window = slices
             window = shared if window is None else window
-            return nnx.merge(graph, params)(x, context, window, index, kept), None
+            return nnx.merge(graph, params)(x, context, window, index, kv), None
 
         numbers = jnp.arange(self.config.layers, dtype=jnp.int32)
-        carry, _ = jax.lax.scan(REMAT[self.remat](layer), (x, kept), (params, numbers, mixed))
+        carry, _ = jax.lax.scan(REMAT[self.remat](layer), (x, kv), (params, numbers, mixed))
         return carry
 
     def _training_context(
@@ -323,22 +321,22 @@ class Decoder(nnx.Module):
         mask: Array | None,
         segment_ids: Array | None,
         positions: Array | None,
-    ) -> _Context:
+    ) -> _AttentionInputs:
         batch, length = tokens.shape
         index = jnp.arange(length, dtype=jnp.int32)
         if positions is None:
             positions = _positions(index, mask, segment_ids, batch)
         tables = rope_tables(self.config.rope, self.config.head_dim, positions)
         if mask is None and segment_ids is None and len(set(self.config.windows)) == 1:
-            return _Context(*tables)
+            return _AttentionInputs(*tables)
         # Padding sees padding, so that no row of the softmax is empty.
         groups = (segment_ids, None if mask is None else mask.astype(bool))
         seen = _Tokens(index, tuple(group for group in groups if group is not None))
-        return _Context(*tables, queries=seen, keys=seen)
+        return _AttentionInputs(*tables, queries=seen, keys=seen)
 
     def _extend(
         self, tokens: Array, mask: Array | None, positions: Array | None, cache: Cache
-    ) -> tuple[Cache, _Context]:
+    ) -> tuple[Cache, _AttentionInputs]:
         config = self.config
         batch, length = tokens.shape
         slots = cache.valid.shape[1]
@@ -349,7 +347,7 @@ class Decoder(nnx.Module):
         valid = jax.lax.dynamic_update_slice_in_dim(cache.valid, mask, cache.length, axis=1)
         queries = _Tokens(cache.length + jnp.arange(length, dtype=jnp.int32), (mask,))
         fresh = cache.keys is None
-        context = _Context(
+        context = _AttentionInputs(
             *rope_tables(config.rope, config.head_dim, positions),
             queries=queries,
             keys=queries if fresh else _Tokens(jnp.arange(slots, dtype=jnp.int32), (valid,)),
@@ -361,8 +359,7 @@ class Decoder(nnx.Module):
                 (config.layers, batch, slots, config.kv_heads, config.head_dim), self.dtype
             )
             cache = cache._replace(keys=empty, values=empty)
-            if config.family == "phi3" and config.rope.kind == "longrope":
-                # As the reference: it computes all anew at the first token beyond, in Phi alone.
+            if config.rope.recomputes:
                 original = jnp.asarray(config.rope.original_length, jnp.int32)
                 cache = cache._replace(good_until=original)
         return cache._replace(valid=valid, length=cache.length + length), context
@@ -407,61 +404,3 @@ def _positions(index: Array, mask: Array | None, segment_ids: Array | None, batc
     if mask is not None:
         return jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
     return jnp.broadcast_to(index, (batch, index.shape[0]))
-
-
-HEAD = "lm_head.weight"
-
-
-def tensors(config: DecoderConfig) -> tuple[Tensor, ...]:
-    """The checkpoint's tensors and their places, each parameter exactly once.
-
-    Args:
-      config: the architecture.
-
-    Returns:
-      One `Tensor` per parameter; a tied head has none.
-    """
-    table: list[Tensor] = []
-
-    def add(name: str, path: str, transpose: bool = False, also: tuple[str, ...] = ()) -> None:
-        # A headless checkpoint names its tensors without the leading "model.".
-        bare = name.removeprefix("model.")
-        aliases = (bare, *also) if bare != name else also
-        table.append(Tensor(name, path, transpose, aliases=aliases))
-
-    def linear(name: str, path: str, bias: bool) -> None:
-        add(f"model.layers.{{layer}}.{name}.weight", f"layers/{path}/kernel", transpose=True)
-        if bias:
-            add(f"model.layers.{{layer}}.{name}.bias", f"layers/{path}/bias")
-
-    def norm(name: str, path: str) -> None:
-        add(f"model.layers.{{layer}}.{name}.weight", f"layers/{path}/scale")
-
-    # A tied matrix may be stored as the head, also or alone.
-    add("model.embed_tokens.weight", "embed/embedding", also=(HEAD,) if config.tied else ())
-    norm("input_layernorm", "attn_norm")
-    for part in ("qkv",) if config.fused else ("q", "k", "v"):
-        linear(f"self_attn.{part}_proj", part, config.qkv_bias)
-    if config.qk_norm:
-        norm("self_attn.q_norm", "q_norm")
-        norm("self_attn.k_norm", "k_norm")
-    linear("self_attn.o_proj", "o", config.out_bias)
-    norm("post_attention_layernorm", "mlp_norm")
-    for part in ("gate_up", "down") if config.fused else ("gate", "up", "down"):
-        linear(f"mlp.{part}_proj", part, config.mlp_bias)
-    add("model.norm.weight", "norm/scale")
-    if not config.tied:
-        add(HEAD, "head/kernel", transpose=True)
-    return tuple(table)
-
-
-def ignored(config: DecoderConfig) -> tuple[str, ...]:
-    """Patterns of checkpoint names that hold no parameter of the model.
-
-    Args:
-      config: the architecture.
-
-    Returns:
-      Full-match regular expressions: tables that are computed anew.
-    """
-    return (r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)

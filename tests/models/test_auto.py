@@ -106,6 +106,24 @@ def test_what_a_checkpoint_lacks_is_new_and_named(tmp_path: pathlib.Path) -> Non
     np.testing.assert_allclose(one(tokens).sequence, model(tokens).sequence, atol=1e-6)
 
 
+def test_a_load_says_what_it_did_in_its_report(tmp_path: pathlib.Path) -> None:
+    folder = models.export(tmp_path / "out", make("roberta"))
+    with pytest.warns(models.NewParametersWarning) as caught:
+        whole = models.functional(models.load(folder, labels=2, seed=1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the report says it
+        fn, params, report = models.load_functional(folder, labels=2, seed=1)
+    assert report.initialised == caught[0].message.paths
+    assert {*report.loaded, *report.initialised} == paths.arrays(params).keys()
+    assert fn == whole[0]
+    jax.tree.map(np.testing.assert_array_equal, params, whole[1])
+    # An architecture that is known need not be read again.
+    config = models.describe(folder)
+    (folder / "config.json").unlink()
+    again = models.load_functional(folder, config=config, labels=2, seed=1)
+    assert (again[0], again[2]) == (fn, report)
+
+
 def rewrite(folder: pathlib.Path, change: Callable[[dict], dict], **fields: Any) -> pathlib.Path:
     """The folder with other tensors and other fields of its config.json."""
     file = folder / "model.safetensors"
@@ -194,6 +212,7 @@ def test_an_encoder_has_a_pooler_if_the_checkpoint_has_one(tmp_path: pathlib.Pat
         ("bert-classifier", 2, {"classifier/out/kernel", "classifier/out/bias"}),
         ("roberta-classifier", 1, {"classifier/out/kernel", "classifier/out/bias"}),
         ("camembert-classifier", 5, {"classifier/out/kernel", "classifier/out/bias"}),
+        ("distilbert-classifier", 2, {"classifier/out/kernel", "classifier/out/bias"}),
         ("bert-classifier", 3, set()),
         ("roberta-classifier", None, set()),
     ],

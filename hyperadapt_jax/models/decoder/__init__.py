@@ -1,0 +1,1 @@
+"""Causal language models of the Llama shape: configuration, module, table of tensors."""

@@ -1,0 +1,1 @@
+"""Bidirectional encoders of the BERT shape: configuration, module, table of tensors."""
