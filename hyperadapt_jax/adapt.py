@@ -1,7 +1,7 @@
 """``adapt``: a function transformation that scales weights on the activations, and ``explain``.
 
 The function is traced to a jaxpr, which is read equation by equation with a value type of its own
-for the targeted weights (:class:`hyperadapt_jax.rules.Scaled`). A rule per primitive moves the
+for the targeted weights (``Scaled``, in ``interpreter``). A rule per primitive moves the
 vectors along with their weight until a contraction, where they multiply the activations. Every
 other equation runs as it is, and so does every weight that no rule can follow: it is materialised.
 """
@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hyperadapt_jax import compat, paths, rules
-from hyperadapt_jax.rules import KEEPS_ZEROS, Facts, Names, Scaled, scale
+from hyperadapt_jax import paths
+from hyperadapt_jax.interpreter import contractions, jax_versions
+from hyperadapt_jax.interpreter.contractions import KEEPS_ZEROS, Facts, Names, Scaled, scale
 from hyperadapt_jax.scales import Scales, check
 from hyperadapt_jax.tables import table
 
@@ -93,7 +94,7 @@ class _Context:
 
     def run(self, jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
         """Evaluates a jaxpr on operands of which some may be Scaled; so may the results be."""
-        jaxpr, consts = compat.open_jaxpr(jaxpr)
+        jaxpr, consts = jax_versions.open_jaxpr(jaxpr)
         values: dict[Any, Any] = {}
 
         def read(atom):
@@ -103,7 +104,7 @@ class _Context:
         self.freeze(consts)
         values.update(zip(jaxpr.invars, operands, strict=True))
         for eqn in jaxpr.eqns:
-            with compat.context_of(eqn):
+            with jax_versions.context_of(eqn):
                 operands = [read(atom) for atom in eqn.invars]
                 self.freeze([atom.val for atom in eqn.invars if hasattr(atom, "val")])
                 results = self._equation(eqn, operands)
@@ -114,15 +115,15 @@ class _Context:
 
     def _equation(self, eqn: Any, operands: Sequence[Any]) -> list[Any]:
         if not any(isinstance(x, Scaled) for x in operands):
-            results = compat.bind(eqn, *operands)
-            if compat.name_of(eqn) in KEEPS_ZEROS:
+            results = jax_versions.bind(eqn, *operands)
+            if jax_versions.name_of(eqn) in KEEPS_ZEROS:
                 x = operands[0]
                 if self.facts.of(x) == ZERO or np.ndim(x) == 0 and self.is_zero(x):
                     self.facts.note(results[0], ZERO)
             return results
-        results = rules.apply(self, eqn, operands)
+        results = contractions.apply(self, eqn, operands)
         if results is None:
-            results = compat.bind(eqn, *self.plain(eqn, operands))
+            results = jax_versions.bind(eqn, *self.plain(eqn, operands))
         return results
 
     def is_zero(self, x: Any) -> bool:
@@ -167,11 +168,11 @@ class _Context:
 
 
 def _name(eqn: Any) -> str:
-    return compat.name_of(eqn) if eqn is not None else "return"
+    return jax_versions.name_of(eqn) if eqn is not None else "return"
 
 
 def _where(eqn: Any) -> str:
-    return compat.where(eqn) if eqn is not None else ""
+    return jax_versions.where(eqn) if eqn is not None else ""
 
 
 def _reason(eqn: Any) -> str:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from hyperadapt_jax import compat
+from hyperadapt_jax.interpreter import jax_versions
 from hyperadapt_jax.scales import along, widen
 from hyperadapt_jax.sharding import vector_spec
 
@@ -299,7 +299,7 @@ def _contract(eqn: Any, parts: Sequence[Sequence[Any]], *others: Any, **changed:
         changed["preferred_element_type"] = eqn.outvars[0].aval.dtype
         if not isinstance(eqn.params["precision"], (tuple, lax.Precision)):
             changed["precision"] = None  # an algorithm for the dtypes that there were
-    ys = [compat.bind(eqn, a, b, *others, **changed)[0] for a, b in itertools.product(*parts)]
+    ys = [jax_versions.bind(eqn, a, b, *others, **changed)[0] for a, b in itertools.product(*parts)]
     return functools.reduce(jnp.add, ys)
 
 
@@ -432,8 +432,8 @@ def gather(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
     size = eqn.outvars[0].aval.size
     if is_rows and size > table.value.size and _inexact(table.value) and not table.product:
         why = "what is looked up is larger than the whole table"
-        return compat.bind(eqn, *ctx.plain(eqn, [table], why), indices)
-    [y] = compat.bind(eqn, table.value, indices)
+        return jax_versions.bind(eqn, *ctx.plain(eqn, [table], why), indices)
+    [y] = jax_versions.bind(eqn, table.value, indices)
     rows = [axis for axis in range(y.ndim) if axis not in numbers.offset_dims]
     to = dict(zip(kept, numbers.offset_dims, strict=True))
     to |= {axis: rows[i] for axis, i in batching.items()}
@@ -520,7 +520,7 @@ def _layout(move: Callable[[Any, Any, Scaled], Factors | None]) -> Callable:
         factors = move(eqn, others, scaled)
         if factors is None:
             return None
-        [y] = compat.bind(eqn, scaled.value, *others)
+        [y] = jax_versions.bind(eqn, scaled.value, *others)
         return [_moved(scaled, y, factors, product=_is_vector(y.shape))]
 
     return rule
@@ -538,7 +538,7 @@ def div(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
     scaled, divisor = operands
     if isinstance(divisor, Scaled) or not _inexact(scaled.value):
         return None
-    [y] = compat.bind(eqn, scaled.value, divisor)
+    [y] = jax_versions.bind(eqn, scaled.value, divisor)
     codes = _still_codes(ctx, operands)
     return [Scaled.of(y, scaled.factors, scaled.origin, scaled.product, codes)]
 
@@ -678,7 +678,7 @@ def _reduce_sum(eqn: Any, others: Any, x: Scaled) -> Factors | None:
 
 def _ppermute(eqn: Any, others: Any, x: Scaled) -> Factors:
     """Each device's weight goes to another, and its vectors with it."""
-    return [(axes, compat.bind(eqn, delta)[0]) for axes, delta in x.factors]
+    return [(axes, jax_versions.bind(eqn, delta)[0]) for axes, delta in x.factors]
 
 
 def _rev(eqn: Any, others: Any, x: Scaled) -> Factors:
@@ -698,7 +698,7 @@ def _all_gather(eqn: Any, others: Any, x: Scaled) -> Factors | None:
             place = sum(a < axis for a in axes)
             axes, delta = (*axes[:place], axis, *axes[place:]), jnp.expand_dims(delta, place)
         if axis in axes:
-            [delta] = compat.bind(eqn, delta, all_gather_dimension=axes.index(axis))
+            [delta] = jax_versions.bind(eqn, delta, all_gather_dimension=axes.index(axis))
         factors.append((axes, delta))
     return factors
 
@@ -714,7 +714,7 @@ def split(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     ]
     return [
         Scaled.of(v, list(zip(x.axes, deltas, strict=True)), x.origin, x.product, x.codes)
-        for v, *deltas in zip(compat.bind(eqn, x.value), *pieces, strict=True)
+        for v, *deltas in zip(jax_versions.bind(eqn, x.value), *pieces, strict=True)
     ]
 
 
@@ -728,11 +728,11 @@ def concatenate(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None
         ctx.plain(eqn, [x])[0] if isinstance(x, Scaled) and x.product and _inexact(x.value) else x
         for x in operands
     ]
-    [y] = compat.bind(eqn, *map(value_of, operands))
+    [y] = jax_versions.bind(eqn, *map(value_of, operands))
     scaled = [x for x in operands if isinstance(x, Scaled)]
     if not scaled:
         return [y]
-    new = compat.name_of(eqn) == "stack"
+    new = jax_versions.name_of(eqn) == "stack"
     joined = eqn.params["axis" if new else "dimension"]
     sizes = [1 if new else value_of(x).shape[joined] for x in operands]
 
@@ -786,7 +786,7 @@ def pad(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
     grows = any(low > 0 or high > 0 or interior for low, high, interior in config)
     if not isinstance(x, Scaled) or grows and not ctx.is_zero(padding):
         return None
-    [y] = compat.bind(eqn, x.value, padding)
+    [y] = jax_versions.bind(eqn, x.value, padding)
     factors = [
         (axes, lax.pad(d, jnp.zeros((), d.dtype), [config[axis] for axis in axes]))
         for axes, d in x.factors
@@ -802,23 +802,23 @@ def select_n(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
     others = [x for x in cases if not isinstance(x, Scaled)]
     if isinstance(which, Scaled) or not alike or not all(map(ctx.is_zero, others)):
         return None
-    [y] = compat.bind(eqn, which, *map(value_of, cases))
+    [y] = jax_versions.bind(eqn, which, *map(value_of, cases))
     return [dataclasses.replace(_moved(scaled[0], y, scaled[0].factors), origin=origin_of(*scaled))]
 
 
 def overwrite(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
     """Zeros written into a weight, as into a padding token's row of a table."""
     x, *others = operands
-    at = 1 if compat.name_of(eqn) == "scatter" else 0  # the indices come first there
+    at = 1 if jax_versions.name_of(eqn) == "scatter" else 0  # the indices come first there
     if any(isinstance(o, Scaled) for o in others) or not ctx.is_zero(others[at]):
         return None
-    [y] = compat.bind(eqn, x.value, *others)
+    [y] = jax_versions.bind(eqn, x.value, *others)
     return [_moved(x, y, x.factors)]
 
 
 def each(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     """Primitives that hand every operand through, as a barrier does."""
-    values = compat.bind(eqn, *map(value_of, operands))
+    values = jax_versions.bind(eqn, *map(value_of, operands))
     return [
         dataclasses.replace(x, value=v) if isinstance(x, Scaled) else v
         for v, x in zip(values, operands, strict=True)
@@ -834,8 +834,8 @@ def mul(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
             ctx.plain(eqn, [x])[0] if s else x for x, s in zip(operands, small, strict=True)
         ]
     if not any(isinstance(x, Scaled) for x in operands):
-        return compat.bind(eqn, *operands)
-    [y] = compat.bind(eqn, *map(value_of, operands))
+        return jax_versions.bind(eqn, *operands)
+    [y] = jax_versions.bind(eqn, *map(value_of, operands))
     factors = [pair for x in operands for pair in factors_of(x)]
     scaled = [x for x in operands if isinstance(x, Scaled)]
     product = any(x.product for x in scaled)
@@ -875,7 +875,7 @@ def decode(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
     axes of the codes. None where this is no step of a decoding.
     """
     codes = [x for x in operands if isinstance(x, Scaled)]
-    first, name = codes[0], compat.name_of(eqn)
+    first, name = codes[0], jax_versions.name_of(eqn)
     if not _decodes(ctx, operands) or not all(_same_factors(x, first) for x in codes):
         return None
     if name == "mul" and len(codes) == 2 and codes[0].value is not codes[1].value:
@@ -918,7 +918,7 @@ def _waiting(
     eqn: Any, operands: Sequence[Any], like: Scaled, to: Sequence[int] | None = None
 ) -> list[Any]:
     """Runs an equation on the values, and hands their vectors on, to other axes where given."""
-    [y] = compat.bind(eqn, *map(value_of, operands))
+    [y] = jax_versions.bind(eqn, *map(value_of, operands))
     axes = like.axes if to is None else [tuple(to[axis] for axis in spans) for spans in like.axes]
     factors = list(zip(axes, like.deltas, strict=True))
     return [Scaled.of(y, factors, origin_of(*operands), like.product, like.codes)]
@@ -932,7 +932,7 @@ def _same_factors(x: Scaled, y: Scaled) -> bool:
 
 
 def jit(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
-    before, after = compat.jit_shardings(eqn.params)
+    before, after = jax_versions.jit_shardings(eqn.params)
     operands = [_constrain(ctx, x, s) for x, s in zip(operands, before, strict=True)]
     results = ctx.run(eqn.params["jaxpr"], operands)
     return [_constrain(ctx, y, s) for y, s in zip(results, after, strict=True)]
@@ -950,14 +950,14 @@ def _constrain(ctx: Any, x: Any, sharding: Any) -> Any:
 
 def remat(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     """``jax.checkpoint``, with its policy."""
-    closed, how = compat.remat_params(eqn)
+    closed, how = jax_versions.remat_params(eqn)
     known = ctx.known(operands)
     key = (id(closed), *how.values(), known)
     if key not in ctx.bodies:
         inner = partial(ctx.run, closed)
         ctx.bodies[key] = jax.checkpoint(lambda *xs: inner(ctx.still(known, xs)), **how)
     body = ctx.bodies[key]
-    jaxpr, _ = compat.open_jaxpr(closed)
+    jaxpr, _ = jax_versions.open_jaxpr(closed)
     handed_on = dict(zip(jaxpr.invars, operands, strict=True))
     results = zip(jaxpr.outvars, body(*operands), strict=True)
     return [handed_on.get(atom, y) if atom in jaxpr.invars else y for atom, y in results]
@@ -981,7 +981,7 @@ def scan(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     body hands out slice by slice, as NNX does, is the scanned weight itself.
     """
     params = eqn.params
-    n_consts, n_carry = compat.scan_counts(params)
+    n_consts, n_carry = jax_versions.scan_counts(params)
     consts, carry, xs = _split(operands, n_consts, n_carry)
     loop = _Loop(ctx, eqn, params["jaxpr"], n_consts, carry)
     scanned, rebuild = zip(*map(_scan_operand, xs), strict=True) if xs else ((), ())
@@ -1081,7 +1081,7 @@ class _Loop:
     """A loop's carry, less the weights that it hands on unchanged: those are constants."""
 
     def __init__(self, ctx: Any, eqn: Any, body: Any, n_consts: int, carry: Sequence[Any]):
-        jaxpr, _ = compat.open_jaxpr(body)
+        jaxpr, _ = jax_versions.open_jaxpr(body)
         invars = jaxpr.invars[n_consts : n_consts + len(carry)]
         same = [a is b for a, b in zip(invars, jaxpr.outvars, strict=False)]
         self.ctx, self.eqn, self.carry = ctx, eqn, carry
@@ -1152,5 +1152,5 @@ def apply(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
     results = None
     if any(isinstance(x, Scaled) and x.codes for x in operands):
         results = decode(ctx, eqn, operands)
-    rule = RULES.get(compat.name_of(eqn))
+    rule = RULES.get(jax_versions.name_of(eqn))
     return rule(ctx, eqn, operands) if results is None and rule else results
