@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from hyperadapt_jax import paths
-from hyperadapt_jax.interpreter import contractions, jax_versions
-from hyperadapt_jax.interpreter.contractions import KEEPS_ZEROS, Facts, Names, Scaled, scale
+from hyperadapt_jax.interpreter import jax_versions, rules
+from hyperadapt_jax.interpreter.rules import KEEPS_ZEROS
+from hyperadapt_jax.interpreter.values import Facts, Names, Scaled, scale
 from hyperadapt_jax.scales import Scales, check
 from hyperadapt_jax.tables import table
 
@@ -121,7 +122,7 @@ class _Context:
                 if self.facts.of(x) == ZERO or np.ndim(x) == 0 and self.is_zero(x):
                     self.facts.note(results[0], ZERO)
             return results
-        results = contractions.apply(self, eqn, operands)
+        results = rules.apply(self, eqn, operands)
         if results is None:
             results = jax_versions.bind(eqn, *self.plain(eqn, operands))
         return results
