@@ -10,43 +10,30 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from hyperadapt_jax import paths
-from hyperadapt_jax.interpreter import jax_versions, rules
-from hyperadapt_jax.interpreter.rules import KEEPS_ZEROS
-from hyperadapt_jax.interpreter.values import Facts, Names, Scaled, scale
+from hyperadapt_jax.interpreter import rules
+from hyperadapt_jax.interpreter.interpreter import (
+    MATERIALISED,
+    ON_ACTIVATIONS,
+    Interpreter,
+    MaterialisedError,
+    Use,
+)
+from hyperadapt_jax.interpreter.values import Names, Scaled
 from hyperadapt_jax.scales import Scales, check
 from hyperadapt_jax.tables import table
 
-ON_ACTIVATIONS = "on activations"
-MATERIALISED = "materialised"
 UNUSED = "not used"
-ZERO = "zero"
 
 
 class MaterialisedWarning(UserWarning):
     """A targeted weight is multiplied out: right, but at a weight-sized cost in time and memory."""
-
-
-class MaterialisedError(TypeError):
-    """A targeted weight would have to be multiplied out, which is not allowed or not possible."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Use:
-    """One use of one weight: how its vectors are applied, by which primitive, where, and why so."""
-
-    path: str
-    how: str
-    primitive: str = ""
-    where: str = ""
-    reason: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,126 +52,6 @@ class Explanation:
     def __str__(self) -> str:
         rows = [[u.path, u.how, u.primitive, u.where, u.reason] for u in self.uses]
         return table(["weight", "scaled", "by", "where", "why"], rows)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Context:
-    """What a rule may ask for: to enter a jaxpr, to note a use, to multiply a weight out."""
-
-    uses: dict[Use, None] = dataclasses.field(default_factory=dict)  # an ordered set
-    bodies: dict[Any, Callable] = dataclasses.field(default_factory=dict)  # one per inner jaxpr
-    facts: Facts = dataclasses.field(default_factory=Facts)
-    # Arrays, by identity, that are made of frozen parameters and constants alone: no activation,
-    # nor an adapted weight. Where there are codes, they tell a zero point from a bias.
-    frozen: dict[int, Any] | None = None
-
-    def freeze(self, arrays: Sequence[Any]) -> None:
-        if self.frozen is not None:
-            self.frozen.update((id(x), x) for x in arrays)
-
-    def is_frozen(self, x: Any) -> bool:
-        return self.frozen is not None and id(x) in self.frozen
-
-    def known(self, operands: Sequence[Any]) -> tuple[bool, ...]:
-        return tuple(map(self.is_frozen, operands))
-
-    def still(self, known: Sequence[bool], operands: Sequence[Any]) -> Sequence[Any]:
-        """The operands as an inner function gets them, of which those known are frozen."""
-        self.freeze([x for x, frozen in zip(operands, known, strict=True) if frozen])
-        return operands
-
-    def run(self, jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
-        """Evaluates a jaxpr on operands of which some may be Scaled; so may the results be."""
-        jaxpr, consts = jax_versions.open_jaxpr(jaxpr)
-        values: dict[Any, Any] = {}
-
-        def read(atom):
-            return atom.val if hasattr(atom, "val") else values[atom]
-
-        values.update(zip(jaxpr.constvars, consts, strict=True))
-        self.freeze(consts)
-        values.update(zip(jaxpr.invars, operands, strict=True))
-        for eqn in jaxpr.eqns:
-            with jax_versions.context_of(eqn):
-                operands = [read(atom) for atom in eqn.invars]
-                self.freeze([atom.val for atom in eqn.invars if hasattr(atom, "val")])
-                results = self._equation(eqn, operands)
-                if all(self.known(operands)):
-                    self.freeze(results)
-            values.update(zip(eqn.outvars, results, strict=True))
-        return [read(atom) for atom in jaxpr.outvars]
-
-    def _equation(self, eqn: Any, operands: Sequence[Any]) -> list[Any]:
-        if not any(isinstance(x, Scaled) for x in operands):
-            results = jax_versions.bind(eqn, *operands)
-            if jax_versions.name_of(eqn) in KEEPS_ZEROS:
-                x = operands[0]
-                if self.facts.of(x) == ZERO or np.ndim(x) == 0 and self.is_zero(x):
-                    self.facts.note(results[0], ZERO)
-            return results
-        results = rules.apply(self, eqn, operands)
-        if results is None:
-            results = jax_versions.bind(eqn, *self.plain(eqn, operands))
-        return results
-
-    def is_zero(self, x: Any) -> bool:
-        """Whether an array is known to hold nothing but zeros, which any scale leaves as they are.
-
-        Traced, it is known where it was broadcast from a constant. A constant is looked at.
-        """
-        if self.facts.of(x) == ZERO:
-            return True
-        if isinstance(x, Scaled | jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
-            return False
-        return jnp.issubdtype(jnp.result_type(x), jnp.number) and not np.asarray(x).any()
-
-    def applied(self, eqn: Any, weight: Any, onto: Any = None) -> None:
-        """Notes that a weight's vectors multiply activations, or (onto) another adapted weight."""
-        if isinstance(weight, Scaled):
-            self._note(weight, ON_ACTIVATIONS, eqn)
-        if isinstance(onto, Scaled):
-            self._note(onto, MATERIALISED, eqn, "it is multiplied with another adapted weight")
-
-    def plain(self, eqn: Any, operands: Sequence[Any], reason: str = "") -> list[Any]:
-        """The operands with every Scaled among them multiplied out, and noted."""
-        return [self._resolve(x, eqn, reason) if isinstance(x, Scaled) else x for x in operands]
-
-    def _resolve(self, x: Scaled, eqn: Any, reason: str) -> jax.Array:
-        if not jnp.issubdtype(x.value.dtype, jnp.inexact):
-            raise MaterialisedError(
-                f"{' * '.join(x.origin)}: integer codes cannot be scaled at `{_name(eqn)}`"
-                f" ({_where(eqn)}); dequantize them first, or adapt the out side alone"
-            )
-        if x.product:
-            self._note(x, ON_ACTIVATIONS, eqn)
-        elif x.is_vector:
-            self._note(x, ON_ACTIVATIONS, eqn, "it is no larger than its vector")
-        else:
-            self._note(x, MATERIALISED, eqn, reason or _reason(eqn))
-        return scale(x.value, x.factors)
-
-    def _note(self, x: Scaled, how: str, eqn: Any, reason: str = "") -> None:
-        for path in dict.fromkeys(x.origin):
-            self.uses[Use(path, how, _name(eqn), _where(eqn), reason)] = None
-
-
-def _name(eqn: Any) -> str:
-    return jax_versions.name_of(eqn) if eqn is not None else "return"
-
-
-def _where(eqn: Any) -> str:
-    return jax_versions.where(eqn) if eqn is not None else ""
-
-
-def _reason(eqn: Any) -> str:
-    if eqn is None:
-        return "the function returns it"
-    name = _name(eqn)
-    if name.startswith("custom_"):
-        return "a derivative rule of its own takes the whole weight"
-    if name in ("scan", "while"):
-        return "the loop changes it, or hands it out"
-    return f"no vector passes through this `{name}`"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,17 +99,17 @@ class Adapted:
 
         jaxpr = jax.make_jaxpr(flat)(operands)
         codes = any(not jnp.issubdtype(weights[path].dtype, jnp.inexact) for path in scales)
-        context = _Context(frozen={} if codes else None)
-        context.freeze(
+        interpreter = Interpreter(rules.apply, frozen={} if codes else None)
+        interpreter.freeze(
             [x for x, path in zip(operands, weights, strict=False) if path not in scales]
         )
         for i, (path, weight) in enumerate(weights.items()):  # the parameters come first
             if path in scales:
                 operands[i] = Scaled.of(weight, scales[path].factors(), names_type([path]))
-        results = context.plain(None, context.run(jaxpr, operands))
-        used = {use.path for use in context.uses}
+        results = interpreter.materialize(None, interpreter.run(jaxpr, operands))
+        used = {use.path for use in interpreter.uses}
         unused = [Use(path, UNUSED) for path in scales if path not in used]
-        return out_def.unflatten(results), [*context.uses, *unused]
+        return out_def.unflatten(results), [*interpreter.uses, *unused]
 
 
 def adapt(

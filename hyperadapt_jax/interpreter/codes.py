@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+
+from jax.extend.core import JaxprEqn
 
 from hyperadapt_jax.interpreter import jax_versions
+from hyperadapt_jax.interpreter.interpreter import Interpreter
 from hyperadapt_jax.interpreter.values import (
+    Operands,
+    Results,
     Scaled,
+    Value,
     factors_of,
     is_inexact,
     origin_of,
@@ -16,57 +21,55 @@ from hyperadapt_jax.interpreter.values import (
 )
 
 
-def mul(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+def mul(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> list[Value]:
     """Products of scaled and plain arrays, as in dequantization: the vectors wait."""
     size = eqn.outvars[0].aval.size
-    small = [isinstance(x, Scaled) and x.is_vector and x.value.size < size for x in operands]
-    if any(small):
-        operands = [
-            ctx.plain(eqn, [x])[0] if s else x for x, s in zip(operands, small, strict=True)
-        ]
+    operands = interpreter.materialize_where(
+        lambda x: x.is_vector and x.value.size < size, eqn, operands
+    )
     if not any(isinstance(x, Scaled) for x in operands):
         return jax_versions.bind(eqn, *operands)
     [y] = jax_versions.bind(eqn, *map(value_of, operands))
     factors = [pair for x in operands for pair in factors_of(x)]
     scaled = [x for x in operands if isinstance(x, Scaled)]
     product = any(x.product for x in scaled)
-    return [Scaled.of(y, factors, origin_of(*scaled), product, still_codes(ctx, operands))]
+    return [Scaled.of(y, factors, origin_of(*scaled), product, still_codes(interpreter, operands))]
 
 
-def div(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
+def div(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Results:
     """By what is not scaled: the vectors wait."""
     scaled, divisor = operands
     if isinstance(divisor, Scaled) or not is_inexact(scaled.value):
         return None
     [y] = jax_versions.bind(eqn, scaled.value, divisor)
-    codes = still_codes(ctx, operands)
+    codes = still_codes(interpreter, operands)
     return [Scaled.of(y, scaled.factors, scaled.origin, scaled.product, codes)]
 
 
-def affine(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
+def affine(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Results:
     """Sums of what has one scale; and a zero point, or what a step makes of it, taken off codes."""
     [first, *others] = [x for x in operands if isinstance(x, Scaled)]
     if others:
         [second] = others
         alike = (first.product, first.codes) == (second.product, second.codes)
         return _waiting(eqn, operands, first) if alike and same_factors(first, second) else None
-    return _waiting(eqn, operands, first) if _decodes(ctx, operands) else None
+    return _waiting(eqn, operands, first) if _decodes(interpreter, operands) else None
 
 
-def _decodes(ctx: Any, operands: Sequence[Any]) -> bool:
+def _decodes(interpreter: Interpreter, operands: Operands) -> bool:
     """Codes, with nothing but frozen arrays; or looked-up codes, whose zero points may be too."""
     rest = [x for x in operands if not isinstance(x, Scaled)]
     scaled = [x for x in operands if isinstance(x, Scaled)]
-    return all(x.codes for x in scaled) and (scaled[0].product or all(ctx.known(rest)))
+    return all(x.codes for x in scaled) and (scaled[0].product or all(interpreter.are_frozen(rest)))
 
 
-def still_codes(ctx: Any, operands: Sequence[Any]) -> bool:
+def still_codes(interpreter: Interpreter, operands: Operands) -> bool:
     """Codes multiplied by a step may have a zero point to come, but not if they are looked up."""
     looked_up = any(isinstance(x, Scaled) and x.product and is_inexact(x.value) for x in operands)
-    return not looked_up and _decodes(ctx, operands)
+    return not looked_up and _decodes(interpreter, operands)
 
 
-def decode(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
+def decode(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Results:
     """Codes that are unpacked, shifted, compared, looked up: what is scaled is what they become.
 
     A scale of a code is a scale of everything that is decoded from it, so the vectors keep to the
@@ -74,7 +77,7 @@ def decode(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
     """
     codes = [x for x in operands if isinstance(x, Scaled)]
     first, name = codes[0], jax_versions.name_of(eqn)
-    if not _decodes(ctx, operands) or not all(same_factors(x, first) for x in codes):
+    if not _decodes(interpreter, operands) or not all(same_factors(x, first) for x in codes):
         return None
     if name == "mul" and len(codes) == 2 and codes[0].value is not codes[1].value:
         return _waiting(eqn, operands, first)  # as of a sign and a magnitude; else it is a square
@@ -115,8 +118,8 @@ _ON_INTEGERS = frozenset(
 
 
 def _waiting(
-    eqn: Any, operands: Sequence[Any], like: Scaled, to: Sequence[int] | None = None
-) -> list[Any]:
+    eqn: JaxprEqn, operands: Operands, like: Scaled, to: Sequence[int] | None = None
+) -> list[Value]:
     """Runs an equation on the values, and hands their vectors on, to other axes where given."""
     [y] = jax_versions.bind(eqn, *map(value_of, operands))
     axes = like.axes if to is None else [tuple(to[axis] for axis in spans) for spans in like.axes]

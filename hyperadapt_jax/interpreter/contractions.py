@@ -11,11 +11,16 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.core import JaxprEqn
 
 from hyperadapt_jax.interpreter import jax_versions
+from hyperadapt_jax.interpreter.interpreter import Interpreter
 from hyperadapt_jax.interpreter.values import (
     Factors,
+    Operands,
+    Results,
     Scaled,
+    Value,
     factors_of,
     is_inexact,
     moved,
@@ -26,14 +31,14 @@ from hyperadapt_jax.interpreter.values import (
 )
 
 
-def dot_general(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
+def dot_general(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Results:
     """A vector on free or batch axes scales the result, one on contracted axes the other operand.
 
     Where a vector spans contracted and free axes (experts that all see one input), its free axes
     become batch axes of the product: the other operand is repeated along them, and scaled. What is
     a product already, such as looked-up rows, is an activation: its own vectors scale it.
     """
-    operands, result = _settled(ctx, eqn, operands), eqn.outvars[0].aval
+    operands, result = _settled(interpreter, eqn, operands), eqn.outvars[0].aval
     contract, batch = eqn.params["dimension_numbers"]
     values = [value_of(x) for x in operands]
     names = [[("free", side, axis) for axis in range(v.ndim)] for side, v in enumerate(values)]
@@ -56,7 +61,7 @@ def dot_general(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None
             repeats = math.prod(size[n] for n in along)
             products = math.prod(size.values())
             if why := _dearer(values, side, result, products, repeats, len(stay), len(go)):
-                [operands[side]] = [values[side]] = ctx.plain(eqn, [operand], why)
+                [operands[side]] = [values[side]] = interpreter.materialize(eqn, [operand], why)
                 continue
         after += [(tuple(map(out.index, spans)), delta) for spans, delta in stay]
         before[1 - side].extend(go)
@@ -76,7 +81,7 @@ def dot_general(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None
             values[side] = jnp.broadcast_to(values[side], shape)
             names[side] = missing + names[side]
         if before[side]:
-            ctx.applied(eqn, operands[1 - side], onto=operands[side])
+            interpreter.record(eqn, operands[1 - side], onto=operands[side])
         onto = [(tuple(map(names[side].index, spans)), delta) for spans, delta in before[side]]
         ordered = Scaled.of(values[side], onto, ())
         parts.append(_parts(eqn, side, ordered.value, ordered.factors))
@@ -95,7 +100,7 @@ def dot_general(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None
     y = _contract(eqn, parts, **changed)
     if repeated:
         y = lax.transpose(y, [new_out.index(n) for n in out])
-    return [_scale_result(ctx, eqn, operands, y, after)]
+    return [_scale_result(interpreter, eqn, operands, y, after)]
 
 
 def _dearer(
@@ -126,18 +131,18 @@ def _dearer(
     return ""
 
 
-def _settled(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+def _settled(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> list[Value]:
     """A contraction's operands; those that are products already are activations, and are scaled."""
     settled = list(operands)
     for side, x in enumerate(operands):
         inexact = is_inexact(value_of(x)) or is_inexact(eqn.outvars[0].aval)
         if isinstance(x, Scaled) and x.product and inexact:
-            ctx.applied(eqn, x)
+            interpreter.record(eqn, x)
             settled[side] = scale(x.value, x.factors, _operand_dtype(eqn, side))
     return settled
 
 
-def _operand_dtype(eqn: Any, side: int) -> Any:
+def _operand_dtype(eqn: JaxprEqn, side: int) -> Any:
     """The dtype in which one operand of a contraction is scaled: its own, or a wider result's.
 
     Types below 16 bits have no room for a scale, and integers none at all.
@@ -149,7 +154,7 @@ def _operand_dtype(eqn: Any, side: int) -> Any:
     return jnp.finfo(max([*types, jnp.bfloat16], key=lambda t: jnp.finfo(t).bits)).dtype
 
 
-def _parts(eqn: Any, side: int, x: Any, factors: Factors) -> list[Any]:
+def _parts(eqn: JaxprEqn, side: int, x: Any, factors: Factors) -> list[Any]:
     """One operand of a contraction, scaled; as several that add up where it is scaled wider.
 
     A product in 16 bits with a wider result stays one, as fast and, at zero deltas, as exact to the
@@ -169,7 +174,7 @@ def _parts(eqn: Any, side: int, x: Any, factors: Factors) -> list[Any]:
     return [high.astype(own), (x - high).astype(own)]
 
 
-def _contract(eqn: Any, parts: Sequence[Sequence[Any]], *others: Any, **changed: Any) -> Any:
+def _contract(eqn: JaxprEqn, parts: Sequence[Sequence[Any]], *others: Any, **changed: Any) -> Any:
     """A contraction of two operands, each a sum of parts, of any dtypes."""
     dtypes = [x.aval.dtype for x in eqn.invars[:2]]
     if [p[0].dtype for p in parts] != dtypes:
@@ -180,14 +185,14 @@ def _contract(eqn: Any, parts: Sequence[Sequence[Any]], *others: Any, **changed:
     return functools.reduce(jnp.add, ys)
 
 
-def ragged_dot_general(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
+def ragged_dot_general(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Results:
     """A dot whose rows come in groups, each with its own slice of the right side (experts).
 
     A vector over the groups becomes one per row, by the row's group. Then it goes as in any dot:
     a vector whose axes the result has scales the result, any other the other operand.
     """
     group_sizes, result = operands[2], eqn.outvars[0].aval
-    sides = _settled(ctx, eqn, operands[:2])
+    sides = _settled(interpreter, eqn, operands[:2])
     ragged = eqn.params["ragged_dot_dimension_numbers"]
     contract, batch = ragged.dot_dimension_numbers
     values = [value_of(x) for x in sides]
@@ -224,11 +229,11 @@ def ragged_dot_general(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]
     parts: list[list[Any]] = []
     for side in (0, 1):
         if before[side]:
-            ctx.applied(eqn, sides[1 - side], onto=sides[side])
+            interpreter.record(eqn, sides[1 - side], onto=sides[side])
         ordered = Scaled.of(values[side], before[side], ())
         parts.append(_parts(eqn, side, ordered.value, ordered.factors))
     y = _contract(eqn, parts, group_sizes)
-    return [_scale_result(ctx, eqn, sides, y, after)]
+    return [_scale_result(interpreter, eqn, sides, y, after)]
 
 
 def _by_row(
@@ -255,9 +260,9 @@ def _by_row(
     return [*rows, *left], delta.at[tuple(index)].get(mode="fill", fill_value=0)
 
 
-def conv_general_dilated(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
+def conv_general_dilated(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Results:
     """The kernel's out vector scales the result's features, its in vector the input's features."""
-    lhs, rhs = operands = _settled(ctx, eqn, operands)
+    lhs, rhs = operands = _settled(interpreter, eqn, operands)
     numbers, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
     out_axis, in_axis = numbers.rhs_spec[:2]
     if isinstance(lhs, Scaled):
@@ -272,7 +277,7 @@ def conv_general_dilated(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[An
             # Each group's own input features, as where a function of one kernel is mapped over
             # many: the factor must be the same for all output features of a group.
             size, place = rhs.value.shape[out_axis] // groups, axes.index(out_axis)
-            if ctx.facts.of(delta, {}).get(place, 1) % size:
+            if interpreter.facts.of(delta, {}).get(place, 1) % size:
                 return None
             delta = lax.slice_in_dim(delta, 0, None, size, place)
             delta = delta if place == 0 else delta.T
@@ -282,14 +287,14 @@ def conv_general_dilated(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[An
     if before and not is_inexact(eqn.outvars[0].aval) and not is_inexact(lhs):
         return None
     if before:
-        ctx.applied(eqn, rhs)
+        interpreter.record(eqn, rhs)
     kernel, inputs = value_of(rhs), _parts(eqn, 0, lhs, before)
     # Unlike a product of matrices, a convolution takes operands of one dtype.
     y = _contract(eqn, [inputs, [kernel.astype(inputs[0].dtype)]])
-    return [_scale_result(ctx, eqn, operands, y, after)]
+    return [_scale_result(interpreter, eqn, operands, y, after)]
 
 
-def gather(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
+def gather(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Results:
     """Rows or windows picked by index: the vectors are gathered as their table is.
 
     A vector over axes that are kept whole stays as it is, one over batching axes moves with them,
@@ -304,12 +309,13 @@ def gather(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
     batching = dict(pairs)
     gone = {*batching, *numbers.collapsed_slice_dims}
     kept = [axis for axis in range(table.value.ndim) if axis not in gone]
+    [is_order] = interpreter.are_frozen([indices])
     # Rows in an order that is a parameter too are a weight still.
-    is_rows = vector_like([sizes[axis] for axis in kept]) and not ctx.is_frozen(indices)
+    is_rows = vector_like([sizes[axis] for axis in kept]) and not is_order
     size = eqn.outvars[0].aval.size
     if is_rows and size > table.value.size and is_inexact(table.value) and not table.product:
         why = "what is looked up is larger than the whole table"
-        return jax_versions.bind(eqn, *ctx.plain(eqn, [table], why), indices)
+        return jax_versions.bind(eqn, *interpreter.materialize(eqn, [table], why), indices)
     [y] = jax_versions.bind(eqn, table.value, indices)
     rows = [axis for axis in range(y.ndim) if axis not in numbers.offset_dims]
     to = dict(zip(kept, numbers.offset_dims, strict=True))
@@ -328,7 +334,7 @@ def gather(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
     return [moved(table, y, factors, product=is_rows)]
 
 
-def _fills_with_nothing(eqn: Any) -> bool:
+def _fills_with_nothing(eqn: JaxprEqn) -> bool:
     """Whether what lies outside the table is filled with zero, NaN or, in codes, a mark."""
     fill = eqn.params["fill_value"]
     if eqn.params["mode"] != lax.GatherScatterMode.FILL_OR_DROP or fill is None:
@@ -338,7 +344,7 @@ def _fills_with_nothing(eqn: Any) -> bool:
 
 
 def _gather_vector(
-    eqn: Any,
+    eqn: JaxprEqn,
     axes: Sequence[int],
     delta: Any,
     indices: Any,
@@ -365,10 +371,12 @@ def _gather_vector(
     return lax.gather(delta, indices, own, sizes, mode=eqn.params["mode"], fill_value=0)
 
 
-def _scale_result(ctx: Any, eqn: Any, operands: Sequence[Any], y: Any, factors: Factors) -> Any:
+def _scale_result(
+    interpreter: Interpreter, eqn: JaxprEqn, operands: Operands, y: Any, factors: Factors
+) -> Any:
     if not factors:
         return y
     scaled = Scaled.of(y, factors, origin_of(*operands), product=True, codes=False)
     if not jnp.issubdtype(y.dtype, jnp.inexact):
         return scaled  # codes multiplied as integers: the scale waits for the dequantisation
-    return ctx.plain(eqn, [scaled])[0]
+    return interpreter.materialize(eqn, [scaled])[0]

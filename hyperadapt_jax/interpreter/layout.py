@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.core import JaxprEqn
 
 from hyperadapt_jax.interpreter import jax_versions
+from hyperadapt_jax.interpreter.interpreter import Interpreter, Rule
 from hyperadapt_jax.interpreter.values import (
     Factors,
+    Operands,
+    Results,
     Scaled,
+    Value,
     factors_of,
     is_inexact,
     moved,
@@ -27,56 +32,71 @@ from hyperadapt_jax.interpreter.values import (
 )
 from hyperadapt_jax.sharding import vector_spec
 
+Moved: TypeAlias = Factors | None
+Move: TypeAlias = Callable[[Interpreter, JaxprEqn, Operands, Scaled], Moved]
 
-def moving(move: Callable[[Any, Any, Scaled], Factors | None]) -> Callable:
-    """A rule for one scaled operand, one result, and factors that ``move`` carries to its axes."""
 
-    def rule(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
-        scaled, *others = operands
-        if not isinstance(scaled, Scaled) or any(isinstance(x, Scaled) for x in others):
+def moves_factors(move: Move) -> Rule:
+    """A rule for one scaled operand and one result, made of a function that moves the factors.
+
+    ``move(interpreter, eqn, others, x)`` gives x's factors on the axes of the result, or None where
+    they cannot pass.
+    """
+
+    @functools.wraps(move)
+    def rule(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Results:
+        x, *others = operands
+        if not isinstance(x, Scaled) or any(isinstance(other, Scaled) for other in others):
             return None
-        factors = move(eqn, others, scaled)
+        factors = move(interpreter, eqn, others, x)
         if factors is None:
             return None
-        [y] = jax_versions.bind(eqn, scaled.value, *others)
-        return [moved(scaled, y, factors, product=vector_like(y.shape))]
+        [y] = jax_versions.bind(eqn, x.value, *others)
+        return [moved(x, y, factors, product=vector_like(y.shape))]
 
     return rule
 
 
-def keep(eqn: Any, others: Any, x: Scaled) -> Factors | None:
+@moves_factors
+def keep(interpreter: Interpreter, eqn: JaxprEqn, others: Operands, x: Scaled) -> Moved:
     """Where every number stays what it is: integers in a type that holds all of theirs."""
     old, new = x.value.dtype, eqn.outvars[0].aval.dtype
     held = jnp.issubdtype(new, jnp.inexact) or jnp.promote_types(old, new) == new
     return x.factors if held else None
 
 
-def stop_gradient(eqn: Any, others: Any, x: Scaled) -> Factors:
+@moves_factors
+def stop_gradient(interpreter: Interpreter, eqn: JaxprEqn, others: Operands, x: Scaled) -> Moved:
     return [(axes, lax.stop_gradient(delta)) for axes, delta in x.factors]
 
 
-def reshard(eqn: Any, others: Any, x: Scaled) -> Factors:
+@moves_factors
+def reshard(interpreter: Interpreter, eqn: JaxprEqn, others: Operands, x: Scaled) -> Moved:
     spec = eqn.params["dst_sharding"].spec
     return [(axes, jax.sharding.reshard(d, vector_spec(spec, axes))) for axes, d in x.factors]
 
 
-def transpose(eqn: Any, others: Any, x: Scaled) -> Factors:
+@moves_factors
+def transpose(interpreter: Interpreter, eqn: JaxprEqn, others: Operands, x: Scaled) -> Moved:
     to = {axis: i for i, axis in enumerate(eqn.params["permutation"])}
     return [(tuple(to[axis] for axis in axes), delta) for axes, delta in x.factors]
 
 
-def squeeze(eqn: Any, others: Any, x: Scaled) -> Factors:
+@moves_factors
+def squeeze(interpreter: Interpreter, eqn: JaxprEqn, others: Operands, x: Scaled) -> Moved:
     gone = {axis % x.value.ndim for axis in eqn.params["dimensions"]}
     left = [axis for axis in range(x.value.ndim) if axis not in gone]
     return [(tuple(map(left.index, axes)), delta) for axes, delta in x.factors]
 
 
-def broadcast_in_dim(eqn: Any, others: Any, x: Scaled) -> Factors:
+@moves_factors
+def broadcast_in_dim(interpreter: Interpreter, eqn: JaxprEqn, others: Operands, x: Scaled) -> Moved:
     to = eqn.params["broadcast_dimensions"]
     return [(tuple(to[axis] for axis in axes), delta) for axes, delta in x.factors]
 
 
-def _reshape(ctx: Any, eqn: Any, others: Any, x: Scaled) -> Factors | None:
+@moves_factors
+def reshape(interpreter: Interpreter, eqn: JaxprEqn, others: Operands, x: Scaled) -> Moved:
     """Axes that split or join: a factor is repeated over the axes that join its own."""
     order = eqn.params["dimensions"] or range(x.value.ndim)
     old, new = [x.value.shape[axis] for axis in order], eqn.params["new_sizes"]
@@ -84,12 +104,12 @@ def _reshape(ctx: Any, eqn: Any, others: Any, x: Scaled) -> Factors | None:
     if groups is None:
         return None
     factors = []
-    moved = Scaled.of(
+    ordered = Scaled.of(
         jax.ShapeDtypeStruct(tuple(old), x.value.dtype),
         [(tuple(map(order.index, axes)), delta) for axes, delta in x.factors],
         x.origin,
     )
-    for axes, delta in moved.factors:
+    for axes, delta in ordered.factors:
         touched = [(before, after) for before, after in groups if set(before) & set(axes)]
         wide = [axis for before, _ in touched for axis in before]
         spans = tuple(axis for _, after in touched for axis in after)
@@ -101,7 +121,7 @@ def _reshape(ctx: Any, eqn: Any, others: Any, x: Scaled) -> Factors | None:
             delta = jnp.broadcast_to(jnp.expand_dims(delta, missing), shape)
         delta = lax.reshape(delta, tuple(new[axis] for axis in spans))
         if wide != list(axes):
-            ctx.facts.note(delta, _runs(touched, axes, old, spans))
+            interpreter.facts.note(delta, _runs(touched, axes, old, spans))
         factors.append((spans, delta))
     return factors
 
@@ -125,10 +145,6 @@ def _runs(
     return runs
 
 
-def reshape(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
-    return moving(partial(_reshape, ctx))(ctx, eqn, operands)
-
-
 def _regroup(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]] | None:
     """Pairs the smallest runs of old and new axes that hold the same numbers.
 
@@ -149,7 +165,8 @@ def _regroup(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], li
     return groups
 
 
-def slice_(eqn: Any, others: Any, x: Scaled) -> Factors:
+@moves_factors
+def slice_(interpreter: Interpreter, eqn: JaxprEqn, others: Operands, x: Scaled) -> Moved:
     starts, limits, strides = (
         eqn.params[key] for key in ("start_indices", "limit_indices", "strides")
     )
@@ -167,7 +184,8 @@ def slice_(eqn: Any, others: Any, x: Scaled) -> Factors:
     ]
 
 
-def dynamic_slice(eqn: Any, others: Any, x: Scaled) -> Factors:
+@moves_factors
+def dynamic_slice(interpreter: Interpreter, eqn: JaxprEqn, others: Operands, x: Scaled) -> Moved:
     sizes = eqn.params["slice_sizes"]
     return [
         (axes, lax.dynamic_slice(d, [others[a] for a in axes], [sizes[a] for a in axes]))
@@ -175,7 +193,8 @@ def dynamic_slice(eqn: Any, others: Any, x: Scaled) -> Factors:
     ]
 
 
-def reduce_sum(eqn: Any, others: Any, x: Scaled) -> Factors | None:
+@moves_factors
+def reduce_sum(interpreter: Interpreter, eqn: JaxprEqn, others: Operands, x: Scaled) -> Moved:
     """A sum over axes that no vector spans."""
     gone = eqn.params["axes"]
     if any(axis in gone for axes in x.axes for axis in axes):
@@ -184,19 +203,22 @@ def reduce_sum(eqn: Any, others: Any, x: Scaled) -> Factors | None:
     return [(tuple(map(left.index, axes)), delta) for axes, delta in x.factors]
 
 
-def ppermute(eqn: Any, others: Any, x: Scaled) -> Factors:
+@moves_factors
+def ppermute(interpreter: Interpreter, eqn: JaxprEqn, others: Operands, x: Scaled) -> Moved:
     """Each device's weight goes to another, and its vectors with it."""
     return [(axes, jax_versions.bind(eqn, delta)[0]) for axes, delta in x.factors]
 
 
-def rev(eqn: Any, others: Any, x: Scaled) -> Factors:
+@moves_factors
+def rev(interpreter: Interpreter, eqn: JaxprEqn, others: Operands, x: Scaled) -> Moved:
     flipped = eqn.params["dimensions"]
     return [
         (axes, lax.rev(d, [i for i, a in enumerate(axes) if a in flipped])) for axes, d in x.factors
     ]
 
 
-def all_gather(eqn: Any, others: Any, x: Scaled) -> Factors | None:
+@moves_factors
+def all_gather(interpreter: Interpreter, eqn: JaxprEqn, others: Operands, x: Scaled) -> Moved:
     axis = eqn.params["all_gather_dimension"]
     if not eqn.params["tiled"]:
         return None
@@ -211,7 +233,7 @@ def all_gather(eqn: Any, others: Any, x: Scaled) -> Factors | None:
     return factors
 
 
-def split(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+def split(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> list[Value]:
     """One weight cut in several along an axis: each piece takes its part of the vectors."""
     [x] = operands
     axis, sizes = eqn.params["axis"], eqn.params["sizes"]
@@ -226,16 +248,15 @@ def split(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     ]
 
 
-def concatenate(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
+def concatenate(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Results:
     """Arrays joined along an axis, old or new (``stack``): so are their vectors.
 
     What is scaled by nothing is scaled by one. A vector that does not span the joined axis stays
     as it is where all operands share it, and is repeated along it where they differ.
     """
-    operands = [
-        ctx.plain(eqn, [x])[0] if isinstance(x, Scaled) and x.product and is_inexact(x.value) else x
-        for x in operands
-    ]
+    operands = interpreter.materialize_where(
+        lambda x: x.product and is_inexact(x.value), eqn, operands
+    )
     [y] = jax_versions.bind(eqn, *map(value_of, operands))
     scaled = [x for x in operands if isinstance(x, Scaled)]
     if not scaled:
@@ -257,7 +278,7 @@ def concatenate(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None
     factors = [(moved(axes), delta) for axes, delta in shared]
 
     # For each set of axes, what each operand has there: a column of this table is a new vector.
-    columns: dict[tuple[tuple[int, ...], int], dict[int, Any]] = {}
+    columns: dict[tuple[tuple[int, ...], int], dict[int, jax.Array]] = {}
     repeated = set()
     for i, x in enumerate(operands):
         seen: list[tuple[int, ...]] = []
@@ -287,12 +308,12 @@ def concatenate(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None
     return [Scaled.of(y, factors, origin_of(*scaled), product, codes)]
 
 
-def pad(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
+def pad(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Results:
     """What is padded with zeros may be scaled by anything: by one."""
     x, padding = operands
     config = eqn.params["padding_config"]
     grows = any(low > 0 or high > 0 or interior for low, high, interior in config)
-    if not isinstance(x, Scaled) or grows and not ctx.is_zero(padding):
+    if not isinstance(x, Scaled) or grows and not interpreter.is_zero(padding):
         return None
     [y] = jax_versions.bind(eqn, x.value, padding)
     factors = [
@@ -302,29 +323,29 @@ def pad(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
     return [moved(x, y, factors)]
 
 
-def select_n(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
+def select_n(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Results:
     """A choice between arrays that the same vectors scale, as they do zeros (a pruned weight)."""
     which, *cases = operands
     scaled = [x for x in cases if isinstance(x, Scaled)]
     alike = all(same_factors(x, scaled[0]) for x in scaled)
     others = [x for x in cases if not isinstance(x, Scaled)]
-    if isinstance(which, Scaled) or not alike or not all(map(ctx.is_zero, others)):
+    if isinstance(which, Scaled) or not alike or not all(map(interpreter.is_zero, others)):
         return None
     [y] = jax_versions.bind(eqn, which, *map(value_of, cases))
     return [dataclasses.replace(moved(scaled[0], y, scaled[0].factors), origin=origin_of(*scaled))]
 
 
-def overwrite(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
+def overwrite(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Results:
     """Zeros written into a weight, as into a padding token's row of a table."""
     x, *others = operands
     at = 1 if jax_versions.name_of(eqn) == "scatter" else 0  # the indices come first there
-    if any(isinstance(o, Scaled) for o in others) or not ctx.is_zero(others[at]):
+    if any(isinstance(o, Scaled) for o in others) or not interpreter.is_zero(others[at]):
         return None
     [y] = jax_versions.bind(eqn, x.value, *others)
     return [moved(x, y, x.factors)]
 
 
-def each(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+def each(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> list[Value]:
     """Primitives that hand every operand through, as a barrier does."""
     values = jax_versions.bind(eqn, *map(value_of, operands))
     return [

@@ -6,21 +6,11 @@ results; or it returns None where no factor can pass, and then the weight is mat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from jax.extend.core import JaxprEqn
 
 from hyperadapt_jax.interpreter import codes, contractions, control_flow, jax_versions, layout
-from hyperadapt_jax.interpreter.values import Scaled
-
-Rule = Callable[[Any, Any, Sequence[Any]], list[Any] | None]
-
-
-# Zeros in, zeros out.
-KEEPS_ZEROS = {"broadcast_in_dim", "convert_element_type", "copy", "copy_p", "pvary", "pcast"}
-
-
-KEEPS_ZEROS |= {"reshape", "squeeze", "transpose", "slice", "neg", "sharding_constraint"}
-
+from hyperadapt_jax.interpreter.interpreter import Interpreter, Rule
+from hyperadapt_jax.interpreter.values import Operands, Results, Scaled
 
 RULES: dict[str, Rule] = {
     "dot_general": contractions.dot_general,
@@ -40,23 +30,23 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(
         ["convert_element_type", "copy", "copy_p", "reduce_precision", "pvary", "pcast", "name"]
         + ["neg", "sharding_constraint"],
-        layout.moving(layout.keep),
+        layout.keep,
     ),
     "div": codes.div,
     **dict.fromkeys(["add", "sub", "add_any"], codes.affine),
-    "stop_gradient": layout.moving(layout.stop_gradient),
-    "reshard": layout.moving(layout.reshard),
-    "transpose": layout.moving(layout.transpose),
-    "squeeze": layout.moving(layout.squeeze),
-    "broadcast_in_dim": layout.moving(layout.broadcast_in_dim),
+    "stop_gradient": layout.stop_gradient,
+    "reshard": layout.reshard,
+    "transpose": layout.transpose,
+    "squeeze": layout.squeeze,
+    "broadcast_in_dim": layout.broadcast_in_dim,
     "reshape": layout.reshape,
-    "slice": layout.moving(layout.slice_),
-    "dynamic_slice": layout.moving(layout.dynamic_slice),
-    "rev": layout.moving(layout.rev),
-    "reduce_sum": layout.moving(layout.reduce_sum),
-    "ppermute": layout.moving(layout.ppermute),
-    "all_gather": layout.moving(layout.all_gather),
-    "all_gather_invariant": layout.moving(layout.all_gather),
+    "slice": layout.slice_,
+    "dynamic_slice": layout.dynamic_slice,
+    "rev": layout.rev,
+    "reduce_sum": layout.reduce_sum,
+    "ppermute": layout.ppermute,
+    "all_gather": layout.all_gather,
+    "all_gather_invariant": layout.all_gather,
     "jit": control_flow.jit,
     "remat2": control_flow.remat,
     "cond": control_flow.cond,
@@ -66,10 +56,10 @@ RULES: dict[str, Rule] = {
 }
 
 
-def apply(ctx: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
+def apply(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Results:
     """Runs an equation of which some operands are Scaled by its rule; None if there is none."""
     results = None
     if any(isinstance(x, Scaled) and x.codes for x in operands):
-        results = codes.decode(ctx, eqn, operands)
+        results = codes.decode(interpreter, eqn, operands)
     rule = RULES.get(jax_versions.name_of(eqn))
-    return rule(ctx, eqn, operands) if results is None and rule else results
+    return rule(interpreter, eqn, operands) if results is None and rule else results

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +84,11 @@ class Scaled:
     @property
     def factors(self) -> Factors:
         return list(zip(self.axes, self.deltas, strict=True))
+
+
+Value: TypeAlias = jax.Array | Scaled
+Operands: TypeAlias = Sequence[Value]
+Results: TypeAlias = list[Value] | None
 
 
 class Facts:
