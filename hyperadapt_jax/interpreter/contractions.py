@@ -6,8 +6,9 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -30,6 +31,12 @@ from hyperadapt_jax.interpreter.values import (
     vector_like,
 )
 
+# What an axis of a contraction is called: ("contract", i) or ("batch", i), the same on both sides;
+# ("free", side, axis); or ("group",), that of the groups of a ragged dot.
+Name: TypeAlias = tuple[Any, ...]
+Names: TypeAlias = Sequence[Sequence[Name]]  # of every axis of both operands
+NamedFactors: TypeAlias = list[tuple[Sequence[Name], jax.Array]]
+
 
 def dot_general(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Results:
     """A vector on free or batch axes scales the result, one on contracted axes the other operand.
@@ -39,72 +46,138 @@ def dot_general(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> 
     a product already, such as looked-up rows, is an activation: its own vectors scale it.
     """
     operands, result = _settled(interpreter, eqn, operands), eqn.outvars[0].aval
-    contract, batch = eqn.params["dimension_numbers"]
-    values = [value_of(x) for x in operands]
-    names = [[("free", side, axis) for axis in range(v.ndim)] for side, v in enumerate(values)]
-    for kind, pairs in (("contract", contract), ("batch", batch)):
-        for i, axes in enumerate(zip(*pairs, strict=True)):
-            for side, axis in enumerate(axes):
-                names[side][axis] = (kind, i)
-    size = dict(zip(names[0] + names[1], values[0].shape + values[1].shape, strict=True))
-    free = [[n for n in names[side] if n[0] == "free"] for side in (0, 1)]
-    out = [("batch", i) for i in range(len(batch[0]))] + free[0] + free[1]
+    names = _name_axes(operands, eqn.params["dimension_numbers"])
+    out, sizes = _result_axes(names), _sizes(operands, names)
+    products = math.prod(sizes.values())
 
-    after, before, repeated = [], ([], []), []
+    after: NamedFactors = []
+    before: tuple[NamedFactors, NamedFactors] = [], []  # of each operand
+    repeated: list[Name] = []
     for side, operand in enumerate(operands):
-        stay, go = [], []
-        for axes, delta in factors_of(operand):
-            spans = [names[side][axis] for axis in axes]
-            (stay if all(name in out for name in spans) else go).append((spans, delta))
-        along = [n for n in free[side] if any(n in spans for spans, _ in go)]
-        if (stay or go) and not operand.product and is_inexact(operand.value):
-            repeats = math.prod(size[n] for n in along)
-            products = math.prod(size.values())
-            if why := _dearer(values, side, result, products, repeats, len(stay), len(go)):
-                [operands[side]] = [values[side]] = interpreter.materialize(eqn, [operand], why)
+        factors = _named(names[side], factors_of(operand))
+        stay = [(spans, delta) for spans, delta in factors if set(spans) <= set(out)]
+        go = [(spans, delta) for spans, delta in factors if not set(spans) <= set(out)]
+        free = [name for name in names[side] if name[0] == "free"]
+        shared = [name for name in free if any(name in spans for spans, _ in go)]
+        if factors and not operand.product and is_inexact(operand.value):
+            repeats = math.prod(sizes[name] for name in shared)
+            if why := _dearer(operands, side, result, products, repeats, len(stay), len(go)):
+                [operands[side]] = interpreter.materialize(eqn, [operand], why)
                 continue
-        after += [(tuple(map(out.index, spans)), delta) for spans, delta in stay]
+        after += stay
         before[1 - side].extend(go)
-        repeated += along
-    if not is_inexact(result) and any(
-        before[side] and not is_inexact(values[side]) for side in (0, 1)
-    ):
+        repeated += shared
+    if _integers_meet(result, operands, before):
         return None
     if repeated and eqn.params.get("out_sharding") is not None:
         return None
+    return [_apply(interpreter, eqn, operands, names, before, after, out, repeated)]
 
-    parts: list[list[Any]] = []
+
+def _name_axes(operands: Operands, numbers: Any) -> list[list[Name]]:
+    """Names every axis of two operands, out of a dot's (contracted, batch) dimension numbers."""
+    names: list[list[Name]] = [
+        [("free", side, axis) for axis in range(value_of(x).ndim)]
+        for side, x in enumerate(operands)
+    ]
+    for kind, pairs in zip(("contract", "batch"), numbers, strict=True):
+        for i, axes in enumerate(zip(*pairs, strict=True)):
+            for side, axis in enumerate(axes):
+                names[side][axis] = (kind, i)
+    return names
+
+
+def _result_axes(names: Names) -> list[Name]:
+    """The result's axes: those of the batch, then those that are free on either side."""
+    batch = sorted(name for name in names[0] if name[0] == "batch")
+    return batch + [name for side in names for name in side if name[0] == "free"]
+
+
+def _sizes(operands: Operands, names: Names) -> dict[Name, int]:
+    return {
+        name: size
+        for x, side in zip(operands, names, strict=True)
+        for name, size in zip(side, value_of(x).shape, strict=True)
+    }
+
+
+def _named(names: Sequence[Name], factors: Factors) -> NamedFactors:
+    return [([names[axis] for axis in axes], delta) for axes, delta in factors]
+
+
+def _placed(names: Sequence[Name], factors: NamedFactors) -> Factors:
+    return [(tuple(map(names.index, spans)), delta) for spans, delta in factors]
+
+
+def _integers_meet(result: Any, operands: Operands, before: Sequence[NamedFactors]) -> bool:
+    """Whether integers would have to be scaled, for an integer result."""
+    scaled = [value_of(x) for x, factors in zip(operands, before, strict=True) if factors]
+    return not is_inexact(result) and not all(map(is_inexact, scaled))
+
+
+def _apply(
+    interpreter: Interpreter,
+    eqn: JaxprEqn,
+    operands: Operands,
+    names: Names,
+    before: Sequence[NamedFactors],
+    after: NamedFactors,
+    out: Sequence[Name],
+    repeated: Sequence[Name] = (),
+    *others: jax.Array,
+) -> Value:
+    """Contracts two operands, with their factors multiplied in before or after.
+
+    Args:
+      interpreter: where the uses are recorded.
+      eqn: the contraction.
+      operands: its two operands.
+      names: what their axes are called.
+      before: for each operand, the factors that scale it: the other one's.
+      after: the factors that scale the result.
+      out: what the result's axes are called.
+      repeated: free axes that become batch axes: the operand that lacks one is repeated along it.
+      others: operands that follow the two.
+    """
+    sizes, changed = _sizes(operands, names), {}
+    values = [value_of(x) for x in operands]
     for side in (0, 1):
-        missing = [n for n in repeated if n[1] != side]
-        if missing:
-            shape = (*(size[n] for n in missing), *values[side].shape)
-            values[side] = jnp.broadcast_to(values[side], shape)
-            names[side] = missing + names[side]
         if before[side]:
             interpreter.record(eqn, operands[1 - side], onto=operands[side])
-        onto = [(tuple(map(names[side].index, spans)), delta) for spans, delta in before[side]]
-        ordered = Scaled.of(values[side], onto, ())
-        parts.append(_parts(eqn, side, ordered.value, ordered.factors))
-
-    changed = {}
     if repeated:
-
-        def places(kind):
-            found = [n for n in names[0] if n in names[1] and (n[0] == "contract") == kind]
-            return tuple(tuple(names[side].index(n) for n in found) for side in (0, 1)), found
-
-        new_contract, _ = places(True)
-        new_batch, shared = places(False)
-        new_out = shared + [n for ns in names for n in ns if n[0] == "free" and n not in shared]
-        changed["dimension_numbers"] = (new_contract, new_batch)
-    y = _contract(eqn, parts, **changed)
+        missing = [[name for name in repeated if name[1] != side] for side in (0, 1)]
+        values = [
+            jnp.broadcast_to(x, (*(sizes[name] for name in new), *x.shape)) if new else x
+            for x, new in zip(values, missing, strict=True)
+        ]
+        names = [[*new, *old] for new, old in zip(missing, names, strict=True)]
+        changed["dimension_numbers"], new_out = _dimension_numbers(names)
+    parts = []
+    for side in (0, 1):
+        x = Scaled.of(values[side], _placed(names[side], before[side]), ())
+        parts.append(_parts(eqn, side, x.value, x.factors))
+    y = _contract(eqn, parts, *others, **changed)
     if repeated:
-        y = lax.transpose(y, [new_out.index(n) for n in out])
-    return [_scale_result(interpreter, eqn, operands, y, after)]
+        y = lax.transpose(y, [new_out.index(name) for name in out])
+    return _scale_result(interpreter, eqn, operands, y, _placed(out, after))
+
+
+def _dimension_numbers(names: Names) -> tuple[Any, list[Name]]:
+    """Dimension numbers for two operands by their axes' names, and the result's axes: the batch's,
+    then the free ones of either side."""
+    left, right = names
+    shared = [name for name in left if name in right]
+    contract = [name for name in shared if name[0] == "contract"]
+    batch = [name for name in shared if name[0] != "contract"]
+    free = [n for side in names for n in side if n[0] == "free" and n not in batch]
+    numbers = tuple(
+        tuple(tuple(map(side.index, group)) for side in names) for group in (contract, batch)
+    )
+    return numbers, batch + free
 
 
 def _dearer(
-    values: Sequence[Any],
+    operands: Operands,
     side: int,
     result: Any,
     products: int,
@@ -118,8 +191,17 @@ def _dearer(
     of a result, with the gradients. What multiplying out takes is the weight's own gradient, as
     many operations as the contraction: far more, unless an axis of it is tiny. In memory, it is
     the repeated operand that can be far too large.
+
+    Args:
+      operands: the two of the contraction.
+      side: which of them is the weight.
+      result: the contraction's.
+      products: how many multiplications it takes.
+      repeats: how many times the other operand would be repeated.
+      after: how many vectors would scale the result.
+      before: how many would scale the other operand.
     """
-    weight, other = values[side].size, values[1 - side].size
+    weight, other = value_of(operands[side]).size, value_of(operands[1 - side]).size
     scaled = repeats * other
     if repeats > 1 and scaled > weight + other + result.size:
         return (
@@ -154,7 +236,7 @@ def _operand_dtype(eqn: JaxprEqn, side: int) -> Any:
     return jnp.finfo(max([*types, jnp.bfloat16], key=lambda t: jnp.finfo(t).bits)).dtype
 
 
-def _parts(eqn: JaxprEqn, side: int, x: Any, factors: Factors) -> list[Any]:
+def _parts(eqn: JaxprEqn, side: int, x: jax.Array, factors: Factors) -> list[jax.Array]:
     """One operand of a contraction, scaled; as several that add up where it is scaled wider.
 
     A product in 16 bits with a wider result stays one, as fast and, at zero deltas, as exact to the
@@ -174,7 +256,9 @@ def _parts(eqn: JaxprEqn, side: int, x: Any, factors: Factors) -> list[Any]:
     return [high.astype(own), (x - high).astype(own)]
 
 
-def _contract(eqn: JaxprEqn, parts: Sequence[Sequence[Any]], *others: Any, **changed: Any) -> Any:
+def _contract(
+    eqn: JaxprEqn, parts: Sequence[Sequence[jax.Array]], *others: jax.Array, **changed: Any
+) -> jax.Array:
     """A contraction of two operands, each a sum of parts, of any dtypes."""
     dtypes = [x.aval.dtype for x in eqn.invars[:2]]
     if [p[0].dtype for p in parts] != dtypes:
@@ -191,54 +275,44 @@ def ragged_dot_general(interpreter: Interpreter, eqn: JaxprEqn, operands: Operan
     A vector over the groups becomes one per row, by the row's group. Then it goes as in any dot:
     a vector whose axes the result has scales the result, any other the other operand.
     """
-    group_sizes, result = operands[2], eqn.outvars[0].aval
-    sides = _settled(interpreter, eqn, operands[:2])
+    *operands, group_sizes = operands
+    operands, result = _settled(interpreter, eqn, operands), eqn.outvars[0].aval
     ragged = eqn.params["ragged_dot_dimension_numbers"]
-    contract, batch = ragged.dot_dimension_numbers
-    values = [value_of(x) for x in sides]
-    names = [[("free", side, axis) for axis in range(v.ndim)] for side, v in enumerate(values)]
-    for kind, pairs in (("contract", contract), ("batch", batch)):
-        for i, axes in enumerate(zip(*pairs, strict=True)):
-            for side, axis in enumerate(axes):
-                names[side][axis] = (kind, i)
+    names = _name_axes(operands, ragged.dot_dimension_numbers)
     for axis in ragged.rhs_group_dimensions:
         names[1][axis] = ("group",)
     [rows] = (names[0][axis] for axis in ragged.lhs_ragged_dimensions)
-    out = [("batch", i) for i in range(len(batch[0]))]
-    out += [n for n in names[0] + names[1] if n[0] == "free"]
+    out = _result_axes(names)
     if rows[0] == "contract":
         out = [("group",), *out]
+    outer = out[: out.index(rows)] if group_sizes.ndim > 1 and rows in out else []
+    outer = [name for name in outer if name in names[0]]
+    count = _sizes(operands, names)[rows]
 
-    after, before = [], ([], [])
-    for side, operand in enumerate(sides):
-        for axes, delta in factors_of(operand):
-            spans = [names[side][axis] for axis in axes]
+    after: NamedFactors = []
+    before: tuple[NamedFactors, NamedFactors] = [], []  # of each operand
+    for side, operand in enumerate(operands):
+        for spans, delta in _named(names[side], factors_of(operand)):
             if ("group",) in spans:
-                outer = [n for n in out if n in names[0]]
-                outer = outer[: outer.index(rows)] if group_sizes.ndim > 1 else []
-                count = values[0].shape[names[0].index(rows)]
                 spans, delta = _by_row(spans, delta, group_sizes, [*outer, rows], count)
-            if all(name in out for name in spans):
-                after.append((tuple(map(out.index, spans)), delta))
-            elif all(name in names[1 - side] for name in spans):
-                before[1 - side].append((tuple(map(names[1 - side].index, spans)), delta))
+            if set(spans) <= set(out):
+                after.append((spans, delta))
+            elif set(spans) <= set(names[1 - side]):
+                before[1 - side].append((spans, delta))
             else:
                 return None
-    if not is_inexact(result) and any(before[i] and not is_inexact(values[i]) for i in (0, 1)):
+    if _integers_meet(result, operands, before):
         return None
-    parts: list[list[Any]] = []
-    for side in (0, 1):
-        if before[side]:
-            interpreter.record(eqn, sides[1 - side], onto=sides[side])
-        ordered = Scaled.of(values[side], before[side], ())
-        parts.append(_parts(eqn, side, ordered.value, ordered.factors))
-    y = _contract(eqn, parts, group_sizes)
-    return [_scale_result(interpreter, eqn, sides, y, after)]
+    return [_apply(interpreter, eqn, operands, names, before, after, out, (), group_sizes)]
 
 
 def _by_row(
-    spans: list[Any], delta: Any, group_sizes: Any, rows: list[Any], count: int
-) -> tuple[list[Any], Any]:
+    spans: Sequence[Name],
+    delta: jax.Array,
+    group_sizes: jax.Array,
+    rows: Sequence[Name],
+    count: int,
+) -> tuple[list[Name], jax.Array]:
     """A vector over groups as one over the rows that they consist of.
 
     Args:
@@ -346,11 +420,11 @@ def _fills_with_nothing(eqn: JaxprEqn) -> bool:
 def _gather_vector(
     eqn: JaxprEqn,
     axes: Sequence[int],
-    delta: Any,
-    indices: Any,
+    delta: jax.Array,
+    indices: jax.Array,
     windows: Sequence[int],
     batching: dict[int, int],
-) -> Any:
+) -> jax.Array:
     """The gather of a table, of a vector over some of its axes: rows first, then the windows."""
     numbers = eqn.params["dimension_numbers"]
     columns = [i for i, axis in enumerate(numbers.start_index_map) if axis in axes]
@@ -372,8 +446,8 @@ def _gather_vector(
 
 
 def _scale_result(
-    interpreter: Interpreter, eqn: JaxprEqn, operands: Operands, y: Any, factors: Factors
-) -> Any:
+    interpreter: Interpreter, eqn: JaxprEqn, operands: Operands, y: jax.Array, factors: Factors
+) -> Value:
     if not factors:
         return y
     scaled = Scaled.of(y, factors, origin_of(*operands), product=True, codes=False)
