@@ -23,9 +23,9 @@ from hyperadapt_jax.interpreter.interpreter import (
     ON_ACTIVATIONS,
     Interpreter,
     MaterialisedError,
+    Refused,
     Use,
 )
-from hyperadapt_jax.interpreter.values import Names, Scaled
 from hyperadapt_jax.scales import Scales, check
 from hyperadapt_jax.tables import table
 
@@ -69,23 +69,34 @@ class Adapted:
         return f"adapt({getattr(self.fn, '__name__', type(self.fn).__name__)})"
 
     def __call__(self, params: Any, scales: Scales, *args: Any, **kwargs: Any) -> Any:
-        result, uses = self._run(params, scales, args, kwargs, Names)
-        if self.materialise != "allow":
-            if any(use.how == MATERIALISED for use in uses):
-                found = explain(self, params, scales, *args, **kwargs)
-                lost = [use for use in found.uses if use.how == MATERIALISED]
-                message = (
-                    f"{len({use.path for use in lost})} of {len(scales)} adapted weights are"
-                    " multiplied out instead of scaled on the activations:\n"
-                    f"{Explanation(tuple(lost))}\n"
-                    'materialise="allow" accepts this; hyperadapt_jax.explain shows every weight'
-                )
-                if self.materialise == "error":
-                    raise MaterialisedError(message)
-                warnings.warn(message, MaterialisedWarning, stacklevel=2)
+        refused = False
+        try:
+            result, interpreter = self._run(params, scales, args, kwargs)
+        except Refused:
+            refused = True
+        if refused or interpreter.materialized and self.materialise != "allow":
+            # Traced again, with names; where codes cannot be scaled, it raises.
+            found = explain(self, params, scales, *args, **kwargs)
+            lost = [use for use in found.uses if use.how == MATERIALISED]
+            message = (
+                f"{len({use.path for use in lost})} of {len(scales)} adapted weights are"
+                " multiplied out instead of scaled on the activations:\n"
+                f"{Explanation(tuple(lost))}\n"
+                'materialise="allow" accepts this; hyperadapt_jax.explain shows every weight'
+            )
+            if refused or self.materialise == "error":
+                raise MaterialisedError(message)
+            warnings.warn(message, MaterialisedWarning, stacklevel=2)
         return result
 
-    def _run(self, params, scales, args, kwargs, names_type) -> tuple[Any, list[Use]]:
+    def _run(
+        self,
+        params: Any,
+        scales: Scales,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        explains: bool = False,
+    ) -> tuple[Any, Interpreter]:
         weights = paths.arrays(params)
         check(scales, weights)
         operands, build = paths.separate((params, args, kwargs))
@@ -99,17 +110,15 @@ class Adapted:
 
         jaxpr = jax.make_jaxpr(flat)(operands)
         codes = any(not jnp.issubdtype(weights[path].dtype, jnp.inexact) for path in scales)
-        interpreter = Interpreter(rules.apply, frozen={} if codes else None)
+        interpreter = Interpreter(rules.apply, explains, frozen={} if codes else None)
         interpreter.freeze(
             [x for x, path in zip(operands, weights, strict=False) if path not in scales]
         )
         for i, (path, weight) in enumerate(weights.items()):  # the parameters come first
             if path in scales:
-                operands[i] = Scaled.of(weight, scales[path].factors(), names_type([path]))
+                operands[i] = interpreter.attach(weight, scales[path].factors(), path)
         results = interpreter.materialize(None, interpreter.run(jaxpr, operands))
-        used = {use.path for use in interpreter.uses}
-        unused = [Use(path, UNUSED) for path in scales if path not in used]
-        return out_def.unflatten(results), [*interpreter.uses, *unused]
+        return out_def.unflatten(results), interpreter
 
 
 def adapt(
@@ -184,9 +193,10 @@ def explain(
     arrays, build = paths.separate((params, scales, args, kwargs))
 
     def trace(arrays):
-        result, found = forward._run(*build(arrays), tuple)
-        uses.extend(found)
+        result, interpreter = forward._run(*build(arrays), explains=True)
+        uses.extend(interpreter.uses)
         return result
 
     jax.eval_shape(trace, arrays)
-    return Explanation(tuple(uses))
+    used = {use.path for use in uses}
+    return Explanation((*uses, *(Use(path, UNUSED) for path in scales if path not in used)))

@@ -12,7 +12,15 @@ import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 from hyperadapt_jax.interpreter import jax_versions
-from hyperadapt_jax.interpreter.values import Facts, Operands, Results, Scaled, Value, scale
+from hyperadapt_jax.interpreter.values import (
+    Factors,
+    Facts,
+    Operands,
+    Results,
+    Scaled,
+    Value,
+    scale,
+)
 
 ON_ACTIVATIONS = "on activations"
 MATERIALISED = "materialised"
@@ -40,6 +48,10 @@ class Use:
     reason: str = ""
 
 
+class Refused(Exception):
+    """Codes cannot be scaled: as :class:`MaterialisedError`, where no weight has a name."""
+
+
 class Rule(Protocol):
     """Runs an equation of which some operands are Scaled; None where no factor can pass."""
 
@@ -55,6 +67,8 @@ class Interpreter:
 
     Attributes:
       rule: runs every equation that has a Scaled among its operands.
+      explains: whether weights have names, and their uses are listed.
+      materialized: whether a weight was multiplied out.
       uses: each use of each weight, once and in order.
       bodies: the function made of each inner jaxpr, so that JAX traces layers alike once.
       facts: what is known of arrays.
@@ -64,10 +78,16 @@ class Interpreter:
     """
 
     rule: Rule
+    explains: bool = False
+    materialized: bool = False
     uses: dict[Use, None] = dataclasses.field(default_factory=dict)
     bodies: dict[Any, Callable[..., list[Value]]] = dataclasses.field(default_factory=dict)
     facts: Facts = dataclasses.field(default_factory=Facts)
     frozen: dict[int, Any] | None = None
+
+    def attach(self, weight: jax.Array, factors: Factors, path: str) -> Scaled:
+        """A weight with factors that wait to scale it."""
+        return Scaled.of(weight, factors, (path,) if self.explains else ())
 
     def run(self, jaxpr: Jaxpr, operands: Operands) -> list[Value]:
         """Evaluates a jaxpr on operands of which some may be Scaled; so may the results be."""
@@ -159,6 +179,8 @@ class Interpreter:
 
     def _resolve(self, x: Scaled, eqn: JaxprEqn | None, reason: str = "") -> jax.Array:
         if not jnp.issubdtype(x.value.dtype, jnp.inexact):
+            if not self.explains:
+                raise Refused
             raise MaterialisedError(
                 f"{' * '.join(x.origin)}: integer codes cannot be scaled at `{_name(eqn)}`"
                 f" ({_where(eqn)}); dequantize them first, or adapt the out side alone"
@@ -172,7 +194,8 @@ class Interpreter:
         return scale(x.value, x.factors)
 
     def _note(self, x: Scaled, how: str, eqn: JaxprEqn | None, reason: str = "") -> None:
-        for path in dict.fromkeys(x.origin):
+        self.materialized |= how == MATERIALISED
+        for path in x.origin:
             self.uses[Use(path, how, _name(eqn), _where(eqn), reason)] = None
 
 

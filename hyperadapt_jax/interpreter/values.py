@@ -16,16 +16,6 @@ from hyperadapt_jax.scales import along, widen
 Factors = Sequence[tuple[tuple[int, ...], Any]]
 
 
-class Names(tuple):
-    """Paths of weights that never differ from others, so that layers alike are traced once."""
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Names)
-
-    def __hash__(self) -> int:
-        return 0
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Scaled:
@@ -37,7 +27,8 @@ class Scaled:
       value: an array of any shape.
       deltas: for each factor, an array with the shape of the axes that it spans.
       axes: for each factor, the axes of ``value`` that it spans, ascending (static).
-      origin: the paths of the weights it comes from (static).
+      origin: the paths of the weights it comes from; empty where no one asks, so that layers alike
+        are of one type, and traced once (static).
       product: it is no weight any more but a product with one, waiting to be scaled (static).
       codes: it is a quantized weight that is not yet, or may not yet be, dequantized: what is
         scaled is not this value but the weight that the function makes of it (static).
@@ -137,9 +128,9 @@ def factors_of(x: Any) -> Factors:
     return x.factors if isinstance(x, Scaled) else ()
 
 
-def origin_of(*operands: Any) -> tuple[str, ...]:
+def origin_of(*operands: Value) -> tuple[str, ...]:
     origins = [x.origin for x in operands if isinstance(x, Scaled)]
-    return type(origins[0])(dict.fromkeys(path for origin in origins for path in origin))
+    return tuple(dict.fromkeys(path for origin in origins for path in origin))
 
 
 def moved(x: Scaled, value: Any, factors: Factors, product: bool = False) -> Scaled:
