@@ -109,8 +109,8 @@ class Adapted:
             return results
 
         jaxpr = jax.make_jaxpr(flat)(operands)
-        codes = any(not jnp.issubdtype(weights[path].dtype, jnp.inexact) for path in scales)
-        interpreter = Interpreter(rules.apply, explains, frozen={} if codes else None)
+        has_codes = any(not jnp.issubdtype(weights[path].dtype, jnp.inexact) for path in scales)
+        interpreter = Interpreter(rules.apply, explains, has_codes)
         interpreter.freeze(
             [x for x, path in zip(operands, weights, strict=False) if path not in scales]
         )

@@ -94,14 +94,6 @@ def decode(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Resul
         if any(axis >= ndim for axes in first.axes for axis in axes):
             return None
         return _waiting(eqn, operands, first)
-    if name in ("stack", "concatenate") and len(codes) == len(operands):
-        along = eqn.params["axis" if name == "stack" else "dimension"]
-        axes = list(range(first.value.ndim))
-        if name == "stack":
-            axes = [i + (i >= along) for i in axes]
-        elif any(along in spans for spans in first.axes):
-            return None
-        return _waiting(eqn, operands, first, axes)
     return None
 
 

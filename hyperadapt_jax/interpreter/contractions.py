@@ -351,7 +351,7 @@ def conv_general_dilated(interpreter: Interpreter, eqn: JaxprEqn, operands: Oper
             # Each group's own input features, as where a function of one kernel is mapped over
             # many: the factor must be the same for all output features of a group.
             size, place = rhs.value.shape[out_axis] // groups, axes.index(out_axis)
-            if interpreter.facts.of(delta, {}).get(place, 1) % size:
+            if interpreter.facts.get(delta, "runs", {}).get(place, 1) % size:
                 return None
             delta = lax.slice_in_dim(delta, 0, None, size, place)
             delta = delta if place == 0 else delta.T

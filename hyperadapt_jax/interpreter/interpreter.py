@@ -24,7 +24,6 @@ from hyperadapt_jax.interpreter.values import (
 
 ON_ACTIVATIONS = "on activations"
 MATERIALISED = "materialised"
-ZERO = "zero"
 
 # Zeros in, zeros out.
 KEEPS_ZEROS = frozenset(
@@ -68,22 +67,22 @@ class Interpreter:
     Attributes:
       rule: runs every equation that has a Scaled among its operands.
       explains: whether weights have names, and their uses are listed.
+      has_codes: whether a weight is quantized: then it is followed which arrays are frozen.
       materialized: whether a weight was multiplied out.
       uses: each use of each weight, once and in order.
       bodies: the function made of each inner jaxpr, so that JAX traces layers alike once.
-      facts: what is known of arrays.
-      frozen: arrays, by identity, that are made of frozen parameters and constants alone: no
-        activation, nor an adapted weight. Where there are codes, they tell a zero point from a
-        bias; None where there are none.
+      facts: what is known of arrays: ``zero``, they hold nothing else; ``runs``, those of equal
+        numbers along each axis of a factor; ``frozen``, they are made of frozen parameters and
+        constants alone, no activation nor an adapted weight: that tells a zero point from a bias.
     """
 
     rule: Rule
     explains: bool = False
+    has_codes: bool = False
     materialized: bool = False
     uses: dict[Use, None] = dataclasses.field(default_factory=dict)
     bodies: dict[Any, Callable[..., list[Value]]] = dataclasses.field(default_factory=dict)
     facts: Facts = dataclasses.field(default_factory=Facts)
-    frozen: dict[int, Any] | None = None
 
     def attach(self, weight: jax.Array, factors: Factors, path: str) -> Scaled:
         """A weight with factors that wait to scale it."""
@@ -119,8 +118,8 @@ class Interpreter:
         results = jax_versions.bind(eqn, *operands)
         if jax_versions.name_of(eqn) in KEEPS_ZEROS:
             x = operands[0]
-            if self.facts.of(x) == ZERO or np.ndim(x) == 0 and self.is_zero(x):
-                self.facts.note(results[0], ZERO)
+            if self.facts.get(x, "zero") or np.ndim(x) == 0 and self.is_zero(x):
+                self.facts.note(results[0], zero=True)
         return results
 
     def is_zero(self, x: Value) -> bool:
@@ -128,7 +127,7 @@ class Interpreter:
 
         Traced, it is known where it was broadcast from a constant. A constant is looked at.
         """
-        if self.facts.of(x) == ZERO:
+        if self.facts.get(x, "zero"):
             return True
         if isinstance(x, Scaled | jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
             return False
@@ -136,14 +135,15 @@ class Interpreter:
 
     def freeze(self, arrays: Operands) -> None:
         """Notes that arrays are made of frozen parameters and constants alone."""
-        if self.frozen is not None:
-            self.frozen.update((id(x), x) for x in arrays)
+        if self.has_codes:
+            for x in arrays:
+                self.facts.note(x, frozen=True)
 
     def are_frozen(self, operands: Operands) -> tuple[bool, ...]:
         """Which operands are made of frozen parameters and constants alone, as far as is known."""
-        if self.frozen is None:
+        if not self.has_codes:
             return (False,) * len(operands)
-        return tuple(id(x) in self.frozen for x in operands)
+        return tuple(self.facts.get(x, "frozen", False) for x in operands)
 
     def freeze_again(self, frozen: Sequence[bool], operands: Operands) -> Operands:
         """The operands as an inner function gets them, of which those marked are frozen."""

@@ -121,7 +121,7 @@ def reshape(interpreter: Interpreter, eqn: JaxprEqn, others: Operands, x: Scaled
             delta = jnp.broadcast_to(jnp.expand_dims(delta, missing), shape)
         delta = lax.reshape(delta, tuple(new[axis] for axis in spans))
         if wide != list(axes):
-            interpreter.facts.note(delta, _runs(touched, axes, old, spans))
+            interpreter.facts.note(delta, runs=_runs(touched, axes, old, spans))
         factors.append((spans, delta))
     return factors
 
@@ -254,9 +254,12 @@ def concatenate(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> 
     What is scaled by nothing is scaled by one. A vector that does not span the joined axis stays
     as it is where all operands share it, and is repeated along it where they differ.
     """
-    operands = interpreter.materialize_where(
-        lambda x: x.product and is_inexact(x.value), eqn, operands
-    )
+    codes = [x for x in operands if isinstance(x, Scaled) and x.codes]
+    if len(codes) < len(operands) or not all(same_factors(x, codes[0]) for x in codes):
+        # Looked-up rows are activations; but parts of one code wait together.
+        operands = interpreter.materialize_where(
+            lambda x: x.product and is_inexact(x.value), eqn, operands
+        )
     [y] = jax_versions.bind(eqn, *map(value_of, operands))
     scaled = [x for x in operands if isinstance(x, Scaled)]
     if not scaled:
@@ -304,8 +307,8 @@ def concatenate(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> 
             shape[along_it] = size
             parts.append(column[i].astype(dtype) if i in column else jnp.zeros(shape, dtype))
         factors.append((spans, lax.concatenate(parts, along_it)))
-    product, codes = (any(getattr(x, flag) for x in scaled) for flag in ("product", "codes"))
-    return [Scaled.of(y, factors, origin_of(*scaled), product, codes)]
+    product = any(x.product for x in scaled)
+    return [Scaled.of(y, factors, origin_of(*scaled), product, any(x.codes for x in scaled))]
 
 
 def pad(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Results:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -83,17 +83,32 @@ Results: TypeAlias = list[Value] | None
 
 
 class Facts:
-    """What is known of traced arrays, each for as long as it lives."""
+    """What is known of arrays, by identity, each for as long as it lives."""
 
     def __init__(self) -> None:
-        self._facts: dict[int, tuple[weakref.ref, Any]] = {}
+        self._known: dict[int, tuple[Callable[[], Any], dict[str, Any]]] = {}
 
-    def note(self, x: Any, fact: Any) -> None:
-        self._facts[id(x)] = weakref.ref(x), fact
+    def note(self, x: Any, **facts: Any) -> None:
+        """Adds facts about an array."""
+        if known := self._of(x):
+            known.update(facts)
+            return
+        try:
+            ref = weakref.ref(x)
+        except TypeError:  # a scalar of Python or NumPy
 
-    def of(self, x: Any, default: Any = None) -> Any:
-        ref, fact = self._facts.get(id(x), (None, None))
-        return fact if ref is not None and ref() is x else default
+            def ref(x=x):
+                return x
+
+        self._known[id(x)] = ref, facts
+
+    def get(self, x: Any, fact: str, default: Any = None) -> Any:
+        """A fact about an array, if it is known."""
+        return self._of(x).get(fact, default)
+
+    def _of(self, x: Any) -> dict[str, Any]:
+        ref, facts = self._known.get(id(x), (None, {}))
+        return facts if ref is not None and ref() is x else {}
 
 
 def scale(x: jax.Array, factors: Factors, dtype: Any = None) -> jax.Array:
