@@ -99,7 +99,7 @@ class Adapted:
     ) -> tuple[Any, Interpreter]:
         weights = paths.arrays(params)
         check(scales, weights)
-        operands, build = paths.separate((params, args, kwargs))
+        operands, build = paths.partition_arrays((params, args, kwargs))
         out_def = None
 
         def flat(arrays):
@@ -190,7 +190,7 @@ def explain(
             f" not {type(forward).__name__}"
         )
     uses: list[Use] = []
-    arrays, build = paths.separate((params, scales, args, kwargs))
+    arrays, build = paths.partition_arrays((params, scales, args, kwargs))
 
     def trace(arrays):
         result, interpreter = forward._run(*build(arrays), explains=True)

@@ -93,7 +93,7 @@ def save(
     shapes, full = _shapes(params, scales), dict(full or {})
     for path in scales:
         if path not in shapes:
-            raise AdapterError(f"the base holds no {path!r}; {paths.nearest(path, shapes)}")
+            raise AdapterError(f"the base holds no {path!r}; {paths.suggest(path, shapes)}")
         if path in full:
             raise AdapterError(f"{path} is scaled and fully trained: leave out one of the two")
     trained = {path: list(np.shape(leaf)) for path, leaf in full.items()}

@@ -21,12 +21,12 @@ from hyperadapt_jax import paths
 from hyperadapt_jax.scales import (
     Scales,
     ScaleVectors,
-    along,
-    change,
+    broadcast_scale,
     check,
     check_invertible,
-    slices,
-    widen,
+    combined_delta,
+    compute_dtype,
+    iter_stack,
 )
 from hyperadapt_jax.tables import table
 
@@ -145,10 +145,10 @@ def _rescaled(op: Callable[..., jax.Array], weight: Any, vectors: ScaleVectors) 
 
 @functools.partial(jax.jit, static_argnums=0)  # one fused pass, without float32 temporaries
 def _rounded_once(op: Callable[..., jax.Array], weight: Any, vectors: ScaleVectors) -> jax.Array:
-    wide = widen(weight.dtype)
+    wide = compute_dtype(weight.dtype)
     product = weight.astype(wide)
     for axes, delta in vectors.factors():
-        product = op(product, along(delta.astype(wide), axes, weight.ndim))
+        product = op(product, broadcast_scale(delta.astype(wide), axes, weight.ndim))
     return product.astype(weight.dtype)
 
 
@@ -160,9 +160,9 @@ def _known(array: Any) -> bool:
 def _rounding(path: str, weight: Any, merged: Any, vectors: ScaleVectors) -> Rounding:
     wide = jnp.promote_types(weight.dtype, np.float64)
     update = error = 0.0
-    for _, deltas, (base, rounded) in slices(vectors, np.asarray(weight), np.asarray(merged)):
+    for _, deltas, (base, rounded) in iter_stack(vectors, np.asarray(weight), np.asarray(merged)):
         base = base.astype(wide)
-        step = base * change(deltas)
+        step = base * combined_delta(deltas)
         update = math.hypot(update, np.linalg.norm(step))
         error = math.hypot(error, np.linalg.norm(rounded.astype(wide) - (base + step)))
     return Rounding(path, weight.dtype.name, update, error)

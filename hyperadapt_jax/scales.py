@@ -66,12 +66,12 @@ class ScaleVectors:
 Scales = dict[str, ScaleVectors]
 
 
-def widen(dtype: Any) -> Any:
+def compute_dtype(dtype: Any) -> Any:
     """The dtype in which a scale multiplies: float32 for anything narrower, else its own."""
     return jnp.promote_types(dtype, jnp.float32) if jnp.dtype(dtype).itemsize >= 4 else jnp.float32
 
 
-def along(delta: jax.Array, axes: Sequence[int], ndim: int) -> jax.Array:
+def broadcast_scale(delta: jax.Array, axes: Sequence[int], ndim: int) -> jax.Array:
     """``1 + delta`` with size-one axes added, to broadcast against an array of ``ndim`` axes."""
     return jnp.expand_dims(1 + delta, [i for i in range(ndim) if i not in axes])
 
@@ -87,7 +87,7 @@ def check(scales: Scales, weights: Mapping[str, Any]) -> None:
         if path not in weights:
             raise ValueError(
                 f"the adapter scales {path}, which is none of the {len(weights)} arrays;"
-                f" {paths.nearest(path, weights)}"
+                f" {paths.suggest(path, weights)}"
             )
         shape, axes = np.shape(weights[path]), vectors.axes
         if len(shape) != (count := len(axes.split())):
@@ -177,7 +177,7 @@ def invert(scales: Scales, tol: float = 1e-6) -> Scales:
 
 def check_invertible(scales: Scales, tol: float) -> None:
     """Raises ValueError, naming weight, side and index, where a scale lies within tol of zero."""
-    for (path, side), delta in concrete(scales).items():
+    for (path, side), delta in known_values(scales).items():
         size = np.abs(1 + delta)
         if (size <= tol).any():
             where = np.argwhere(size == size.min())[0].tolist()
@@ -268,7 +268,7 @@ def canonical(scales: Scales) -> Scales:
     return {path: gauge(vectors) for path, vectors in scales.items()}
 
 
-def concrete(scales: Scales) -> dict[tuple[str, str], np.ndarray]:
+def known_values(scales: Scales) -> dict[tuple[str, str], np.ndarray]:
     """The values of every vector by (path, side), where they are known: tracers are left out."""
     return {
         (path, side): np.asarray(delta)
@@ -278,7 +278,7 @@ def concrete(scales: Scales) -> dict[tuple[str, str], np.ndarray]:
     }
 
 
-def slices(vectors: ScaleVectors, *arrays: np.ndarray) -> Iterator[tuple[tuple, list, list]]:
+def iter_stack(vectors: ScaleVectors, *arrays: np.ndarray) -> Iterator[tuple[tuple, list, list]]:
     """For each slice of a weight's stack: its index, the deltas in float64, the arrays' slices.
 
     They broadcast. One slice at a time: float64 copies of a whole stack of layers would be large.
@@ -295,7 +295,7 @@ def slices(vectors: ScaleVectors, *arrays: np.ndarray) -> Iterator[tuple[tuple, 
         yield index, [delta[index] for delta in deltas], [array[index] for array in arrays]
 
 
-def change(deltas: Sequence[Any]) -> Any:
+def combined_delta(deltas: Sequence[Any]) -> Any:
     """The relative change that all deltas make together: ``prod(1 + delta) - 1``."""
     return functools.reduce(_product, deltas)
 
@@ -334,7 +334,7 @@ def _mean(adapters: Sequence[Scales], weights: Sequence[Any], signs: str) -> Sca
 
 
 def _check_signs(adapters: Sequence[Scales]) -> None:
-    known = [concrete(scales) for scales in adapters]
+    known = [known_values(scales) for scales in adapters]
     for path, side in known[0]:
         scales = [1 + deltas[path, side] for deltas in known if (path, side) in deltas]
         clash = np.any([s > 0 for s in scales], axis=0) & np.any([s < 0 for s in scales], axis=0)

@@ -215,7 +215,7 @@ def matches(pattern: paths.Pattern, arrays: dict[str, Any], what: str) -> set[st
             shown = part if isinstance(part, str) else part[0]
             raise PlanError(
                 f"{what} {shown!r} matches none of the {len(arrays)} arrays;"
-                f" {paths.nearest(part, arrays)}"
+                f" {paths.suggest(part, arrays)}"
             )
     return set(filter(paths.matcher(pattern), arrays))
 

@@ -192,7 +192,7 @@ def parse(recipe: str, cls: type[T], args: Sequence[str]) -> T:
     parser = _parser(recipe, cls, fields.values())
     given, extra = parser.parse_known_args(list(args))
     if extra:
-        near = paths.nearest(extra[0], map(flag, fields)) if extra[0].startswith("-") else None
+        near = paths.suggest(extra[0], map(flag, fields)) if extra[0].startswith("-") else None
         raise InputError(f"{extra[0]}: there is no such option" + (f"; {near}" if near else ""))
     values = {}
     if (file := vars(given).get("config")) is not None:
@@ -437,7 +437,7 @@ def _from_file(
     found = {}
     for name, value in values.items():
         if name not in fields:
-            near = paths.nearest(name, fields)
+            near = paths.suggest(name, fields)
             raise InputError(f"{file}: {recipe} has no option {name!r}; {near}")
         try:
             found[name] = fields[name].read(value)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hyperadapt_jax.scales import along, widen
+from hyperadapt_jax.scales import broadcast_scale, compute_dtype
 
 Factors = Sequence[tuple[tuple[int, ...], Any]]
 
@@ -117,12 +117,12 @@ def scale(x: jax.Array, factors: Factors, dtype: Any = None) -> jax.Array:
     The result has x's dtype, or the one given.
     """
     dtype = x.dtype if dtype is None else dtype
-    wide = widen(dtype)
+    wide = compute_dtype(dtype)
 
     def product(x, *deltas):
         y = x.astype(wide)
         for (axes, _), delta in zip(factors, deltas, strict=True):
-            y = y * along(delta.astype(wide), axes, x.ndim)
+            y = y * broadcast_scale(delta.astype(wide), axes, x.ndim)
         return y.astype(dtype)
 
     # A narrow operand is kept for the backward pass as it is, not as a copy in float32.
