@@ -28,8 +28,9 @@ import safetensors.numpy
 from jax.sharding import NamedSharding
 
 from hyperadapt_jax import paths
-from hyperadapt_jax.scales import SIDES, Scales, ScaleVectors, side_axes
+from hyperadapt_jax.scales import SIDES, Scales, ScaleVectors, side_axes, side_shape
 from hyperadapt_jax.sharding import vector_spec
+from hyperadapt_jax.tables import first_few
 from hyperadapt_jax.targets import Target
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -203,8 +204,8 @@ def _check(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], where: 
         if len(roles.split()) != len(shape):
             raise AdapterError(f"{path} has the shape {shape}, and the axis roles {roles!r}")
         for side in SIDES:
-            if axes := side_axes(roles, side):
-                spans[f"{path}.{side}"] = path, axes, tuple(shape[i] for i in axes)
+            if (needs := side_shape(shape, roles, side)) is not None:
+                spans[f"{path}.{side}"] = path, side_axes(roles, side), needs
     for name in {**spans, **tensors}:
         array, (_, _, shape) = tensors.get(name), spans.get(name, (None, None, None))
         if array is None:
@@ -231,10 +232,8 @@ def _compare(saved: Mapping[str, Any], given: Mapping[str, Any], what: str) -> N
         for key in sorted({*saved, *given})
         if saved.get(key) != given.get(key)
     ]
-    if differ[5:]:
-        differ[5:] = [f"and {len(differ) - 5} more"]
     if differ:
-        shown = "; ".join(differ)
+        shown = first_few(differ, 5, "; ")
         raise AdapterError(f"{what} does not match, {shown}. Give the base that it was trained on")
 
 

@@ -1,4 +1,4 @@
-"""The scale vectors: their container, their start at the identity, and their algebra.
+"""The scale vectors: their container and their algebra.
 
 A weight ``W`` becomes ``diag(1 + row) W diag(1 + col)`` in the paper's (outputs x inputs) layout
 (HyperAdapt, arXiv 2509.18629: ``row`` is its ``a - 1`` and ``col`` its ``b - 1``). Vectors are
@@ -40,6 +40,15 @@ def side_axes(axes: str, side: str) -> tuple[int, ...]:
     if SIDES[side][1] not in roles:
         return ()
     return tuple(i for i, role in enumerate(roles) if role in SIDES[side])
+
+
+def side_shape(shape: Sequence[int], axes: str, side: str) -> tuple[int, ...] | None:
+    """The shape of a weight's ``row`` or ``col`` vector; None for a one-sided weight without it.
+
+    >>> side_shape((4, 3, 5), "stack in out", "row"), side_shape((3, 5), "- out", "col")
+    ((4, 5), None)
+    """
+    return tuple(shape[i] for i in side_axes(axes, side)) or None
 
 
 @jax.tree_util.register_dataclass
@@ -97,37 +106,12 @@ def check(scales: Scales, weights: Mapping[str, Any]) -> None:
         for side in SIDES:
             delta = getattr(vectors, side)
             has = None if delta is None else np.shape(delta)
-            needs = tuple(shape[i] for i in side_axes(axes, side)) or None
+            needs = side_shape(shape, axes, side)
             if has != needs:
                 raise ValueError(
                     f"{path}: {side} has shape {has}, and a weight of shape {shape} with roles"
                     f" {axes!r} needs {needs}"
                 )
-
-
-def init(plan: Any) -> Scales:
-    """Scale vectors for a plan: all zero, so the adapted model equals the base, bit for bit.
-
-    Args:
-      plan: what ``hyperadapt_jax.plan`` returned.
-
-    Returns:
-      ``{path: ScaleVectors}`` in float32, whatever the dtype of the base; where a weight carries a
-      ``NamedSharding``, its vectors carry the part of it that belongs to their axes.
-
-    >>> import hyperadapt_jax as ha
-    >>> params = {"dense": {"kernel": jnp.ones((3, 5), jnp.bfloat16)}}
-    >>> scales = ha.init(ha.plan(params, ha.Target("dense/kernel", "in out")))
-    >>> scales["dense/kernel"].row.shape, scales["dense/kernel"].col.shape
-    ((5,), (3,))
-    """
-
-    scales = {}
-    for w in plan.weights:
-        sides = [(w.row_shape, w.row_sharding), (w.col_shape, w.col_sharding)]
-        zeros = [s and jnp.zeros(s, jnp.float32, device=sharding) for s, sharding in sides]
-        scales[w.path] = ScaleVectors(*zeros, w.axes)
-    return scales
 
 
 def count(scales: Scales) -> int:
