@@ -27,7 +27,7 @@ MATERIALISED = "materialised"
 
 # Zeros in, zeros out.
 KEEPS_ZEROS = frozenset(
-    "broadcast_in_dim convert_element_type copy copy_p pvary pcast reshape squeeze transpose slice"
+    "broadcast_in_dim convert_element_type copy pvary reshape squeeze transpose slice"
     " neg sharding_constraint".split()
 )
 

@@ -28,7 +28,7 @@ RULES: dict[str, Rule] = {
     "optimization_barrier": layout.each,
     "device_put": layout.each,
     **dict.fromkeys(
-        ["convert_element_type", "copy", "copy_p", "reduce_precision", "pvary", "pcast", "name"]
+        ["convert_element_type", "copy", "reduce_precision", "pvary", "name"]
         + ["neg", "sharding_constraint"],
         layout.keep,
     ),
