@@ -18,11 +18,10 @@ from hyperadapt_jax.scales import (
     canonical,
     compose,
     count,
-    init,
     interpolate,
     invert,
 )
-from hyperadapt_jax.targets import Plan, PlanError, Target, Weight, plan
+from hyperadapt_jax.targets import Plan, PlanError, Target, Weight, init, plan
 from hyperadapt_jax.version import __version__
 
 __all__ = [

@@ -1,7 +1,7 @@
 """``adapt``: a function transformation that scales weights on the activations, and ``explain``.
 
 The function is traced to a jaxpr, which is read equation by equation with a value type of its own
-for the targeted weights (:class:`hyperadapt_jax.rules.Scaled`). A rule per primitive moves the
+for the targeted weights (``Scaled``, in ``interpreter``). A rule per primitive moves the
 vectors along with their weight until a contraction, where they multiply the activations. Every
 other equation runs as it is, and so does every weight that no rule can follow: it is materialised.
 """
@@ -10,41 +10,30 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from hyperadapt_jax import compat, paths, rules
-from hyperadapt_jax.rules import KEEPS_ZEROS, Facts, Names, Scaled, scale
+from hyperadapt_jax import paths
+from hyperadapt_jax.interpreter import rules
+from hyperadapt_jax.interpreter.interpreter import (
+    MATERIALISED,
+    ON_ACTIVATIONS,
+    Interpreter,
+    MaterialisedError,
+    Refused,
+    Use,
+)
 from hyperadapt_jax.scales import Scales, check
 from hyperadapt_jax.tables import table
 
-ON_ACTIVATIONS = "on activations"
-MATERIALISED = "materialised"
 UNUSED = "not used"
-ZERO = "zero"
 
 
 class MaterialisedWarning(UserWarning):
     """A targeted weight is multiplied out: right, but at a weight-sized cost in time and memory."""
-
-
-class MaterialisedError(TypeError):
-    """A targeted weight would have to be multiplied out, which is not allowed or not possible."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Use:
-    """One use of one weight: how its vectors are applied, by which primitive, where, and why so."""
-
-    path: str
-    how: str
-    primitive: str = ""
-    where: str = ""
-    reason: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,126 +55,6 @@ class Explanation:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Context:
-    """What a rule may ask for: to enter a jaxpr, to note a use, to multiply a weight out."""
-
-    uses: dict[Use, None] = dataclasses.field(default_factory=dict)  # an ordered set
-    bodies: dict[Any, Callable] = dataclasses.field(default_factory=dict)  # one per inner jaxpr
-    facts: Facts = dataclasses.field(default_factory=Facts)
-    # Arrays, by identity, that are made of frozen parameters and constants alone: no activation,
-    # nor an adapted weight. Where there are codes, they tell a zero point from a bias.
-    frozen: dict[int, Any] | None = None
-
-    def freeze(self, arrays: Sequence[Any]) -> None:
-        if self.frozen is not None:
-            self.frozen.update((id(x), x) for x in arrays)
-
-    def is_frozen(self, x: Any) -> bool:
-        return self.frozen is not None and id(x) in self.frozen
-
-    def known(self, operands: Sequence[Any]) -> tuple[bool, ...]:
-        return tuple(map(self.is_frozen, operands))
-
-    def still(self, known: Sequence[bool], operands: Sequence[Any]) -> Sequence[Any]:
-        """The operands as an inner function gets them, of which those known are frozen."""
-        self.freeze([x for x, frozen in zip(operands, known, strict=True) if frozen])
-        return operands
-
-    def run(self, jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
-        """Evaluates a jaxpr on operands of which some may be Scaled; so may the results be."""
-        jaxpr, consts = compat.open_jaxpr(jaxpr)
-        values: dict[Any, Any] = {}
-
-        def read(atom):
-            return atom.val if hasattr(atom, "val") else values[atom]
-
-        values.update(zip(jaxpr.constvars, consts, strict=True))
-        self.freeze(consts)
-        values.update(zip(jaxpr.invars, operands, strict=True))
-        for eqn in jaxpr.eqns:
-            with compat.context_of(eqn):
-                operands = [read(atom) for atom in eqn.invars]
-                self.freeze([atom.val for atom in eqn.invars if hasattr(atom, "val")])
-                results = self._equation(eqn, operands)
-                if all(self.known(operands)):
-                    self.freeze(results)
-            values.update(zip(eqn.outvars, results, strict=True))
-        return [read(atom) for atom in jaxpr.outvars]
-
-    def _equation(self, eqn: Any, operands: Sequence[Any]) -> list[Any]:
-        if not any(isinstance(x, Scaled) for x in operands):
-            results = compat.bind(eqn, *operands)
-            if compat.name_of(eqn) in KEEPS_ZEROS:
-                x = operands[0]
-                if self.facts.of(x) == ZERO or np.ndim(x) == 0 and self.is_zero(x):
-                    self.facts.note(results[0], ZERO)
-            return results
-        results = rules.apply(self, eqn, operands)
-        if results is None:
-            results = compat.bind(eqn, *self.plain(eqn, operands))
-        return results
-
-    def is_zero(self, x: Any) -> bool:
-        """Whether an array is known to hold nothing but zeros, which any scale leaves as they are.
-
-        Traced, it is known where it was broadcast from a constant. A constant is looked at.
-        """
-        if self.facts.of(x) == ZERO:
-            return True
-        if isinstance(x, Scaled | jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
-            return False
-        return jnp.issubdtype(jnp.result_type(x), jnp.number) and not np.asarray(x).any()
-
-    def applied(self, eqn: Any, weight: Any, onto: Any = None) -> None:
-        """Notes that a weight's vectors multiply activations, or (onto) another adapted weight."""
-        if isinstance(weight, Scaled):
-            self._note(weight, ON_ACTIVATIONS, eqn)
-        if isinstance(onto, Scaled):
-            self._note(onto, MATERIALISED, eqn, "it is multiplied with another adapted weight")
-
-    def plain(self, eqn: Any, operands: Sequence[Any], reason: str = "") -> list[Any]:
-        """The operands with every Scaled among them multiplied out, and noted."""
-        return [self._resolve(x, eqn, reason) if isinstance(x, Scaled) else x for x in operands]
-
-    def _resolve(self, x: Scaled, eqn: Any, reason: str) -> jax.Array:
-        if not jnp.issubdtype(x.value.dtype, jnp.inexact):
-            raise MaterialisedError(
-                f"{' * '.join(x.origin)}: integer codes cannot be scaled at `{_name(eqn)}`"
-                f" ({_where(eqn)}); dequantize them first, or adapt the out side alone"
-            )
-        if x.product:
-            self._note(x, ON_ACTIVATIONS, eqn)
-        elif x.is_vector:
-            self._note(x, ON_ACTIVATIONS, eqn, "it is no larger than its vector")
-        else:
-            self._note(x, MATERIALISED, eqn, reason or _reason(eqn))
-        return scale(x.value, x.factors)
-
-    def _note(self, x: Scaled, how: str, eqn: Any, reason: str = "") -> None:
-        for path in dict.fromkeys(x.origin):
-            self.uses[Use(path, how, _name(eqn), _where(eqn), reason)] = None
-
-
-def _name(eqn: Any) -> str:
-    return compat.name_of(eqn) if eqn is not None else "return"
-
-
-def _where(eqn: Any) -> str:
-    return compat.where(eqn) if eqn is not None else ""
-
-
-def _reason(eqn: Any) -> str:
-    if eqn is None:
-        return "the function returns it"
-    name = _name(eqn)
-    if name.startswith("custom_"):
-        return "a derivative rule of its own takes the whole weight"
-    if name in ("scan", "while"):
-        return "the loop changes it, or hands it out"
-    return f"no vector passes through this `{name}`"
-
-
-@dataclasses.dataclass(frozen=True)
 class Adapted:
     """A function with scaled weights, as :func:`adapt` makes it.
 
@@ -200,26 +69,37 @@ class Adapted:
         return f"adapt({getattr(self.fn, '__name__', type(self.fn).__name__)})"
 
     def __call__(self, params: Any, scales: Scales, *args: Any, **kwargs: Any) -> Any:
-        result, uses = self._run(params, scales, args, kwargs, Names)
-        if self.materialise != "allow":
-            if any(use.how == MATERIALISED for use in uses):
-                found = explain(self, params, scales, *args, **kwargs)
-                lost = [use for use in found.uses if use.how == MATERIALISED]
-                message = (
-                    f"{len({use.path for use in lost})} of {len(scales)} adapted weights are"
-                    " multiplied out instead of scaled on the activations:\n"
-                    f"{Explanation(tuple(lost))}\n"
-                    'materialise="allow" accepts this; hyperadapt_jax.explain shows every weight'
-                )
-                if self.materialise == "error":
-                    raise MaterialisedError(message)
-                warnings.warn(message, MaterialisedWarning, stacklevel=2)
+        refused = False
+        try:
+            result, interpreter = self._run(params, scales, args, kwargs)
+        except Refused:
+            refused = True
+        if refused or interpreter.materialized and self.materialise != "allow":
+            # Traced again, with names; where codes cannot be scaled, it raises.
+            found = explain(self, params, scales, *args, **kwargs)
+            lost = [use for use in found.uses if use.how == MATERIALISED]
+            message = (
+                f"{len({use.path for use in lost})} of {len(scales)} adapted weights are"
+                " multiplied out instead of scaled on the activations:\n"
+                f"{Explanation(tuple(lost))}\n"
+                'materialise="allow" accepts this; hyperadapt_jax.explain shows every weight'
+            )
+            if refused or self.materialise == "error":
+                raise MaterialisedError(message)
+            warnings.warn(message, MaterialisedWarning, stacklevel=2)
         return result
 
-    def _run(self, params, scales, args, kwargs, names_type) -> tuple[Any, list[Use]]:
+    def _run(
+        self,
+        params: Any,
+        scales: Scales,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        explains: bool = False,
+    ) -> tuple[Any, Interpreter]:
         weights = paths.arrays(params)
         check(scales, weights)
-        operands, build = paths.separate((params, args, kwargs))
+        operands, build = paths.partition_arrays((params, args, kwargs))
         out_def = None
 
         def flat(arrays):
@@ -229,18 +109,16 @@ class Adapted:
             return results
 
         jaxpr = jax.make_jaxpr(flat)(operands)
-        codes = any(not jnp.issubdtype(weights[path].dtype, jnp.inexact) for path in scales)
-        context = _Context(frozen={} if codes else None)
-        context.freeze(
+        has_codes = any(not jnp.issubdtype(weights[path].dtype, jnp.inexact) for path in scales)
+        interpreter = Interpreter(rules.apply, explains, has_codes)
+        interpreter.freeze(
             [x for x, path in zip(operands, weights, strict=False) if path not in scales]
         )
         for i, (path, weight) in enumerate(weights.items()):  # the parameters come first
             if path in scales:
-                operands[i] = Scaled.of(weight, scales[path].factors(), names_type([path]))
-        results = context.plain(None, context.run(jaxpr, operands))
-        used = {use.path for use in context.uses}
-        unused = [Use(path, UNUSED) for path in scales if path not in used]
-        return out_def.unflatten(results), [*context.uses, *unused]
+                operands[i] = interpreter.attach(weight, scales[path].factors(), path)
+        results = interpreter.materialize(None, interpreter.run(jaxpr, operands))
+        return out_def.unflatten(results), interpreter
 
 
 def adapt(
@@ -312,12 +190,13 @@ def explain(
             f" not {type(forward).__name__}"
         )
     uses: list[Use] = []
-    arrays, build = paths.separate((params, scales, args, kwargs))
+    arrays, build = paths.partition_arrays((params, scales, args, kwargs))
 
     def trace(arrays):
-        result, found = forward._run(*build(arrays), tuple)
-        uses.extend(found)
+        result, interpreter = forward._run(*build(arrays), explains=True)
+        uses.extend(interpreter.uses)
         return result
 
     jax.eval_shape(trace, arrays)
-    return Explanation(tuple(uses))
+    used = {use.path for use in uses}
+    return Explanation((*uses, *(Use(path, UNUSED) for path in scales if path not in used)))

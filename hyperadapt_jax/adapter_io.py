@@ -26,9 +26,10 @@ import numpy as np
 import safetensors.numpy
 
 from hyperadapt_jax import paths
-from hyperadapt_jax.scales import SIDES, Scales, ScaleVectors, side_axes
+from hyperadapt_jax.scales import SIDES, Scales, ScaleVectors, side_axes, side_shape
 from hyperadapt_jax.scales import check as check_scales
 from hyperadapt_jax.sharding import vector_sharding
+from hyperadapt_jax.tables import first_few
 from hyperadapt_jax.targets import Target
 from hyperadapt_jax.version import __version__
 
@@ -189,7 +190,7 @@ def save(
     shapes = _shapes(params, scales)
     for path in scales:
         if path not in shapes:
-            raise AdapterError(f"the base holds no {path!r}; {paths.nearest(path, shapes)}")
+            raise AdapterError(f"the base holds no {path!r}; {paths.suggest(path, shapes)}")
         if path in full:
             raise AdapterError(f"{path} is scaled and fully trained: leave out one of the two")
     trained = {path: list(np.shape(leaf)) for path, leaf in full.items()}
@@ -286,8 +287,8 @@ def _check(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], where: 
         if len(roles.split()) != len(shape):
             raise AdapterError(f"{path} has the shape {shape}, and the axis roles {roles!r}")
         for side in SIDES:
-            if axes := side_axes(roles, side):
-                shapes[f"{path}.{side}"] = tuple(shape[i] for i in axes)
+            if (needs := side_shape(shape, roles, side)) is not None:
+                shapes[f"{path}.{side}"] = needs
     for name in {**shapes, **tensors}:
         array, shape = tensors.get(name), shapes.get(name)
         if array is None:
@@ -313,10 +314,8 @@ def _compare(saved: Mapping[str, Any], given: Mapping[str, Any], what: str) -> N
         for key in sorted({*saved, *given})
         if saved.get(key) != given.get(key)
     ]
-    if differ[5:]:
-        differ[5:] = [f"and {len(differ) - 5} more"]
     if differ:
-        shown = "; ".join(differ)
+        shown = first_few(differ, 5, "; ")
         raise AdapterError(f"{what} does not match, {shown}. Give the base that it was trained on")
 
 

@@ -21,12 +21,12 @@ from hyperadapt_jax import paths
 from hyperadapt_jax.scales import (
     Scales,
     ScaleVectors,
-    along,
-    change,
+    broadcast_scale,
     check,
     check_invertible,
-    slices,
-    widen,
+    combined_delta,
+    compute_dtype,
+    iter_stack,
 )
 from hyperadapt_jax.tables import table
 
@@ -37,7 +37,7 @@ class Rounding:
 
     Attributes:
       path: the weight's path.
-      dtype: the weight's dtype, to which the product was rounded.
+      dtype: the dtype to which the product was rounded.
       update: norm of the exact update, ``W * ((1 + row) * (1 + col) - 1)``.
       error: norm of the merged weight minus the exact product.
     """
@@ -66,24 +66,25 @@ class MergeReport:
         return table(header, rows, right="update error error/update")
 
 
-def merge(params: Any, scales: Scales, *, report: bool = False) -> Any:
+def merge(params: Any, scales: Scales, *, dtype: Any = None, report: bool = False) -> Any:
     """The parameters with the adapter multiplied in: ``W * (1 + row) * (1 + col)``.
 
-    The product is made in float32, or in the weight's dtype where that is wider, and rounded once.
+    The product is made in float32, or in a wider dtype of weight or result, and rounded once.
     All other leaves, biases among them, are passed on as they are, and each weight keeps its
     sharding. Traceable, where no report is asked for.
 
     Args:
       params: the frozen parameters, any pytree of arrays.
       scales: the adapter, ``{path: ScaleVectors}``.
+      dtype: a floating dtype for the merged weights; each weight's own where None.
       report: whether to measure the rounding error, in float64 on the host.
 
     Returns:
       A tree like ``params``; with ``report``, that and a :class:`MergeReport`.
 
     Raises:
-      ValueError: the adapter does not fit the parameters (the error names the path), a weight is
-        integer, or a report is asked for where this process does not hold the values.
+      ValueError: the adapter does not fit the parameters (the error names the path), a weight or
+        ``dtype`` is integer, or a report is asked for where this process does not hold the values.
 
     >>> params = {"w": jnp.ones((2, 3)), "bias": jnp.ones(3)}
     >>> scales = {"w": ScaleVectors(jnp.array([0.0, 1.0, 2.0]), jnp.array([0.0, -0.5]), "in out")}
@@ -91,13 +92,15 @@ def merge(params: Any, scales: Scales, *, report: bool = False) -> Any:
     Array([[1. , 2. , 3. ],
            [0.5, 1. , 1.5]], dtype=float32)
     """
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.inexact):
+        raise ValueError(f"dtype is {jnp.dtype(dtype)}: give a floating one")
     old = _weights(params, scales)
     if report and not all(map(_known, jax.tree.leaves([old, scales]))):
         raise ValueError(
             "a merge report needs the weights' values: ask for it outside of jit, in a process"
             " that holds all shards"
         )
-    new = {path: _rescaled(jnp.multiply, weight, scales[path]) for path, weight in old.items()}
+    new = {path: _rescaled(jnp.multiply, w, scales[path], dtype) for path, w in old.items()}
     merged = paths.replace(params, new)
     if not report:
         return merged
@@ -138,18 +141,24 @@ def _weights(params: Any, scales: Scales) -> dict[str, Any]:
     return weights
 
 
-def _rescaled(op: Callable[..., jax.Array], weight: Any, vectors: ScaleVectors) -> jax.Array:
-    result, sharding = _rounded_once(op, weight, vectors), paths.named_sharding(weight)
+def _rescaled(
+    op: Callable[..., jax.Array], weight: Any, vectors: ScaleVectors, dtype: Any = None
+) -> jax.Array:
+    dtype = jnp.dtype(weight.dtype if dtype is None else dtype)
+    result = _rounded_once(op, dtype, weight, vectors)
+    sharding = paths.named_sharding(weight)
     return result if sharding is None else jax.device_put(result, sharding)
 
 
-@functools.partial(jax.jit, static_argnums=0)  # one fused pass, without float32 temporaries
-def _rounded_once(op: Callable[..., jax.Array], weight: Any, vectors: ScaleVectors) -> jax.Array:
-    wide = widen(weight.dtype)
+@functools.partial(jax.jit, static_argnums=(0, 1))  # one fused pass, no float32 temporaries
+def _rounded_once(
+    op: Callable[..., jax.Array], dtype: Any, weight: Any, vectors: ScaleVectors
+) -> jax.Array:
+    wide = jnp.promote_types(compute_dtype(weight.dtype), compute_dtype(dtype))
     product = weight.astype(wide)
     for axes, delta in vectors.factors():
-        product = op(product, along(delta.astype(wide), axes, weight.ndim))
-    return product.astype(weight.dtype)
+        product = op(product, broadcast_scale(delta.astype(wide), axes, weight.ndim))
+    return product.astype(dtype)
 
 
 def _known(array: Any) -> bool:
@@ -160,9 +169,9 @@ def _known(array: Any) -> bool:
 def _rounding(path: str, weight: Any, merged: Any, vectors: ScaleVectors) -> Rounding:
     wide = jnp.promote_types(weight.dtype, np.float64)
     update = error = 0.0
-    for _, deltas, (base, rounded) in slices(vectors, np.asarray(weight), np.asarray(merged)):
+    for _, deltas, (base, rounded) in iter_stack(vectors, np.asarray(weight), np.asarray(merged)):
         base = base.astype(wide)
-        step = base * change(deltas)
+        step = base * combined_delta(deltas)
         update = math.hypot(update, np.linalg.norm(step))
         error = math.hypot(error, np.linalg.norm(rounded.astype(wide) - (base + step)))
-    return Rounding(path, weight.dtype.name, update, error)
+    return Rounding(path, merged.dtype.name, update, error)

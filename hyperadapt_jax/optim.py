@@ -35,13 +35,13 @@ import jax.numpy as jnp
 import optax
 
 from hyperadapt_jax import paths
-from hyperadapt_jax.scales import Scales, widen
+from hyperadapt_jax.scales import Scales, compute_dtype
 from hyperadapt_jax.targets import PlanError, check_tied, matches
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class Hole:
+class Placeholder:
     """The place in a frozen tree of a parameter that trains: a node without leaves."""
 
     path: str
@@ -61,8 +61,8 @@ def split(
 
     Returns:
       ``trainable``, which is ``{"scales": scales, "full": {path: array}}``, and ``frozen``, which
-      is ``params`` with a :class:`Hole` in the place of each array of ``full``. These arrays are
-      float32 as the scales are, whatever the model's dtype, so that no small update is lost.
+      is ``params`` with a :class:`Placeholder` for each array of ``full``. These arrays are float32
+      as the scales are, whatever the model's dtype, so that no small update is lost.
 
     Raises:
       PlanError: ``full`` matches nothing, or matches an array that is scaled, tied to another or
@@ -75,11 +75,11 @@ def split(
     >>> list(trainable["scales"]), trainable["full"]
     (['body'], {'head': Array([1., 1.], dtype=float32)})
     >>> frozen["head"]
-    Hole(path='head', dtype=dtype(bfloat16))
+    Placeholder(path='head', dtype=dtype(bfloat16))
     """
     chosen = _full(params, scales, full)
-    wide = {path: leaf.astype(widen(leaf.dtype)) for path, leaf in chosen.items()}
-    holes = {path: Hole(path, leaf.dtype) for path, leaf in chosen.items()}
+    wide = {path: leaf.astype(compute_dtype(leaf.dtype)) for path, leaf in chosen.items()}
+    holes = {path: Placeholder(path, leaf.dtype) for path, leaf in chosen.items()}
     return {"scales": scales, "full": wide}, paths.replace(params, holes)
 
 
@@ -89,19 +89,20 @@ def combine(trainable: Mapping[str, Any], frozen: Any) -> tuple[Any, Scales]:
     Raises:
       ValueError: the two do not belong together: a hole that nothing fills, or an array too many.
 
-    >>> combine({"scales": {}, "full": {"head": jnp.ones(2)}}, {"head": Hole("head", jnp.bfloat16)})
+    >>> frozen = {"head": Placeholder("head", jnp.bfloat16)}
+    >>> combine({"scales": {}, "full": {"head": jnp.ones(2)}}, frozen)
     ({'head': Array([1, 1], dtype=bfloat16)}, {})
     """
     full = dict(trainable["full"])
 
     def fill(leaf):
-        if not isinstance(leaf, Hole):
+        if not isinstance(leaf, Placeholder):
             return leaf
         if leaf.path not in full:
             raise ValueError(f"{leaf.path} is in neither tree: it was split off the frozen one")
         return full.pop(leaf.path).astype(leaf.dtype)
 
-    params = jax.tree.map(fill, frozen, is_leaf=lambda leaf: isinstance(leaf, Hole))
+    params = jax.tree.map(fill, frozen, is_leaf=lambda leaf: isinstance(leaf, Placeholder))
     if full:
         raise ValueError(f"{min(full)} is trainable, and the frozen tree has no hole for it")
     return params, trainable["scales"]

@@ -62,10 +62,10 @@ def arrays(tree: Any) -> dict[str, Any]:
     return {path: leaf for path, leaf in zip(paths, leaves, strict=True) if is_array(leaf)}
 
 
-def separate(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+def partition_arrays(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
     """The arrays of a tree, and the function that makes the tree of others in their place.
 
-    >>> arrays, build = separate({"w": np.ones(2), "name": "relu"})
+    >>> arrays, build = partition_arrays({"w": np.ones(2), "name": "relu"})
     >>> build(["other"])
     {'name': 'relu', 'w': 'other'}
     """
@@ -109,7 +109,7 @@ def matcher(pattern: Pattern) -> Callable[[str], bool]:
     return lambda path: any(path == s or path.endswith("/" + s) for s in pattern)
 
 
-def nearest(pattern: Pattern, paths: Iterable[str], count: int = 5) -> str:
+def suggest(pattern: Pattern, paths: Iterable[str], count: int = 5) -> str:
     """A line that names the paths which look most like a pattern, for error messages."""
     asked = pattern if isinstance(pattern, str) else pattern[0]
     words = set(re.findall(r"\w+", asked))

@@ -20,7 +20,14 @@ import numpy as np
 from numpy.linalg import norm, svd
 
 from hyperadapt_jax import paths
-from hyperadapt_jax.scales import Scales, ScaleVectors, change, check, concrete, slices
+from hyperadapt_jax.scales import (
+    Scales,
+    ScaleVectors,
+    check,
+    combined_delta,
+    iter_stack,
+    known_values,
+)
 from hyperadapt_jax.tables import table
 
 UPDATE, RANDOM, BASE = "hyperadapt", "random", "base"
@@ -197,14 +204,14 @@ def analyse(
             raise ValueError(f"a control cannot be called {name!r}: the report has that already")
         for path in updates:
             if path not in scales:
-                raise ValueError(f"{name}: {path} is not adapted; {paths.nearest(path, scales)}")
+                raise ValueError(f"{name}: {path} is not adapted; {paths.suggest(path, scales)}")
             has, needs = np.shape(updates[path]), arrays[path].shape
             if has != needs:
                 raise ValueError(f"{name}: {path} has shape {has}; the weight has {needs}")
     for path, vectors in scales.items():
         given = {**controls, BASE: arrays}
         dense = {name: np.asarray(of[path]) for name, of in given.items() if path in of}
-        sides = {side: delta for (_, side), delta in concrete({path: vectors}).items()}
+        sides = {side: delta for (_, side), delta in known_values({path: vectors}).items()}
         for name, array in {**dense, **sides}.items():
             if not jnp.issubdtype(array.dtype, jnp.floating):
                 raise ValueError(f"{name}: {path} has dtype {array.dtype}, not a floating one")
@@ -221,13 +228,18 @@ def _spectra(
     roles = [role for role in vectors.axes.split() if role != "stack"]
     rows = [i for i, role in enumerate(roles) if role == ("out" if "out" in roles else "-")]
     spectra = []
-    for index, deltas, arrays in slices(vectors, *dense.values()):
+    for index, deltas, arrays in iter_stack(vectors, *dense.values()):
         given = {name: a.astype(np.float64) for name, a in zip(dense, arrays, strict=True)}
         base = given.pop(BASE)
         rng = np.random.default_rng([seed, zlib.crc32(path.encode()), *index])
         noise = [rng.standard_normal(delta.shape) for delta in deltas]
         noise = [x * (norm(d) / norm(x)) for x, d in zip(noise, deltas, strict=True)]
-        sources = {UPDATE: base * change(deltas), **given, RANDOM: base * change(noise), BASE: base}
+        sources = {
+            UPDATE: base * combined_delta(deltas),
+            **given,
+            RANDOM: base * combined_delta(noise),
+            BASE: base,
+        }
         found = {}
         for source, values in sources.items():
             matrix = np.moveaxis(values, rows, range(len(rows)))

@@ -1,4 +1,4 @@
-"""The scale vectors: their container, their start at the identity, and their algebra.
+"""The scale vectors: their container and their algebra.
 
 A weight ``W`` becomes ``diag(1 + row) W diag(1 + col)`` in the paper's (outputs x inputs) layout
 (HyperAdapt, arXiv 2509.18629: ``row`` is its ``a - 1`` and ``col`` its ``b - 1``). Vectors are
@@ -42,6 +42,15 @@ def side_axes(axes: str, side: str) -> tuple[int, ...]:
     return tuple(i for i, role in enumerate(roles) if role in SIDES[side])
 
 
+def side_shape(shape: Sequence[int], axes: str, side: str) -> tuple[int, ...] | None:
+    """The shape of a weight's ``row`` or ``col`` vector; None for a one-sided weight without it.
+
+    >>> side_shape((4, 3, 5), "stack in out", "row"), side_shape((3, 5), "- out", "col")
+    ((4, 5), None)
+    """
+    return tuple(shape[i] for i in side_axes(axes, side)) or None
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ScaleVectors:
@@ -66,12 +75,12 @@ class ScaleVectors:
 Scales = dict[str, ScaleVectors]
 
 
-def widen(dtype: Any) -> Any:
+def compute_dtype(dtype: Any) -> Any:
     """The dtype in which a scale multiplies: float32 for anything narrower, else its own."""
     return jnp.promote_types(dtype, jnp.float32) if jnp.dtype(dtype).itemsize >= 4 else jnp.float32
 
 
-def along(delta: jax.Array, axes: Sequence[int], ndim: int) -> jax.Array:
+def broadcast_scale(delta: jax.Array, axes: Sequence[int], ndim: int) -> jax.Array:
     """``1 + delta`` with size-one axes added, to broadcast against an array of ``ndim`` axes."""
     return jnp.expand_dims(1 + delta, [i for i in range(ndim) if i not in axes])
 
@@ -87,7 +96,7 @@ def check(scales: Scales, weights: Mapping[str, Any]) -> None:
         if path not in weights:
             raise ValueError(
                 f"the adapter scales {path}, which is none of the {len(weights)} arrays;"
-                f" {paths.nearest(path, weights)}"
+                f" {paths.suggest(path, weights)}"
             )
         shape, axes = np.shape(weights[path]), vectors.axes
         if len(shape) != (count := len(axes.split())):
@@ -97,37 +106,12 @@ def check(scales: Scales, weights: Mapping[str, Any]) -> None:
         for side in SIDES:
             delta = getattr(vectors, side)
             has = None if delta is None else np.shape(delta)
-            needs = tuple(shape[i] for i in side_axes(axes, side)) or None
+            needs = side_shape(shape, axes, side)
             if has != needs:
                 raise ValueError(
                     f"{path}: {side} has shape {has}, and a weight of shape {shape} with roles"
                     f" {axes!r} needs {needs}"
                 )
-
-
-def init(plan: Any) -> Scales:
-    """Scale vectors for a plan: all zero, so the adapted model equals the base, bit for bit.
-
-    Args:
-      plan: what ``hyperadapt_jax.plan`` returned.
-
-    Returns:
-      ``{path: ScaleVectors}`` in float32, whatever the dtype of the base; where a weight carries a
-      ``NamedSharding``, its vectors carry the part of it that belongs to their axes.
-
-    >>> import hyperadapt_jax as ha
-    >>> params = {"dense": {"kernel": jnp.ones((3, 5), jnp.bfloat16)}}
-    >>> scales = ha.init(ha.plan(params, ha.Target("dense/kernel", "in out")))
-    >>> scales["dense/kernel"].row.shape, scales["dense/kernel"].col.shape
-    ((5,), (3,))
-    """
-
-    scales = {}
-    for w in plan.weights:
-        sides = [(w.row_shape, w.row_sharding), (w.col_shape, w.col_sharding)]
-        zeros = [s and jnp.zeros(s, jnp.float32, device=sharding) for s, sharding in sides]
-        scales[w.path] = ScaleVectors(*zeros, w.axes)
-    return scales
 
 
 def count(scales: Scales) -> int:
@@ -177,7 +161,7 @@ def invert(scales: Scales, tol: float = 1e-6) -> Scales:
 
 def check_invertible(scales: Scales, tol: float) -> None:
     """Raises ValueError, naming weight, side and index, where a scale lies within tol of zero."""
-    for (path, side), delta in concrete(scales).items():
+    for (path, side), delta in known_values(scales).items():
         size = np.abs(1 + delta)
         if (size <= tol).any():
             where = np.argwhere(size == size.min())[0].tolist()
@@ -268,7 +252,7 @@ def canonical(scales: Scales) -> Scales:
     return {path: gauge(vectors) for path, vectors in scales.items()}
 
 
-def concrete(scales: Scales) -> dict[tuple[str, str], np.ndarray]:
+def known_values(scales: Scales) -> dict[tuple[str, str], np.ndarray]:
     """The values of every vector by (path, side), where they are known: tracers are left out."""
     return {
         (path, side): np.asarray(delta)
@@ -278,7 +262,7 @@ def concrete(scales: Scales) -> dict[tuple[str, str], np.ndarray]:
     }
 
 
-def slices(vectors: ScaleVectors, *arrays: np.ndarray) -> Iterator[tuple[tuple, list, list]]:
+def iter_stack(vectors: ScaleVectors, *arrays: np.ndarray) -> Iterator[tuple[tuple, list, list]]:
     """For each slice of a weight's stack: its index, the deltas in float64, the arrays' slices.
 
     They broadcast. One slice at a time: float64 copies of a whole stack of layers would be large.
@@ -295,7 +279,7 @@ def slices(vectors: ScaleVectors, *arrays: np.ndarray) -> Iterator[tuple[tuple, 
         yield index, [delta[index] for delta in deltas], [array[index] for array in arrays]
 
 
-def change(deltas: Sequence[Any]) -> Any:
+def combined_delta(deltas: Sequence[Any]) -> Any:
     """The relative change that all deltas make together: ``prod(1 + delta) - 1``."""
     return functools.reduce(_product, deltas)
 
@@ -334,7 +318,7 @@ def _mean(adapters: Sequence[Scales], weights: Sequence[Any], signs: str) -> Sca
 
 
 def _check_signs(adapters: Sequence[Scales]) -> None:
-    known = [concrete(scales) for scales in adapters]
+    known = [known_values(scales) for scales in adapters]
     for path, side in known[0]:
         scales = [1 + deltas[path, side] for deltas in known if (path, side) in deltas]
         clash = np.any([s > 0 for s in scales], axis=0) & np.any([s < 0 for s in scales], axis=0)

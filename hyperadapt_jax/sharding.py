@@ -114,7 +114,7 @@ def vector_shardings(scales: Scales, weights: Any, replicate: Sequence[str] = ()
         raise ValueError(
             f"no sharding is known for {path}, which {what}: give arrays that carry a"
             f" NamedSharding, or a tree of NamedSharding or PartitionSpec;"
-            f" {paths.nearest(path, known)}"
+            f" {paths.suggest(path, known)}"
         )
 
     def both(path, vectors):

@@ -1,4 +1,4 @@
-"""Plain-text tables, for the reports that people read."""
+"""Plain-text tables and lists, for the reports and errors that people read."""
 
 from __future__ import annotations
 
@@ -21,3 +21,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]], right: str = 
         aligned = zip(row, widths, to_right, strict=True)
         lines.append("  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in aligned).rstrip())
     return "\n".join(lines)
+
+
+def first_few(items: Sequence[object], most: int, separator: str = ", ") -> str:
+    """The first items, and how many more there are.
+
+    >>> first_few(["q", "k", "v", "o"], 2)
+    'q, k and 2 more'
+    """
+    shown = separator.join(map(str, items[:most]))
+    return f"{shown} and {len(items) - most} more" if len(items) > most else shown

@@ -1,4 +1,4 @@
-"""Which weights are adapted: targets, and the plan that they make of a parameter tree."""
+"""Which weights are adapted: targets, the plan that they make of a tree, and where it starts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hyperadapt_jax import paths
-from hyperadapt_jax.scales import ROLES, SIDES, side_axes
+from hyperadapt_jax.scales import ROLES, SIDES, Scales, ScaleVectors, side_axes, side_shape
 from hyperadapt_jax.sharding import check_axes, vector_sharding
 from hyperadapt_jax.tables import table
 
@@ -77,7 +77,7 @@ class Weight:
     replicate: tuple[str, ...] = ()
 
     def _shape(self, side: str) -> tuple[int, ...] | None:
-        return tuple(self.shape[i] for i in side_axes(self.axes, side)) or None
+        return side_shape(self.shape, self.axes, side)
 
     def _sharding(self, side: str) -> jax.sharding.NamedSharding | None:
         if self.sharding is None:
@@ -209,14 +209,36 @@ def plan(
     weights = []
     for path in (name for name in arrays if name in chosen):
         leaf = arrays[path]
-        sharding = getattr(leaf, "sharding", None)
-        named = sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
-        if named is not None:
-            check_axes(named.mesh, replicate)
+        if (sharding := paths.named_sharding(leaf)) is not None:
+            check_axes(sharding.mesh, replicate)
         shape, whole = tuple(leaf.shape), tuple(replicate)
-        weights.append(Weight(path, shape, leaf.dtype, chosen[path].axes, named, whole))
+        weights.append(Weight(path, shape, leaf.dtype, chosen[path].axes, sharding, whole))
     total = sum(int(np.prod(leaf.shape)) for leaf in arrays.values())
     return Plan(tuple(weights), total).restrict(sides)
+
+
+def init(plan: Plan) -> Scales:
+    """Scale vectors for a plan: all zero, so the adapted model equals the base, bit for bit.
+
+    Args:
+      plan: what :func:`plan` returned.
+
+    Returns:
+      ``{path: ScaleVectors}`` in float32, whatever the dtype of the base; where a weight carries a
+      ``NamedSharding``, its vectors carry the part of it that belongs to their axes.
+
+    >>> import hyperadapt_jax as ha
+    >>> params = {"dense": {"kernel": jnp.ones((3, 5), jnp.bfloat16)}}
+    >>> scales = ha.init(ha.plan(params, ha.Target("dense/kernel", "in out")))
+    >>> scales["dense/kernel"].row.shape, scales["dense/kernel"].col.shape
+    ((5,), (3,))
+    """
+    scales = {}
+    for w in plan.weights:
+        sides = [(w.row_shape, w.row_sharding), (w.col_shape, w.col_sharding)]
+        zeros = [s and jnp.zeros(s, jnp.float32, device=sharding) for s, sharding in sides]
+        scales[w.path] = ScaleVectors(*zeros, w.axes)
+    return scales
 
 
 def matches(pattern: paths.Pattern, arrays: dict[str, Any], what: str) -> set[str]:
@@ -226,7 +248,7 @@ def matches(pattern: paths.Pattern, arrays: dict[str, Any], what: str) -> set[st
             shown = part if isinstance(part, str) else part[0]
             raise PlanError(
                 f"{what} {shown!r} matches none of the {len(arrays)} arrays;"
-                f" {paths.nearest(part, arrays)}"
+                f" {paths.suggest(part, arrays)}"
             )
     return set(filter(paths.matcher(pattern), arrays))
 

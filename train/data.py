@@ -390,7 +390,7 @@ def _parse(where: str, row: Row | None, columns: Mapping[str, Column]) -> dict[s
             values[name] = None
             continue
         if name not in row:
-            near = paths.nearest(name, row) if row else "it has none"
+            near = paths.suggest(name, row) if row else "it has none"
             raise InputError(f"{where}: there is no column {name!r}; {near}")
         try:
             if row[name] is _TWICE:

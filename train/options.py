@@ -196,7 +196,7 @@ def parse(recipe: str, cls: type[T], args: Sequence[str]) -> T:
     parser = _parser(recipe, cls, fields.values())
     given, extra = parser.parse_known_args(list(args))
     if extra:
-        near = paths.nearest(extra[0], map(flag, fields)) if extra[0].startswith("-") else None
+        near = paths.suggest(extra[0], map(flag, fields)) if extra[0].startswith("-") else None
         raise InputError(f"{extra[0]}: there is no such option" + (f"; {near}" if near else ""))
     values = {}
     if (file := vars(given).get("config")) is not None:
@@ -216,7 +216,7 @@ def make(cls: type[T], values: Mapping[str, Any]) -> T:
     fields, found = {field.name: field for field in _fields(cls)}, {}
     for name, value in values.items():
         if name not in fields:
-            raise InputError(f"{name}: there is no such option; {paths.nearest(name, fields)}")
+            raise InputError(f"{name}: there is no such option; {paths.suggest(name, fields)}")
         value = str(value) if isinstance(value, Path) else value
         try:
             found[name] = fields[name].read(list(value) if isinstance(value, tuple) else value)
@@ -480,7 +480,7 @@ def _from_file(
     found = {}
     for name, value in values.items():
         if name not in fields:
-            near = paths.nearest(name, fields)
+            near = paths.suggest(name, fields)
             raise InputError(f"{file}: {recipe} has no option {name!r}; {near}")
         try:
             found[name] = fields[name].read(value)

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import hyperadapt_jax as ha
-from hyperadapt_jax import compat
+from hyperadapt_jax.interpreter import jax_versions
 from tests.benchmarks import decoder, methods, trace_time
 
 # Every size is one of its kind, so that a shape tells what an array is.
@@ -71,7 +71,7 @@ def test_temporary_memory_is_below_loras(remat):
 
 def equations(jaxpr):
     """Every equation of a jaxpr and of the jaxprs inside its equations."""
-    for eqn in compat.open_jaxpr(jaxpr)[0].eqns:
+    for eqn in jax_versions.open_jaxpr(jaxpr)[0].eqns:
         yield eqn
         for param in jax.tree.leaves(eqn.params, is_leaf=lambda p: hasattr(p, "eqns")):
             if hasattr(param, "eqns"):

@@ -62,7 +62,8 @@ def check_adapt(fn, params, targets, *args, differentiable=True, exact=True, tol
     plan = ha.plan(params, *targets)
     zeros = ha.init(plan)
     scales = random_scales(zeros)
-    arrays, build = paths.separate(params)  # an Equinox module has leaves that are no arrays
+    # An Equinox module has leaves that are no arrays.
+    arrays, build = paths.partition_arrays(params)
     forward = ha.adapt(fn, materialise="allow")
 
     def merged(scales, *args):

@@ -11,7 +11,7 @@ import pytest
 from jax import lax
 
 import hyperadapt_jax as ha
-from hyperadapt_jax import compat
+from hyperadapt_jax.interpreter import jax_versions
 from tests.core.oracle import bits, check_adapt, draw, error, loss, random_scales
 
 pytestmark = pytest.mark.usefixtures("optimised")
@@ -592,8 +592,8 @@ def test_layers_that_are_alike_are_traced_once():
     scales = ha.init(ha.plan(params, (".", "in out")))
 
     def bodies(jaxpr):
-        eqns = [e for e in jaxpr.eqns if compat.name_of(e) == "remat2"]
-        return len(eqns), len({id(compat.remat_params(e)[0]) for e in eqns})
+        eqns = [e for e in jaxpr.eqns if jax_versions.name_of(e) == "remat2"]
+        return len(eqns), len({id(jax_versions.remat_params(e)[0]) for e in eqns})
 
     assert bodies(jax.make_jaxpr(fn)(params, X)) == (6, 1)
     assert bodies(jax.make_jaxpr(ha.adapt(fn))(params, scales, X)) == (6, 1)

@@ -131,7 +131,7 @@ def test_any_nest(nest, depth, n, stacked, axes):
 
 
 def test_any_reshape_regroups_the_same_numbers():
-    from hyperadapt_jax.rules import _regroup
+    from hyperadapt_jax.interpreter.layout import _regroup
 
     @settings(max_examples=200)
     @given(st.lists(st.sampled_from([1, 2, 3, 4]), max_size=4), st.data())

@@ -216,6 +216,22 @@ def test_merged_bfloat16_costs_one_rounding_not_two():
     assert np.linalg.norm(twice - product) / update > 1.9 * error / update
 
 
+@pytest.mark.parametrize("held, stored", [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_merged_into_another_dtype_is_rounded_once(held, stored):
+    params, scales = one_percent()
+    params = {"w": params["w"].astype(held), "bias": jnp.ones(3)}
+    product, update = exact(params, scales)
+    merged, report = ha.merge(params, scales, dtype=stored, report=True)
+    wide = params["w"].astype(jnp.float32)
+    assert (merged["w"] == ha.merge({"w": wide}, scales)["w"].astype(stored)).all()
+    assert merged["w"].dtype == stored and merged["bias"] is params["bias"]
+    (weight,) = report.weights
+    error = np.linalg.norm(np.asarray(merged["w"], np.float64) - product)
+    assert weight.dtype == stored and weight.relative == pytest.approx(error / update, rel=1e-9)
+    with pytest.raises(ValueError, match="dtype is int8: give a floating one"):
+        ha.merge(params, scales, dtype=jnp.int8)
+
+
 def test_unmerged_bfloat16_is_the_base_but_for_one_entry_in_a_hundred():
     params, scales = one_percent()
     restored = ha.unmerge(ha.merge(params, scales), scales)

@@ -92,11 +92,11 @@ def test_a_broken_regular_expression_is_an_error():
 def test_nearest_names_the_likeliest_first():
     tree = {"encoder": {f"layer_{i}": {"q": layer(), "mlp": layer()} for i in range(4)}}
     known = paths.flatten(tree)[0]
-    line = paths.nearest(r".*/layer_2/q/kernels", known)
+    line = paths.suggest(r".*/layer_2/q/kernels", known)
     assert line.startswith("nearest: encoder/layer_2/q/kernel, ")
     assert line.count(",") == 4
-    assert paths.nearest(["mlp/biases"], known, count=1).endswith("/mlp/bias")
+    assert paths.suggest(["mlp/biases"], known, count=1).endswith("/mlp/bias")
     # A key in common says more than letters in common.
     deep = "transformer/encoder/blocks/mlp/up/kernel"
-    assert paths.nearest("up/weights", ["weight", deep], count=1) == f"nearest: {deep}"
-    assert paths.nearest("q", []) == "the tree holds no arrays"
+    assert paths.suggest("up/weights", ["weight", deep], count=1) == f"nearest: {deep}"
+    assert paths.suggest("q", []) == "the tree holds no arrays"

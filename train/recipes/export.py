@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 
 import hyperadapt_jax as ha
 from hyperadapt_jax import models
@@ -16,7 +14,7 @@ from hyperadapt_jax.merge import Rounding
 
 from ..errors import InputError
 from ..report import writing
-from ..trained import Trained, TrainedOptions, find
+from ..trained import TrainedOptions, find
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,11 +62,13 @@ def run(options: Options) -> None:
     losses: list[Rounding] = []
 
     def leaf(path: str) -> jax.Array:
+        weight = trained.parameter(path, "float32")
         if path not in trained.adapter.scales:
-            return trained.parameter(path, "float32")
-        merged, rounding = merge(trained, path, dtype)
-        losses.append(rounding)
-        return merged
+            return weight
+        scales = {path: trained.adapter.scales[path]}
+        merged, report = ha.merge({path: weight}, scales, dtype=dtype, report=True)
+        losses.extend(report.weights)
+        return merged[path]
 
     with writing(options.folder):
         try:
@@ -96,14 +96,3 @@ def run(options: Options) -> None:
     files = [file for file in options.folder.rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in files)
     print(f"{options.folder}: {len(files)} files, {size / 1e6:,.1f} MB, weights in {dtype}")
-
-
-def merge(trained: Trained, path: str, dtype: str) -> tuple[jax.Array, Rounding]:
-    """A weight with its vectors multiplied in, rounded to a dtype, and what the rounding cost."""
-    weight, vectors = trained.parameter(path, "float32"), trained.adapter.scales[path]
-    merged, report = ha.merge({path: weight}, {path: vectors}, report=True)
-    rounded = merged[path].astype(dtype)
-    lost = float(jnp.linalg.norm(rounded.astype(jnp.float32) - merged[path]))
-    (found,) = report.weights
-    error = math.hypot(found.error, lost)
-    return rounded, dataclasses.replace(found, dtype=rounded.dtype.name, error=error)

@@ -110,7 +110,7 @@ def _choose(trained: Trained, suffixes: tuple[str, ...]) -> list[str]:
         raise InputError("the adapter scales no weight, so that there are no updates to measure")
     for suffix in suffixes:
         if not any(map(paths.matcher([suffix]), scales)):
-            raise InputError(f"--weights {suffix} is none of them; {paths.nearest(suffix, scales)}")
+            raise InputError(f"--weights {suffix} is none of them; {paths.suggest(suffix, scales)}")
     return list(filter(paths.matcher(suffixes), scales)) if suffixes else list(scales)
 
 

@@ -13,6 +13,7 @@ import contextlib
 from typing import Any
 
 from jax.extend import source_info_util
+from jax.extend.core import Jaxpr, JaxprEqn
 from jax.sharding import Sharding
 
 _OBJECTS = {
@@ -24,7 +25,7 @@ _OBJECTS = {
 }
 
 
-def name_of(eqn: Any) -> str:
+def name_of(eqn: JaxprEqn) -> str:
     """The name of an equation's primitive, one and the same under all flags."""
     if eqn.primitive.name != "call_hi_primitive":
         return eqn.primitive.name
@@ -32,14 +33,14 @@ def name_of(eqn: Any) -> str:
     return _OBJECTS.get(name, name)
 
 
-def remat_params(eqn: Any) -> tuple[Any, dict[str, Any]]:
+def remat_params(eqn: JaxprEqn) -> tuple[Jaxpr, dict[str, Any]]:
     """The jaxpr inside a ``jax.checkpoint``, and the keyword arguments that it was called with."""
     params = eqn.params["_prim"].params if "_prim" in eqn.params else eqn.params
     return params["jaxpr"], {k: params[k] for k in ("policy", "prevent_cse") if k in params}
 
 
-def open_jaxpr(jaxpr: Any) -> tuple[Any, tuple[Any, ...]]:
-    """The jaxpr and the constants of a closed or an open jaxpr."""
+def open_jaxpr(jaxpr: Jaxpr) -> tuple[Jaxpr, tuple[Any, ...]]:
+    """The jaxpr and the constants of a jaxpr, open or closed (one class from JAX 0.12)."""
     return (jaxpr.jaxpr, tuple(jaxpr.consts)) if hasattr(jaxpr, "consts") else (jaxpr, ())
 
 
@@ -59,7 +60,7 @@ def jit_shardings(params: dict[str, Any]) -> tuple[list[Sharding | None], list[S
     )
 
 
-def bind(eqn: Any, *operands: Any, **changed: Any) -> list[Any]:
+def bind(eqn: JaxprEqn, *operands: Any, **changed: Any) -> list[Any]:
     """Runs an equation on new operands, some parameters changed, and returns all its results."""
     params = eqn.primitive.get_bind_params({**eqn.params, **changed})
     results = eqn.primitive.bind(*operands, **params)
@@ -67,7 +68,7 @@ def bind(eqn: Any, *operands: Any, **changed: Any) -> list[Any]:
 
 
 @contextlib.contextmanager
-def context_of(eqn: Any):
+def context_of(eqn: JaxprEqn):
     """Runs what is inside under an equation's name scope, traceback and context."""
     source = eqn.source_info
     stack = source_info_util.current_name_stack() + source.name_stack
@@ -75,6 +76,6 @@ def context_of(eqn: Any):
         yield
 
 
-def where(eqn: Any) -> str:
+def where(eqn: JaxprEqn) -> str:
     """The user's line that an equation comes from: ``file:line:column (function)``."""
     return source_info_util.summarize(eqn.source_info)

@@ -1,0 +1,456 @@
+"""Contractions: factors move from the weight to the activations, and here they are applied."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend.core import JaxprEqn
+
+from hyperadapt_jax.interpreter import jax_versions
+from hyperadapt_jax.interpreter.interpreter import Interpreter
+from hyperadapt_jax.interpreter.values import (
+    Factors,
+    Operands,
+    Results,
+    Scaled,
+    Value,
+    factors_of,
+    is_inexact,
+    moved,
+    origin_of,
+    scale,
+    value_of,
+    vector_like,
+)
+
+# What an axis of a contraction is called: ("contract", i) or ("batch", i), the same on both sides;
+# ("free", side, axis); or ("group",), that of the groups of a ragged dot.
+Name: TypeAlias = tuple[Any, ...]
+Names: TypeAlias = Sequence[Sequence[Name]]  # of every axis of both operands
+NamedFactors: TypeAlias = list[tuple[Sequence[Name], jax.Array]]
+
+
+def dot_general(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Results:
+    """A vector on free or batch axes scales the result, one on contracted axes the other operand.
+
+    Where a vector spans contracted and free axes (experts that all see one input), its free axes
+    become batch axes of the product: the other operand is repeated along them, and scaled. What is
+    a product already, such as looked-up rows, is an activation: its own vectors scale it.
+    """
+    operands, result = _settled(interpreter, eqn, operands), eqn.outvars[0].aval
+    names = _name_axes(operands, eqn.params["dimension_numbers"])
+    out, sizes = _result_axes(names), _sizes(operands, names)
+    products = math.prod(sizes.values())
+
+    after: NamedFactors = []
+    before: tuple[NamedFactors, NamedFactors] = [], []  # of each operand
+    repeated: list[Name] = []
+    for side, operand in enumerate(operands):
+        factors = _named(names[side], factors_of(operand))
+        stay = [(spans, delta) for spans, delta in factors if set(spans) <= set(out)]
+        go = [(spans, delta) for spans, delta in factors if not set(spans) <= set(out)]
+        free = [name for name in names[side] if name[0] == "free"]
+        shared = [name for name in free if any(name in spans for spans, _ in go)]
+        if factors and not operand.product and is_inexact(operand.value):
+            repeats = math.prod(sizes[name] for name in shared)
+            if why := _dearer(operands, side, result, products, repeats, len(stay), len(go)):
+                [operands[side]] = interpreter.materialize(eqn, [operand], why)
+                continue
+        after += stay
+        before[1 - side].extend(go)
+        repeated += shared
+    if _integers_meet(result, operands, before):
+        return None
+    if repeated and eqn.params.get("out_sharding") is not None:
+        return None
+    return [_apply(interpreter, eqn, operands, names, before, after, out, repeated)]
+
+
+def _name_axes(operands: Operands, numbers: Any) -> list[list[Name]]:
+    """Names every axis of two operands, out of a dot's (contracted, batch) dimension numbers."""
+    names: list[list[Name]] = [
+        [("free", side, axis) for axis in range(value_of(x).ndim)]
+        for side, x in enumerate(operands)
+    ]
+    for kind, pairs in zip(("contract", "batch"), numbers, strict=True):
+        for i, axes in enumerate(zip(*pairs, strict=True)):
+            for side, axis in enumerate(axes):
+                names[side][axis] = (kind, i)
+    return names
+
+
+def _result_axes(names: Names) -> list[Name]:
+    """The result's axes: those of the batch, then those that are free on either side."""
+    batch = sorted(name for name in names[0] if name[0] == "batch")
+    return batch + [name for side in names for name in side if name[0] == "free"]
+
+
+def _sizes(operands: Operands, names: Names) -> dict[Name, int]:
+    return {
+        name: size
+        for x, side in zip(operands, names, strict=True)
+        for name, size in zip(side, value_of(x).shape, strict=True)
+    }
+
+
+def _named(names: Sequence[Name], factors: Factors) -> NamedFactors:
+    return [([names[axis] for axis in axes], delta) for axes, delta in factors]
+
+
+def _placed(names: Sequence[Name], factors: NamedFactors) -> Factors:
+    return [(tuple(map(names.index, spans)), delta) for spans, delta in factors]
+
+
+def _integers_meet(result: Any, operands: Operands, before: Sequence[NamedFactors]) -> bool:
+    """Whether integers would have to be scaled, for an integer result."""
+    scaled = [value_of(x) for x, factors in zip(operands, before, strict=True) if factors]
+    return not is_inexact(result) and not all(map(is_inexact, scaled))
+
+
+def _apply(
+    interpreter: Interpreter,
+    eqn: JaxprEqn,
+    operands: Operands,
+    names: Names,
+    before: Sequence[NamedFactors],
+    after: NamedFactors,
+    out: Sequence[Name],
+    repeated: Sequence[Name] = (),
+    *others: jax.Array,
+) -> Value:
+    """Contracts two operands, with their factors multiplied in before or after.
+
+    Args:
+      interpreter: where the uses are recorded.
+      eqn: the contraction.
+      operands: its two operands.
+      names: what their axes are called.
+      before: for each operand, the factors that scale it: the other one's.
+      after: the factors that scale the result.
+      out: what the result's axes are called.
+      repeated: free axes that become batch axes: the operand that lacks one is repeated along it.
+      others: operands that follow the two.
+    """
+    sizes, changed = _sizes(operands, names), {}
+    values = [value_of(x) for x in operands]
+    for side in (0, 1):
+        if before[side]:
+            interpreter.record(eqn, operands[1 - side], onto=operands[side])
+    if repeated:
+        missing = [[name for name in repeated if name[1] != side] for side in (0, 1)]
+        values = [
+            jnp.broadcast_to(x, (*(sizes[name] for name in new), *x.shape)) if new else x
+            for x, new in zip(values, missing, strict=True)
+        ]
+        names = [[*new, *old] for new, old in zip(missing, names, strict=True)]
+        changed["dimension_numbers"], new_out = _dimension_numbers(names)
+    parts = []
+    for side in (0, 1):
+        x = Scaled.of(values[side], _placed(names[side], before[side]), ())
+        parts.append(_parts(eqn, side, x.value, x.factors))
+    y = _contract(eqn, parts, *others, **changed)
+    if repeated:
+        y = lax.transpose(y, [new_out.index(name) for name in out])
+    return _scale_result(interpreter, eqn, operands, y, _placed(out, after))
+
+
+def _dimension_numbers(names: Names) -> tuple[Any, list[Name]]:
+    """Dimension numbers for two operands by their axes' names, and the result's axes: the batch's,
+    then the free ones of either side."""
+    left, right = names
+    shared = [name for name in left if name in right]
+    contract = [name for name in shared if name[0] == "contract"]
+    batch = [name for name in shared if name[0] != "contract"]
+    free = [n for side in names for n in side if n[0] == "free" and n not in batch]
+    numbers = tuple(
+        tuple(tuple(map(side.index, group)) for side in names) for group in (contract, batch)
+    )
+    return numbers, batch + free
+
+
+def _dearer(
+    operands: Operands,
+    side: int,
+    result: Any,
+    products: int,
+    repeats: int,
+    after: int,
+    before: int,
+) -> str:
+    """Why a step costs less with the weight of one side multiplied out; empty where it does not.
+
+    Scaling activations takes a few operations for each of their numbers: about 4 of an operand, 6
+    of a result, with the gradients. What multiplying out takes is the weight's own gradient, as
+    many operations as the contraction: far more, unless an axis of it is tiny. In memory, it is
+    the repeated operand that can be far too large.
+
+    Args:
+      operands: the two of the contraction.
+      side: which of them is the weight.
+      result: the contraction's.
+      products: how many multiplications it takes.
+      repeats: how many times the other operand would be repeated.
+      after: how many vectors would scale the result.
+      before: how many would scale the other operand.
+    """
+    weight, other = value_of(operands[side]).size, value_of(operands[1 - side]).size
+    scaled = repeats * other
+    if repeats > 1 and scaled > weight + other + result.size:
+        return (
+            f"scaling would repeat an operand of {other:,} numbers {repeats:,} times,"
+            f" to more than weight, operand and result together"
+        )
+    if 6 * after * result.size + 4 * before * scaled > 2 * products + 4 * (after + before) * weight:
+        return "too few products are made with it here: scaling the activations would cost more"
+    return ""
+
+
+def _settled(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> list[Value]:
+    """A contraction's operands; those that are products already are activations, and are scaled."""
+    settled = list(operands)
+    for side, x in enumerate(operands):
+        inexact = is_inexact(value_of(x)) or is_inexact(eqn.outvars[0].aval)
+        if isinstance(x, Scaled) and x.product and inexact:
+            interpreter.record(eqn, x)
+            settled[side] = scale(x.value, x.factors, _operand_dtype(eqn, side))
+    return settled
+
+
+def _operand_dtype(eqn: JaxprEqn, side: int) -> Any:
+    """The dtype in which one operand of a contraction is scaled: its own, or a wider result's.
+
+    Types below 16 bits have no room for a scale, and integers none at all.
+    """
+    own, result = eqn.invars[side].aval.dtype, eqn.outvars[0].aval.dtype
+    if jnp.issubdtype(own, jnp.complexfloating):
+        return own
+    types = [t for t in (own, result) if jnp.issubdtype(t, jnp.inexact)]
+    return jnp.finfo(max([*types, jnp.bfloat16], key=lambda t: jnp.finfo(t).bits)).dtype
+
+
+def _parts(eqn: JaxprEqn, side: int, x: jax.Array, factors: Factors) -> list[jax.Array]:
+    """One operand of a contraction, scaled; as several that add up where it is scaled wider.
+
+    A product in 16 bits with a wider result stays one, as fast and, at zero deltas, as exact to the
+    last bit: what its operand's dtype does not hold of a scaled number is a second operand.
+    """
+    own, dtype = eqn.invars[side].aval.dtype, _operand_dtype(eqn, side)
+    if not factors and x.dtype == own:
+        return [x]
+    x = scale(x, factors, dtype)
+    other = eqn.invars[1 - side].aval.dtype
+    bits = [jnp.finfo(t).bits if jnp.issubdtype(t, jnp.inexact) else 0 for t in (own, other)]
+    if dtype == own or bits[0] < max(16, bits[1]):
+        return [x]
+    info = jnp.finfo(own)
+    # A cast there and back would be optimized away.
+    high = lax.reduce_precision(jnp.clip(x, info.min, info.max), info.nexp, info.nmant)
+    return [high.astype(own), (x - high).astype(own)]
+
+
+def _contract(
+    eqn: JaxprEqn, parts: Sequence[Sequence[jax.Array]], *others: jax.Array, **changed: Any
+) -> jax.Array:
+    """A contraction of two operands, each a sum of parts, of any dtypes."""
+    dtypes = [x.aval.dtype for x in eqn.invars[:2]]
+    if [p[0].dtype for p in parts] != dtypes:
+        changed["preferred_element_type"] = eqn.outvars[0].aval.dtype
+        if not isinstance(eqn.params["precision"], (tuple, lax.Precision)):
+            changed["precision"] = None  # an algorithm for the dtypes that there were
+    ys = [jax_versions.bind(eqn, a, b, *others, **changed)[0] for a, b in itertools.product(*parts)]
+    return functools.reduce(jnp.add, ys)
+
+
+def ragged_dot_general(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Results:
+    """A dot whose rows come in groups, each with its own slice of the right side (experts).
+
+    A vector over the groups becomes one per row, by the row's group. Then it goes as in any dot:
+    a vector whose axes the result has scales the result, any other the other operand.
+    """
+    *operands, group_sizes = operands
+    operands, result = _settled(interpreter, eqn, operands), eqn.outvars[0].aval
+    ragged = eqn.params["ragged_dot_dimension_numbers"]
+    names = _name_axes(operands, ragged.dot_dimension_numbers)
+    for axis in ragged.rhs_group_dimensions:
+        names[1][axis] = ("group",)
+    [rows] = (names[0][axis] for axis in ragged.lhs_ragged_dimensions)
+    out = _result_axes(names)
+    if rows[0] == "contract":
+        out = [("group",), *out]
+    outer = out[: out.index(rows)] if group_sizes.ndim > 1 and rows in out else []
+    outer = [name for name in outer if name in names[0]]
+    count = _sizes(operands, names)[rows]
+
+    after: NamedFactors = []
+    before: tuple[NamedFactors, NamedFactors] = [], []  # of each operand
+    for side, operand in enumerate(operands):
+        for spans, delta in _named(names[side], factors_of(operand)):
+            if ("group",) in spans:
+                spans, delta = _by_row(spans, delta, group_sizes, [*outer, rows], count)
+            if set(spans) <= set(out):
+                after.append((spans, delta))
+            elif set(spans) <= set(names[1 - side]):
+                before[1 - side].append((spans, delta))
+            else:
+                return None
+    if _integers_meet(result, operands, before):
+        return None
+    return [_apply(interpreter, eqn, operands, names, before, after, out, (), group_sizes)]
+
+
+def _by_row(
+    spans: Sequence[Name],
+    delta: jax.Array,
+    group_sizes: jax.Array,
+    rows: Sequence[Name],
+    count: int,
+) -> tuple[list[Name], jax.Array]:
+    """A vector over groups as one over the rows that they consist of.
+
+    Args:
+      spans: names of the vector's axes, among them ``("group",)``.
+      delta: the vector.
+      group_sizes: [..., groups], how many rows each group has.
+      rows: names of the axes that the rows lie on: those of ``...``, then the ragged one.
+      count: how many rows there are; those that belong to no group are scaled by one.
+    """
+    ends = jnp.cumsum(group_sizes, axis=-1)[..., None, :]
+    groups = jnp.sum(ends <= jnp.arange(count, dtype=ends.dtype)[:, None], axis=-1)
+    shared = [n for n in spans if n in rows]
+    index = [groups]
+    for name in shared:
+        axis = rows.index(name)
+        index.append(lax.broadcasted_iota(groups.dtype, groups.shape, axis))
+    left = [n for n in spans if n not in rows and n != ("group",)]
+    delta = lax.transpose(delta, [spans.index(n) for n in [("group",), *shared, *left]])
+    return [*rows, *left], delta.at[tuple(index)].get(mode="fill", fill_value=0)
+
+
+def conv_general_dilated(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Results:
+    """The kernel's out vector scales the result's features, its in vector the input's features."""
+    lhs, rhs = operands = _settled(interpreter, eqn, operands)
+    numbers, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
+    out_axis, in_axis = numbers.rhs_spec[:2]
+    if isinstance(lhs, Scaled):
+        return None
+    after, before = [], []
+    for axes, delta in factors_of(rhs):
+        if axes in ((), (out_axis,)):
+            after.append((tuple(numbers.out_spec[1] for _ in axes), delta))
+        elif axes == (in_axis,):
+            before.append(((numbers.lhs_spec[1],), jnp.tile(delta, groups)))
+        elif set(axes) == {in_axis, out_axis}:
+            # Each group's own input features, as where a function of one kernel is mapped over
+            # many: the factor must be the same for all output features of a group.
+            size, place = rhs.value.shape[out_axis] // groups, axes.index(out_axis)
+            if interpreter.facts.get(delta, "runs", {}).get(place, 1) % size:
+                return None
+            delta = lax.slice_in_dim(delta, 0, None, size, place)
+            delta = delta if place == 0 else delta.T
+            before.append(((numbers.lhs_spec[1],), delta.reshape(-1)))
+        else:
+            return None
+    if before and not is_inexact(eqn.outvars[0].aval) and not is_inexact(lhs):
+        return None
+    if before:
+        interpreter.record(eqn, rhs)
+    kernel, inputs = value_of(rhs), _parts(eqn, 0, lhs, before)
+    # Unlike a product of matrices, a convolution takes operands of one dtype.
+    y = _contract(eqn, [inputs, [kernel.astype(inputs[0].dtype)]])
+    return [_scale_result(interpreter, eqn, operands, y, after)]
+
+
+def gather(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Results:
+    """Rows or windows picked by index: the vectors are gathered as their table is.
+
+    A vector over axes that are kept whole stays as it is, one over batching axes moves with them,
+    and any other is gathered by its own columns of the indices. Looked-up rows are activations.
+    """
+    table, indices = operands
+    if isinstance(indices, Scaled) or not (table.codes or _fills_with_nothing(eqn)):
+        return None
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    # Which axis of the indices belongs to an axis of the table.
+    pairs = zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True)
+    batching = dict(pairs)
+    gone = {*batching, *numbers.collapsed_slice_dims}
+    kept = [axis for axis in range(table.value.ndim) if axis not in gone]
+    [is_order] = interpreter.are_frozen([indices])
+    # Rows in an order that is a parameter too are a weight still.
+    is_rows = vector_like([sizes[axis] for axis in kept]) and not is_order
+    size = eqn.outvars[0].aval.size
+    if is_rows and size > table.value.size and is_inexact(table.value) and not table.product:
+        why = "what is looked up is larger than the whole table"
+        return jax_versions.bind(eqn, *interpreter.materialize(eqn, [table], why), indices)
+    [y] = jax_versions.bind(eqn, table.value, indices)
+    rows = [axis for axis in range(y.ndim) if axis not in numbers.offset_dims]
+    to = dict(zip(kept, numbers.offset_dims, strict=True))
+    to |= {axis: rows[i] for axis, i in batching.items()}
+    whole = {a for a, n in enumerate(table.value.shape) if sizes[a] == n or a in batching}
+    factors = []
+    for axes, delta in table.factors:
+        if whole.issuperset(axes):
+            spans = tuple(to[axis] for axis in axes if axis in to)
+            delta = lax.squeeze(delta, [i for i, axis in enumerate(axes) if axis not in to])
+        else:
+            windows = [axis for axis in axes if axis in kept]
+            spans = (*rows, *(to[axis] for axis in windows))
+            delta = _gather_vector(eqn, axes, delta, indices, windows, batching)
+        factors.append((spans, delta))
+    return [moved(table, y, factors, product=is_rows)]
+
+
+def _fills_with_nothing(eqn: JaxprEqn) -> bool:
+    """Whether what lies outside the table is filled with zero, NaN or, in codes, a mark."""
+    fill = eqn.params["fill_value"]
+    if eqn.params["mode"] != lax.GatherScatterMode.FILL_OR_DROP or fill is None:
+        return True
+    inexact = jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.inexact)
+    return not inexact or fill == 0 or bool(np.isnan(fill))
+
+
+def _gather_vector(
+    eqn: JaxprEqn,
+    axes: Sequence[int],
+    delta: jax.Array,
+    indices: jax.Array,
+    windows: Sequence[int],
+    batching: dict[int, int],
+) -> jax.Array:
+    """The gather of a table, of a vector over some of its axes: rows first, then the windows."""
+    numbers = eqn.params["dimension_numbers"]
+    columns = [i for i, axis in enumerate(numbers.start_index_map) if axis in axes]
+    if len(columns) < indices.shape[-1]:
+        indices = indices[..., np.array(columns, int)]
+    shared = [axis for axis in axes if axis in batching]
+    picked = [axis for axis in axes if axis not in windows and axis not in shared]
+    first = indices.ndim - 1
+    own = lax.GatherDimensionNumbers(
+        offset_dims=tuple(range(first, first + len(windows))),
+        collapsed_slice_dims=tuple(map(axes.index, picked)),
+        start_index_map=tuple(axes.index(numbers.start_index_map[i]) for i in columns),
+        operand_batching_dims=tuple(map(axes.index, shared)),
+        start_indices_batching_dims=tuple(batching[axis] for axis in shared),
+    )
+    sizes = [eqn.params["slice_sizes"][axis] for axis in axes]
+    # Outside the table the scale is one.
+    return lax.gather(delta, indices, own, sizes, mode=eqn.params["mode"], fill_value=0)
+
+
+def _scale_result(
+    interpreter: Interpreter, eqn: JaxprEqn, operands: Operands, y: jax.Array, factors: Factors
+) -> Value:
+    if not factors:
+        return y
+    scaled = Scaled.of(y, factors, origin_of(*operands), product=True, codes=False)
+    if not jnp.issubdtype(y.dtype, jnp.inexact):
+        return scaled  # codes multiplied as integers: the scale waits for the dequantisation
+    return interpreter.materialize(eqn, [scaled])[0]

@@ -1,0 +1,357 @@
+"""Layout: the value passes, and its factors move with its axes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend.core import JaxprEqn
+
+from hyperadapt_jax.interpreter import jax_versions
+from hyperadapt_jax.interpreter.interpreter import Interpreter, Rule
+from hyperadapt_jax.interpreter.values import (
+    Factors,
+    Operands,
+    Results,
+    Scaled,
+    Value,
+    factors_of,
+    is_inexact,
+    moved,
+    origin_of,
+    same_factors,
+    value_of,
+    vector_like,
+)
+from hyperadapt_jax.sharding import vector_spec
+
+Moved: TypeAlias = Factors | None
+Move: TypeAlias = Callable[[Interpreter, JaxprEqn, Operands, Scaled], Moved]
+
+
+def moves_factors(move: Move) -> Rule:
+    """A rule for one scaled operand and one result, made of a function that moves the factors.
+
+    ``move(interpreter, eqn, others, x)`` gives x's factors on the axes of the result, or None where
+    they cannot pass.
+    """
+
+    @functools.wraps(move)
+    def rule(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Results:
+        x, *others = operands
+        if not isinstance(x, Scaled) or any(isinstance(other, Scaled) for other in others):
+            return None
+        factors = move(interpreter, eqn, others, x)
+        if factors is None:
+            return None
+        [y] = jax_versions.bind(eqn, x.value, *others)
+        return [moved(x, y, factors, product=vector_like(y.shape))]
+
+    return rule
+
+
+@moves_factors
+def keep(interpreter: Interpreter, eqn: JaxprEqn, others: Operands, x: Scaled) -> Moved:
+    """Where every number stays what it is: integers in a type that holds all of theirs."""
+    old, new = x.value.dtype, eqn.outvars[0].aval.dtype
+    held = jnp.issubdtype(new, jnp.inexact) or jnp.promote_types(old, new) == new
+    return x.factors if held else None
+
+
+@moves_factors
+def stop_gradient(interpreter: Interpreter, eqn: JaxprEqn, others: Operands, x: Scaled) -> Moved:
+    return [(axes, lax.stop_gradient(delta)) for axes, delta in x.factors]
+
+
+@moves_factors
+def reshard(interpreter: Interpreter, eqn: JaxprEqn, others: Operands, x: Scaled) -> Moved:
+    spec = eqn.params["dst_sharding"].spec
+    return [(axes, jax.sharding.reshard(d, vector_spec(spec, axes))) for axes, d in x.factors]
+
+
+@moves_factors
+def transpose(interpreter: Interpreter, eqn: JaxprEqn, others: Operands, x: Scaled) -> Moved:
+    to = {axis: i for i, axis in enumerate(eqn.params["permutation"])}
+    return [(tuple(to[axis] for axis in axes), delta) for axes, delta in x.factors]
+
+
+@moves_factors
+def squeeze(interpreter: Interpreter, eqn: JaxprEqn, others: Operands, x: Scaled) -> Moved:
+    gone = {axis % x.value.ndim for axis in eqn.params["dimensions"]}
+    left = [axis for axis in range(x.value.ndim) if axis not in gone]
+    return [(tuple(map(left.index, axes)), delta) for axes, delta in x.factors]
+
+
+@moves_factors
+def broadcast_in_dim(interpreter: Interpreter, eqn: JaxprEqn, others: Operands, x: Scaled) -> Moved:
+    to = eqn.params["broadcast_dimensions"]
+    return [(tuple(to[axis] for axis in axes), delta) for axes, delta in x.factors]
+
+
+@moves_factors
+def reshape(interpreter: Interpreter, eqn: JaxprEqn, others: Operands, x: Scaled) -> Moved:
+    """Axes that split or join: a factor is repeated over the axes that join its own."""
+    order = eqn.params["dimensions"] or range(x.value.ndim)
+    old, new = [x.value.shape[axis] for axis in order], eqn.params["new_sizes"]
+    groups = _regroup(old, new)
+    if groups is None:
+        return None
+    factors = []
+    ordered = Scaled.of(
+        jax.ShapeDtypeStruct(tuple(old), x.value.dtype),
+        [(tuple(map(order.index, axes)), delta) for axes, delta in x.factors],
+        x.origin,
+    )
+    for axes, delta in ordered.factors:
+        touched = [(before, after) for before, after in groups if set(before) & set(axes)]
+        wide = [axis for before, _ in touched for axis in before]
+        spans = tuple(axis for _, after in touched for axis in after)
+        if wide != list(axes):
+            shape = tuple(old[axis] for axis in wide)
+            if delta.size < math.prod(shape) == math.prod(old) and not x.codes:
+                return None  # as large as the weight itself
+            missing = [i for i, axis in enumerate(wide) if axis not in axes]
+            delta = jnp.broadcast_to(jnp.expand_dims(delta, missing), shape)
+        delta = lax.reshape(delta, tuple(new[axis] for axis in spans))
+        if wide != list(axes):
+            interpreter.facts.note(delta, runs=_runs(touched, axes, old, spans))
+        factors.append((spans, delta))
+    return factors
+
+
+def _runs(
+    touched: Sequence[tuple[list[int], list[int]]],
+    axes: Sequence[int],
+    old: Sequence[int],
+    spans: Sequence[int],
+) -> dict[int, int]:
+    """Of a factor repeated over axes that join its own: where it comes in runs of equal numbers.
+
+    Returns:
+      For axes of the factor, the length of the runs.
+    """
+    runs = {}
+    for before, after in touched:
+        first = [axis for axis in before if axis in axes]
+        if len(after) == 1 and first == before[: len(first)]:
+            runs[spans.index(after[0])] = math.prod(old[axis] for axis in before[len(first) :])
+    return runs
+
+
+def _regroup(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]] | None:
+    """Pairs the smallest runs of old and new axes that hold the same numbers.
+
+    >>> _regroup((2, 3, 4), (6, 2, 2))
+    [([0, 1], [0]), ([2], [1, 2])]
+    """
+    if 0 in old:
+        return None
+    groups, i, j = [], 0, 0
+    while i < len(old) or j < len(new):
+        before, after, a, b = [], [], 1, 1
+        while not before and not after or a != b:
+            if i < len(old) and (a < b or not before or j == len(new)):
+                before, a, i = [*before, i], a * old[i], i + 1
+            else:
+                after, b, j = [*after, j], b * new[j], j + 1
+        groups.append((before, after))
+    return groups
+
+
+@moves_factors
+def slice_(interpreter: Interpreter, eqn: JaxprEqn, others: Operands, x: Scaled) -> Moved:
+    starts, limits, strides = (
+        eqn.params[key] for key in ("start_indices", "limit_indices", "strides")
+    )
+    return [
+        (
+            axes,
+            lax.slice(
+                delta,
+                [starts[a] for a in axes],
+                [limits[a] for a in axes],
+                strides and [strides[a] for a in axes],
+            ),
+        )
+        for axes, delta in x.factors
+    ]
+
+
+@moves_factors
+def dynamic_slice(interpreter: Interpreter, eqn: JaxprEqn, others: Operands, x: Scaled) -> Moved:
+    sizes = eqn.params["slice_sizes"]
+    return [
+        (axes, lax.dynamic_slice(d, [others[a] for a in axes], [sizes[a] for a in axes]))
+        for axes, d in x.factors
+    ]
+
+
+@moves_factors
+def reduce_sum(interpreter: Interpreter, eqn: JaxprEqn, others: Operands, x: Scaled) -> Moved:
+    """A sum over axes that no vector spans."""
+    gone = eqn.params["axes"]
+    if any(axis in gone for axes in x.axes for axis in axes):
+        return None
+    left = [axis for axis in range(x.value.ndim) if axis not in gone]
+    return [(tuple(map(left.index, axes)), delta) for axes, delta in x.factors]
+
+
+@moves_factors
+def ppermute(interpreter: Interpreter, eqn: JaxprEqn, others: Operands, x: Scaled) -> Moved:
+    """Each device's weight goes to another, and its vectors with it."""
+    return [(axes, jax_versions.bind(eqn, delta)[0]) for axes, delta in x.factors]
+
+
+@moves_factors
+def rev(interpreter: Interpreter, eqn: JaxprEqn, others: Operands, x: Scaled) -> Moved:
+    flipped = eqn.params["dimensions"]
+    return [
+        (axes, lax.rev(d, [i for i, a in enumerate(axes) if a in flipped])) for axes, d in x.factors
+    ]
+
+
+@moves_factors
+def all_gather(interpreter: Interpreter, eqn: JaxprEqn, others: Operands, x: Scaled) -> Moved:
+    axis = eqn.params["all_gather_dimension"]
+    if not eqn.params["tiled"]:
+        return None
+    factors = []
+    for axes, delta in x.factors:
+        if axis not in axes and x.value.shape[axis] == 1:  # each device may have one of its own
+            place = sum(a < axis for a in axes)
+            axes, delta = (*axes[:place], axis, *axes[place:]), jnp.expand_dims(delta, place)
+        if axis in axes:
+            [delta] = jax_versions.bind(eqn, delta, all_gather_dimension=axes.index(axis))
+        factors.append((axes, delta))
+    return factors
+
+
+def split(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> list[Value]:
+    """One weight cut in several along an axis: each piece takes its part of the vectors."""
+    [x] = operands
+    axis, sizes = eqn.params["axis"], eqn.params["sizes"]
+    cuts = np.cumsum(sizes)[:-1].tolist()
+    pieces = [
+        jnp.split(d, cuts, axes.index(axis)) if axis in axes else [d] * len(sizes)
+        for axes, d in x.factors
+    ]
+    return [
+        Scaled.of(v, list(zip(x.axes, deltas, strict=True)), x.origin, x.product, x.codes)
+        for v, *deltas in zip(jax_versions.bind(eqn, x.value), *pieces, strict=True)
+    ]
+
+
+def concatenate(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Results:
+    """Arrays joined along an axis, old or new (``stack``): so are their vectors.
+
+    What is scaled by nothing is scaled by one. A vector that does not span the joined axis stays
+    as it is where all operands share it, and is repeated along it where they differ.
+    """
+    codes = [x for x in operands if isinstance(x, Scaled) and x.codes]
+    if len(codes) < len(operands) or not all(same_factors(x, codes[0]) for x in codes):
+        # Looked-up rows are activations; but parts of one code wait together.
+        operands = interpreter.materialize_where(
+            lambda x: x.product and is_inexact(x.value), eqn, operands
+        )
+    [y] = jax_versions.bind(eqn, *map(value_of, operands))
+    scaled = [x for x in operands if isinstance(x, Scaled)]
+    if not scaled:
+        return [y]
+    new = jax_versions.name_of(eqn) == "stack"
+    joined = eqn.params["axis" if new else "dimension"]
+    sizes = [1 if new else value_of(x).shape[joined] for x in operands]
+
+    def moved(axes):
+        return tuple(axis + (new and axis >= joined) for axis in axes)
+
+    first = operands[0] if len(scaled) == len(operands) else None
+    shared = [
+        (axes, delta)
+        for axes, delta in factors_of(first)
+        if (new or joined not in axes)
+        and all(any(a == axes and d is delta for a, d in x.factors) for x in scaled)
+    ]
+    factors = [(moved(axes), delta) for axes, delta in shared]
+
+    # For each set of axes, what each operand has there: a column of this table is a new vector.
+    columns: dict[tuple[tuple[int, ...], int], dict[int, jax.Array]] = {}
+    repeated = set()
+    for i, x in enumerate(operands):
+        seen: list[tuple[int, ...]] = []
+        for axes, delta in factors_of(x):
+            if any(a == axes and d is delta for a, d in shared):
+                continue
+            spans = tuple(sorted({*moved(axes), joined}))
+            if new or joined not in axes:
+                delta = jnp.expand_dims(delta, spans.index(joined))
+                repeated |= {spans} if sizes[i] > 1 else set()
+            shape = [sizes[i] if axis == joined else y.shape[axis] for axis in spans]
+            columns.setdefault((spans, seen.count(spans)), {})[i] = jnp.broadcast_to(delta, shape)
+            seen.append(spans)
+    for (spans, _), column in columns.items():
+        shape = [y.shape[axis] for axis in spans]
+        inexact = jnp.issubdtype(y.dtype, jnp.inexact)
+        if inexact and spans in repeated and 2 * math.prod(shape) > y.size:
+            return None  # about as large as the weights themselves
+        along_it = spans.index(joined)
+        dtype = jnp.result_type(*column.values())
+        parts = []
+        for i, size in enumerate(sizes):
+            shape[along_it] = size
+            parts.append(column[i].astype(dtype) if i in column else jnp.zeros(shape, dtype))
+        factors.append((spans, lax.concatenate(parts, along_it)))
+    product = any(x.product for x in scaled)
+    return [Scaled.of(y, factors, origin_of(*scaled), product, any(x.codes for x in scaled))]
+
+
+def pad(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Results:
+    """What is padded with zeros may be scaled by anything: by one."""
+    x, padding = operands
+    config = eqn.params["padding_config"]
+    grows = any(low > 0 or high > 0 or interior for low, high, interior in config)
+    if not isinstance(x, Scaled) or grows and not interpreter.is_zero(padding):
+        return None
+    [y] = jax_versions.bind(eqn, x.value, padding)
+    factors = [
+        (axes, lax.pad(d, jnp.zeros((), d.dtype), [config[axis] for axis in axes]))
+        for axes, d in x.factors
+    ]
+    return [moved(x, y, factors)]
+
+
+def select_n(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Results:
+    """A choice between arrays that the same vectors scale, as they do zeros (a pruned weight)."""
+    which, *cases = operands
+    scaled = [x for x in cases if isinstance(x, Scaled)]
+    alike = all(same_factors(x, scaled[0]) for x in scaled)
+    others = [x for x in cases if not isinstance(x, Scaled)]
+    if isinstance(which, Scaled) or not alike or not all(map(interpreter.is_zero, others)):
+        return None
+    [y] = jax_versions.bind(eqn, which, *map(value_of, cases))
+    return [dataclasses.replace(moved(scaled[0], y, scaled[0].factors), origin=origin_of(*scaled))]
+
+
+def overwrite(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Results:
+    """Zeros written into a weight, as into a padding token's row of a table."""
+    x, *others = operands
+    at = 1 if jax_versions.name_of(eqn) == "scatter" else 0  # the indices come first there
+    if any(isinstance(o, Scaled) for o in others) or not interpreter.is_zero(others[at]):
+        return None
+    [y] = jax_versions.bind(eqn, x.value, *others)
+    return [moved(x, y, x.factors)]
+
+
+def each(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> list[Value]:
+    """Primitives that hand every operand through, as a barrier does."""
+    values = jax_versions.bind(eqn, *map(value_of, operands))
+    return [
+        dataclasses.replace(x, value=v) if isinstance(x, Scaled) else v
+        for v, x in zip(values, operands, strict=True)
+    ]
