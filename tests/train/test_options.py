@@ -266,7 +266,8 @@ def test_the_help_of_a_recipe_ends_with_commands_that_are_read(recipe, capsys):
 
 
 def _names(cls) -> list[str]:
-    found = []
-    for name, kind in typing.get_type_hints(cls).items():
-        found += _names(kind) if dataclasses.is_dataclass(kind) else [name]
+    kinds, found = typing.get_type_hints(cls), []
+    for field in dataclasses.fields(cls):
+        kind = kinds[field.name]
+        found += _names(kind) if dataclasses.is_dataclass(kind) else [field.name]
     return found
