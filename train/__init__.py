@@ -12,8 +12,8 @@ PROGRAM = "python -m train" if __package__ == "train" else "hyperadapt"
 # What Python programs use; imported when it is asked for, since that takes seconds.
 _PUBLIC = {
     "fit": "assembly",
-    "Result": "loop",
-    "Interrupted": "loop",
+    "Result": "trainer.loop",
+    "Interrupted": "trainer.loop",
     "InputError": "errors",
     "Task": "tasks.task",
     "Setting": "tasks.task",

@@ -83,7 +83,7 @@ def _main(args: list[str]) -> int:
     try:
         from . import options
         from .errors import InputError
-        from .loop import Interrupted
+        from .trainer.loop import Interrupted
 
         recipe = importlib.import_module(f".recipes.{name}", __package__)
     except ModuleNotFoundError as error:

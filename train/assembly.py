@@ -10,13 +10,16 @@ from typing import Any
 
 from hyperadapt_jax.methods import Tuning
 
-from . import base, data, loop, methods, options, runs
+from . import base, methods, options
 from .base import Base
-from .batches import Batches
-from .loop import Result
+from .data import readers as data
+from .data.batches import Batches
 from .options import AdapterOptions, ModelOptions, OptimizerOptions, RunOptions
-from .report import write
+from .run import folder as runs
+from .run.log import write
 from .tasks.task import Evaluation, Setting, Task, Training
+from .trainer import loop
+from .trainer.loop import Result
 
 PREDICTIONS = "predictions.jsonl"
 SHOWN = 3  # generations in the report
@@ -64,7 +67,7 @@ class Assembly:
         optimizer: OptimizerOptions,
         config: Mapping[str, Any],
     ) -> Result:
-        """Trains, in a run folder that was claimed; see `train.loop.fit`."""
+        """Trains, in a run folder that was claimed; see `train.trainer.loop.fit`."""
         batches = Batches(
             self.training.examples,
             self.run.batch_size,

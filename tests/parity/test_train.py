@@ -17,7 +17,7 @@ from hyperadapt_jax import models  # noqa: E402
 from train import arithmetic  # noqa: E402
 from train.__main__ import main  # noqa: E402
 
-TINY = Path(__file__).resolve().parents[2] / "train" / "tiny"
+TINY = Path(__file__).resolve().parents[2] / "train" / "tasks" / "arithmetic" / "tiny"
 PROMPTS = [
     problem.prompt
     for kind in ("equation", "story")

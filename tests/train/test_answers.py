@@ -8,9 +8,9 @@ import tokenizers
 import transformers
 
 from hyperadapt_jax import models
-from train.answers import Questions, last_number, mark
 from train.assembly import write_rows
 from train.errors import InputError
+from train.metrics.generation import Questions, last_number, mark
 
 
 @pytest.mark.parametrize(

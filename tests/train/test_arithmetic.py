@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train import arithmetic
-from train.arithmetic import Problem
+from train.tasks.arithmetic import problems as arithmetic
+from train.tasks.arithmetic.problems import Problem
 
 SEEDS = st.integers(0, 2**31 - 1)
 ANSWERED = ("equation", "equations", "story", "story_equation", "ride")

@@ -18,12 +18,12 @@ import hyperadapt_jax as ha
 import train
 from hyperadapt_jax import models
 from train.__main__ import main
-from train.report import read_metrics
+from train.run.log import read_metrics
 
 from . import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = ROOT / "train/tiny"
+TINY = ROOT / "train/tasks/arithmetic/tiny"
 ROWS = [{"question": f"{a}+{b}=", "answer": str(a + b)} for a in range(10, 14) for b in range(1, 4)]
 SHORT = {"steps": 3, "batch_size": 4, "quiet": True}
 

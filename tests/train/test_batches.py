@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 
 from hyperadapt_jax import models
-from train.batches import IGNORE, Batches, stream, usual_lengths
+from train.data.batches import IGNORE, Batches, stream, usual_lengths
 from train.errors import InputError
 
 VOCABULARY = 50

@@ -7,11 +7,12 @@ import tokenizers
 import transformers
 from tokenizers import decoders, normalizers, pre_tokenizers, processors, trainers
 
-from train import chat, data
-from train.batches import IGNORE
-from train.chat import Form, Template
+from train.data import chat
+from train.data import readers as data
+from train.data.batches import IGNORE
+from train.data.chat import Form, Template
+from train.data.special import SpecialTokens
 from train.errors import InputError
-from train.special import SpecialTokens
 
 TEXT = ["Is the sky blue?\n yes it is, 12 times", "What is 1+1?\nIt is 2.", "user assistant hi"]
 

@@ -19,8 +19,8 @@ from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers import models as tokenizer_models
 
 from hyperadapt_jax import models
-from train import report
 from train.__main__ import RECIPES, main
+from train.run import log as report
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = "the cat dog sat ran on mat is not a good bad film".split()
@@ -260,7 +260,7 @@ def test_the_labels_of_an_adapter_are_its_own(command, tmp_path, capsys):
     rest = {k: v for k, v in loaded.params.items()}
     save(tmp_path / "adapter", tuning.trainable["scales"], rest, full=full,
          base_model=command[4], base_config=config)  # fmt: skip
-    from train.trained import TrainedOptions, find
+    from train.run.trained import TrainedOptions, find
 
     assert find(TrainedOptions(adapter=tmp_path / "adapter")).base.config.labels == 3
 

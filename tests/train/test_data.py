@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from train import data
-from train.data import PLACE, Label, Messages, Number, Text, Tools
+from train.data import readers as data
+from train.data.readers import PLACE, Label, Messages, Number, Text, Tools
 from train.errors import InputError
 
 ROWS = [

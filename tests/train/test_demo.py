@@ -11,11 +11,12 @@ import transformers
 
 import hyperadapt_jax as ha
 from hyperadapt_jax import models
-from train import arithmetic, exam
 from train.__main__ import main
 from train.recipes import demo, pretrain
-from train.report import read_metrics
-from train.tasks.arithmetic import OneStep, TwoSteps
+from train.run.log import read_metrics
+from train.tasks.arithmetic import exam
+from train.tasks.arithmetic import problems as arithmetic
+from train.tasks.arithmetic.task import OneStep, TwoSteps
 
 pytestmark = pytest.mark.usefixtures("optimised")
 

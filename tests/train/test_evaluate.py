@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from train.__main__ import main
-from train.report import read_metrics
+from train.run.log import read_metrics
 
 from .test_cli import bert, command, refused  # noqa: F401
 

@@ -8,9 +8,10 @@ import pytest
 import tokenizers
 import transformers
 
-from train import data, glue
+from train.data import glue
+from train.data import readers as data
+from train.data.glue import TASKS
 from train.errors import InputError
-from train.glue import TASKS
 
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *"abcdefgh"]
 

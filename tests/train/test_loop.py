@@ -14,13 +14,17 @@ import pytest
 
 import hyperadapt_jax as ha
 from tests.train import tiny
-from train import finite, loop, options, report, runs
+from train import options
 from train.base import fingerprint
-from train.batches import Batches
-from train.checkpoints import Checkpoints
+from train.data.batches import Batches
 from train.errors import InputError
+from train.metrics import finite
 from train.options import OptimizerOptions
-from train.step import make_optimizer, start
+from train.run import folder as runs
+from train.run import log as report
+from train.trainer import loop
+from train.trainer.checkpoints import Checkpoints
+from train.trainer.step import make_optimizer, start
 
 # Without a schedule, runs of any length are the same compiled program.
 OPTIMIZER = OptimizerOptions(lr=0.1, schedule="constant", warmup=0)

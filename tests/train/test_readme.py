@@ -20,7 +20,7 @@ def test_a_runs_adapter_loads_without_the_recipes(tmp_path, monkeypatch, capsys)
     (code,) = re.findall(r"```\n(import jax[^`]*runs/demo/adapter[^`]*)```", readme)
     assert "from train" not in code
     monkeypatch.chdir(ROOT)
-    model = models.load("train/tiny", progress=False)
+    model = models.load("train/tasks/arithmetic/tiny", progress=False)
     params = models.functional(model)[1]
     scales = ha.init(ha.plan(params, *models.targets(model, "all-linear")))
     scales = jax.tree.map(lambda delta: delta + 0.01, scales)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from train import report
 from train.__main__ import main
+from train.run import log as report
 
 pytestmark = pytest.mark.usefixtures("optimised")
 

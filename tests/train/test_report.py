@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from train import report
 from train.errors import InputError
-from train.report import CURVES, EVENTS, METRICS, Log, curves, markdown_table, read_metrics, write
+from train.run import log as report
+from train.run.log import CURVES, EVENTS, METRICS, Log, curves, markdown_table, read_metrics, write
 
 
 def train(folder, first, last, total=12, **options):

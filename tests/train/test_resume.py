@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 
 from tests.train import tiny
-from train import loop, report
-from train.batches import Batches
-from train.checkpoints import Checkpoints
-from train.runs import ADAPTER
-from train.step import make_optimizer, start
+from train.data.batches import Batches
+from train.run import log as report
+from train.run.folder import ADAPTER
+from train.trainer import loop
+from train.trainer.checkpoints import Checkpoints
+from train.trainer.step import make_optimizer, start
 
 STEPS = 60
 # Children that have the imports behind them, and are killed and signalled in place of the tests.

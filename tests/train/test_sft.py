@@ -15,11 +15,12 @@ import tokenizers
 import transformers
 import yaml
 
-from train import base, chat, methods
+from train import base, methods
 from train.__main__ import main
-from train.data import Examples
+from train.data import chat
+from train.data.readers import Examples
 from train.options import AdapterOptions, ModelOptions
-from train.report import read_metrics
+from train.run.log import read_metrics
 from train.tasks import instructions
 from train.tasks.instructions import Instructions
 from train.tasks.task import Setting

@@ -14,10 +14,11 @@ import hyperadapt_jax as ha
 from hyperadapt_jax import models
 from hyperadapt_jax.methods import METHODS, Tuning
 from tests.train import tiny
-from train import base, losses, methods
-from train.batches import Batches
+from train import base, methods
+from train.data.batches import Batches
 from train.options import AdapterOptions, OptimizerOptions
-from train.step import learning_rates, make_optimizer, make_step, schedule, start
+from train.trainer import losses
+from train.trainer.step import learning_rates, make_optimizer, make_step, schedule, start
 
 OPTIONS = OptimizerOptions(lr=0.1, schedule="constant", warmup=0, clip=None)
 

@@ -10,9 +10,10 @@ import optax
 
 from hyperadapt_jax import models
 from hyperadapt_jax.methods import Tuning
-from train import base, loop, methods
-from train.batches import Batches
+from train import base, methods
+from train.data.batches import Batches
 from train.options import AdapterOptions, ModelOptions, OptimizerOptions, RunOptions
+from train.trainer import loop
 
 CONFIG = dict(
     model_type="llama",

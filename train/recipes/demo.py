@@ -10,15 +10,17 @@ import jax
 from hyperadapt_jax import rank
 from hyperadapt_jax.tables import table
 
-from .. import arithmetic, options, runs
+from .. import options
 from ..assembly import assemble
 from ..errors import InputError
-from ..exam import Exam
 from ..options import AdapterOptions, ModelOptions, OptimizerOptions, Place, RunOptions
-from ..report import draw, markdown_table
-from ..tasks.arithmetic import MOST, TwoSteps
+from ..run import folder as runs
+from ..run.log import draw, markdown_table
+from ..tasks.arithmetic import problems as arithmetic
+from ..tasks.arithmetic.exam import Exam
+from ..tasks.arithmetic.task import MOST, TwoSteps
 
-TINY = Path(__file__).resolve().parents[1] / "tiny"
+TINY = Path(__file__).resolve().parents[1] / "tasks" / "arithmetic" / "tiny"
 RANK = "rank.png"
 Answers = list[str | None]
 

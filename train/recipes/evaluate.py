@@ -14,13 +14,15 @@ from hyperadapt_jax import models
 from hyperadapt_jax.methods import Tuning
 from hyperadapt_jax.tables import table
 
-from .. import base, data, methods, options, runs
+from .. import base, methods, options
 from ..assembly import write_rows
+from ..data import readers as data
 from ..errors import InputError, warn
-from ..loop import BASE, SOURCES, other_source
 from ..options import Place
-from ..report import write
+from ..run import folder as runs
+from ..run.log import write
 from ..tasks.task import Evaluation, Setting
+from ..trainer.loop import BASE, SOURCES, other_source
 from . import RECIPES
 
 

@@ -13,8 +13,8 @@ from hyperadapt_jax import models
 from hyperadapt_jax.merge import Rounding
 
 from ..errors import InputError
-from ..report import writing
-from ..trained import TrainedOptions, find
+from ..run.log import writing
+from ..run.trained import TrainedOptions, find
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,11 +10,13 @@ import hyperadapt_jax as ha
 from hyperadapt_jax import models
 from hyperadapt_jax.tables import table
 
-from .. import arithmetic, base, options, runs
+from .. import base, options
 from ..assembly import assemble
 from ..options import AdapterOptions, ModelOptions, OptimizerOptions, Place, RunOptions
-from ..report import markdown_table, write
-from ..tasks.arithmetic import OneStep
+from ..run import folder as runs
+from ..run.log import markdown_table, write
+from ..tasks.arithmetic import problems as arithmetic
+from ..tasks.arithmetic.task import OneStep
 
 FRESH, MODEL = "fresh", "model"
 

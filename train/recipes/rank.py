@@ -16,9 +16,9 @@ from hyperadapt_jax import paths
 from hyperadapt_jax.rank import RankReport, Spectrum
 from hyperadapt_jax.scales import ScaleVectors
 
-from .. import report
 from ..errors import InputError
-from ..trained import Trained, TrainedOptions, find
+from ..run import log as report
+from ..run.trained import Trained, TrainedOptions, find
 
 TABLE, FIGURE = "rank.json", "rank.png"
 

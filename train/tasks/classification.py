@@ -12,11 +12,14 @@ import numpy as np
 from hyperadapt_jax import models
 from hyperadapt_jax.methods import Tuning
 
-from .. import base, data, glue, losses
-from ..batches import Batches, stream
-from ..data import Examples
+from .. import base
+from ..data import glue
+from ..data import readers as data
+from ..data.batches import Batches, stream
+from ..data.readers import Examples
 from ..errors import InputError
-from ..step import Loss
+from ..trainer import losses
+from ..trainer.step import Loss
 from .task import Setting, Task
 
 # For each split, the head's outputs [N, labels] and the labels [N].

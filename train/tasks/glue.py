@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 from hyperadapt_jax.methods import Tuning
 
-from .. import finite, glue
-from ..data import Examples
+from ..data import glue
+from ..data.readers import Examples
+from ..metrics import finite
 from ..options import Place
 from .classification import Classification, classes
 from .task import Evaluation, Metrics, Setting, Task, Training

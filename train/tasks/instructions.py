@@ -15,14 +15,19 @@ import numpy as np
 from hyperadapt_jax import models
 from hyperadapt_jax.methods import Tuning
 
-from .. import answers, base, chat, data, finite, losses
-from ..answers import Questions, Score
-from ..batches import Batches, stream
-from ..chat import Form, Template
-from ..data import Column, Examples, Text
+from .. import base
+from ..data import chat
+from ..data import readers as data
+from ..data.batches import Batches, stream
+from ..data.chat import Form, Template
+from ..data.readers import Column, Examples, Text
 from ..errors import InputError
+from ..metrics import finite
+from ..metrics import generation as answers
+from ..metrics.generation import Questions, Score
 from ..options import Place
-from ..step import Loss
+from ..trainer import losses
+from ..trainer.step import Loss
 from .task import Evaluation, Metrics, Setting, Task, Training
 
 

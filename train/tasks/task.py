@@ -13,7 +13,7 @@ from hyperadapt_jax.methods import Tuning
 from ..base import Base, tokenizer
 from ..errors import InputError
 from ..options import ModelOptions
-from ..step import Loss
+from ..trainer.step import Loss
 
 Metrics = dict[str, float]
 
@@ -45,7 +45,7 @@ class Training:
     """The examples to learn from.
 
     Attributes:
-      examples: as `train.batches.Batches` takes them.
+      examples: as `train.data.batches.Batches` takes them.
       sources: digests of what they hold, by name; a run is not resumed on others.
       told: what was said of them, by name, for the report.
       places: where the row of each stands; None where that is not known.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from hyperadapt_jax.models.generate import NOT_FINITE
 
-from .errors import InputError
+from ..errors import InputError
 
 
 def decoded(

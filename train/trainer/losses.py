@@ -11,7 +11,7 @@ import optax
 
 from hyperadapt_jax.methods import Tuning
 
-from .batches import IGNORE
+from ..data.batches import IGNORE
 from .step import Batch, Loss
 
 

@@ -24,7 +24,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
-from .errors import InputError
+from ..errors import InputError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,11 +9,13 @@ from tokenizers import Tokenizer
 
 from hyperadapt_jax.methods import Tuning
 
-from .. import PROGRAM, arithmetic, losses
-from ..errors import InputError
-from ..exam import Exam
-from ..step import Loss
-from .task import Evaluation, Metrics, Setting, Task, Training
+from ... import PROGRAM
+from ...errors import InputError
+from ...trainer import losses
+from ...trainer.step import Loss
+from ..task import Evaluation, Metrics, Setting, Task, Training
+from . import problems as arithmetic
+from .exam import Exam
 
 WATCHED = (
     128  # problems of each kind while the demo trains, other ones than are measured in the end

@@ -20,8 +20,8 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from hyperadapt_jax import paths
 
-from .errors import InputError, first_line
-from .runs import CHECKPOINTS
+from ..errors import InputError, first_line
+from ..run.folder import CHECKPOINTS
 
 _REMOVED = ".removed"
 
@@ -34,7 +34,7 @@ class Position(NamedTuple):
       base: the fingerprint of the frozen parameters.
       metrics: of the evaluation after this step; None if there was none.
       spent: seconds, tokens and sessions of the run so far.
-      sources: `train.loop.Task.sources`; empty in checkpoints of before there were such.
+      sources: `train.trainer.loop.Task.sources`; empty in checkpoints of before there were such.
     """
 
     data: dict[str, Any]

@@ -11,9 +11,9 @@ from typing import Any
 import datasets
 import numpy as np
 
-from . import data
-from .data import PLACE, Examples, Label, Number, Text
-from .errors import InputError
+from ..errors import InputError
+from . import readers as data
+from .readers import PLACE, Examples, Label, Number, Text
 from .special import SpecialTokens
 
 HUB = "nyu-mll/glue"
@@ -116,7 +116,7 @@ def read(
 
     Returns:
       The rows, with columns ``text``, ``pair`` if there are two texts, ``label`` and
-      `train.data.PLACE`; and how many were dropped, because they lack columns or a label.
+      `train.data.readers.PLACE`; and how many were dropped, because they lack columns or a label.
 
     Raises:
       InputError: a file is missing, a row is not what it should be, or all training rows have one

@@ -11,8 +11,9 @@ from tokenizers import Tokenizer
 from hyperadapt_jax import models
 from hyperadapt_jax.methods import Tuning
 
-from . import arithmetic, finite
-from .arithmetic import Problem
+from ...metrics import finite
+from . import problems as arithmetic
+from .problems import Problem
 
 ROWS = 384  # answered at once
 LONGEST = 24  # tokens of an answer

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from hyperadapt_jax import models
 
+from ..errors import InputError
 from . import finite
-from .errors import InputError
 
 Score = Literal["none", "exact", "last-number", "first-match"]
 

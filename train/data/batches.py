@@ -16,7 +16,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from .errors import InputError
+from ..errors import InputError
 
 IGNORE = -100  # the label of a token that has no loss
 WINDOW = 64  # batches among which rows of similar length are gathered

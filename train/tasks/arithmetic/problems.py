@@ -23,7 +23,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
-from .batches import IGNORE
+from ...data.batches import IGNORE
 
 LARGEST = 99
 HELD_OUT_PERCENT = 12

@@ -19,9 +19,9 @@ import jax
 
 import hyperadapt_jax as ha
 
-from . import options
-from .errors import InputError
-from .report import CURVES, EVENTS, METRICS, markdown_table, write, writing
+from .. import options
+from ..errors import InputError
+from .log import CURVES, EVENTS, METRICS, markdown_table, write, writing
 
 ADAPTER, REPORT, LOCK, CHECKPOINTS = "adapter", "report.md", ".lock", "checkpoints"
 

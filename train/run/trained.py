@@ -15,10 +15,10 @@ from hyperadapt_jax import models, paths
 from hyperadapt_jax.adapter_io import CONFIG
 from hyperadapt_jax.models.checkpoint import hub, reading
 
-from .base import Base, describe
-from .errors import InputError
-from .options import ModelOptions, Place
-from .runs import ADAPTER
+from ..base import Base, describe
+from ..errors import InputError
+from ..options import ModelOptions, Place
+from .folder import ADAPTER
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

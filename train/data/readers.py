@@ -28,7 +28,7 @@ import pyarrow.parquet
 
 from hyperadapt_jax import paths
 
-from .errors import InputError, first_line, warn
+from ..errors import InputError, first_line, warn
 
 _VERSION = 3  # of what the cache holds: raise it when rows or examples are made in another way
 PLACE = "(place)"  # a column that says where a row stands: its file and line
@@ -247,7 +247,7 @@ def read(
 
 
 class Examples(NamedTuple):
-    """Examples for `train.batches.Batches`, and what was lost on the way to them.
+    """Examples for `train.data.batches.Batches`, and what was lost on the way to them.
 
     Attributes:
       data: the examples, in numpy's format.

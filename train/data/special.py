@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from .errors import InputError
+from ..errors import InputError
 
 
 class SpecialTokens:

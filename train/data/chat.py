@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 import datasets
 import jinja2
 
-from . import data
+from ..errors import InputError
+from . import readers as data
 from .batches import IGNORE
-from .data import PLACE, Column, Examples, Messages, Text, Tools
-from .errors import InputError
+from .readers import PLACE, Column, Examples, Messages, Text, Tools
 from .special import SpecialTokens
 
 _BREAK = "\n"

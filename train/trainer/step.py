@@ -12,7 +12,7 @@ import optax
 
 from hyperadapt_jax.methods import Tuning
 
-from .options import OptimizerOptions
+from ..options import OptimizerOptions
 
 Batch = Mapping[str, jax.Array]
 

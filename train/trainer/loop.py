@@ -22,13 +22,13 @@ from hyperadapt_jax import models
 from hyperadapt_jax.methods import Tuning
 from hyperadapt_jax.tables import table
 
-from . import report
-from .base import Base, fingerprint
-from .batches import Batches, stream
+from ..base import Base, fingerprint
+from ..data.batches import Batches, stream
+from ..errors import InputError, warn
+from ..options import LARGEST, OptimizerOptions, RunOptions, lasting
+from ..run import log as report
+from ..run.folder import ADAPTER
 from .checkpoints import Checkpoints, Position
-from .errors import InputError, warn
-from .options import LARGEST, OptimizerOptions, RunOptions, lasting
-from .runs import ADAPTER
 from .step import Loss, learning_rates, make_optimizer, make_step, start
 
 Metrics = dict[str, float]

@@ -1,0 +1,1 @@
+"""From rows of files, of the hub or in memory to batches of tokens."""

@@ -1,0 +1,1 @@
+"""How well a model does, from its outputs or from what it generates."""
