@@ -51,7 +51,10 @@ def test_the_wheel_holds_one_package(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"hyperadapt_jax"}
-    assert {"hyperadapt_jax/py.typed", "hyperadapt_jax/train/tasks/arithmetic/tiny/model.safetensors"} <= {*names}
+    assert {
+        "hyperadapt_jax/py.typed",
+        "hyperadapt_jax/train/tasks/arithmetic/tiny/model.safetensors",
+    } <= {*names}
     assert not [name for name in names if "__pycache__" in name or "tests" in name]
 
 

@@ -93,8 +93,7 @@ def _main(args: list[str]) -> int:
         )
     refusals = (InputError, ha.PlanError, ha.AdapterError, models.CheckpointError)
     try:
-        chosen = options.parse(name, recipe.Options, rest)
-        recipe.run(chosen)
+        recipe.run(options.parse(name, recipe.Options, rest))
     except Interrupted as stopped:
         words = [word for word in rest if word not in ("--resume", "--no-resume")]
         command = shlex.join([*PROGRAM.split(), name, *words, "--resume"])

@@ -10,13 +10,23 @@ from typing import Any
 
 from hyperadapt_jax.methods import Tuning
 
-from . import base, methods, options
+from . import base, methods
 from .base import Base
-from .data import readers as data
 from .data.batches import Batches
-from .options import AdapterOptions, ModelOptions, OptimizerOptions, RunOptions
-from .run import folder as runs
-from .run.log import write
+from .data.examples import identity
+from .files import write
+from .options import (
+    AdapterOptions,
+    ModelOptions,
+    OptimizerOptions,
+    RunOptions,
+    command_line,
+    flat,
+    make,
+)
+from .run import report
+from .run.folder import open_run
+from .run.plots import draw
 from .tasks.task import Evaluation, Setting, Task, Training
 from .trainer import loop
 from .trainer.loop import Result
@@ -51,11 +61,11 @@ class Assembly:
     def sources(self) -> dict[str, str]:
         """Digests of what the run is made of, beside the base; none where it makes its own data."""
         digests = {**self.training.sources, **self.evaluation.sources}
-        return {"tokenizer": data.identity(self.setting.tokenizer), **digests} if digests else {}
+        return {"tokenizer": identity(self.setting.tokenizer), **digests} if digests else {}
 
     def load(self) -> tuple[Base, Tuning]:
         """The model with its weights, and what trains on it."""
-        labels, seed = self.task.labels, self.run.seed
+        labels, seed = self.task.num_labels, self.run.seed
         loaded = base.load(self.setting.model, labels, seed=seed, quiet=self.run.quiet)
         return loaded, methods.tune(loaded, self.adapter)
 
@@ -78,18 +88,18 @@ class Assembly:
             places=self.training.places,
         )
         if batches.batch_size < self.run.batch_size:
-            self.setting.tell(
+            self.setting.log(
                 f"--batch-size {self.run.batch_size}: there are no more than"
                 f" {len(self.training.examples)}, which each step takes"
             )
-        job = loop.Task(
+        job = loop.Job(
             name=self.task.name,
             base=loaded,
             tuning=tuning,
             loss=self.task.loss(tuning),
             batches=batches,
             evaluate=self.evaluation.on(tuning),
-            score=self.task.criterion,
+            criterion=self.task.criterion,
             sources=self.sources,
         )
         return loop.fit(job, folder, optimizer=optimizer, run=self.run, metadata=config)
@@ -101,21 +111,21 @@ def assemble(task: Task, model: ModelOptions, adapter: AdapterOptions, run: RunO
     Raises:
       InputError: the model, the data or an option cannot be used.
     """
-    tell: Callable[[str], None] = (lambda text: None) if run.quiet else print
-    setting = Setting(base.describe(model, task.labels), model, run.seed, tell)
+    log: Callable[[str], None] = (lambda text: None) if run.quiet else print
+    setting = Setting(base.load_abstract(model, task.num_labels), model, run.seed, log)
     task.check(setting.base.config)
     plan = methods.table(setting.base, methods.tune(setting.base, adapter))
-    tell(plan)
+    log(plan)
     training, evaluation = task.prepare(setting)
     return Assembly(task, setting, adapter, run, plan, training, evaluation)
 
 
-def launch(recipe: str, chosen: Any, title: str, command: str | None = None) -> Result:
+def launch(recipe: str, options: Any, title: str, command: str | None = None) -> Result:
     """A whole run: trains, and leaves the best adapter, predictions and a report in its folder.
 
     Args:
       recipe: its name.
-      chosen: options with the groups ``task``, ``model``, ``adapter``, ``optimizer``, ``run``.
+      options: options with the groups ``task``, ``model``, ``adapter``, ``optimizer``, ``run``.
       title: of the report.
       command: with which it was started, if not by the command line.
 
@@ -123,20 +133,26 @@ def launch(recipe: str, chosen: Any, title: str, command: str | None = None) -> 
       InputError: the model, the data or the folder cannot be used.
       Interrupted: SIGINT or SIGTERM came, and everything is saved.
     """
-    config = options.flat(chosen, recipe)
-    with runs.claim(chosen.run.folder, config, resume=chosen.run.resume) as folder:
-        made = assemble(chosen.task, chosen.model, chosen.adapter, chosen.run)
+    options = dataclasses.replace(options, task=options.task.resolve())
+    config = flat(options, recipe)
+    with open_run(options.run.folder, config, resume=options.run.resume) as folder:
+        made = assemble(options.task, options.model, options.adapter, options.run)
         loaded, tuning = made.load()
-        result = made.fit(loaded, tuning, folder, chosen.optimizer, config)
+        result = made.fit(loaded, tuning, folder, options.optimizer, config)
         rows: Sequence[dict[str, Any]] = ()
         if made.evaluation.generate is not None:
             rows = made.evaluation.generate(tuning, result.trainable)
             write_rows(folder / PREDICTIONS, rows)
-        facts = {**result.facts, **made.training.told, **made.evaluation.told}
-        command = command or options.command(recipe, chosen)
-        runs.report(folder, title, made.plan, result.rows, facts, command, rows[:SHOWN])
+        figures = {}
+        if made.evaluation.figures is not None:
+            figures = made.evaluation.figures(tuning, result.trainable)
+            for name, figure in figures.items():
+                draw(folder / name, figure)
+        facts = {**result.facts, **made.training.summary, **made.evaluation.summary}
+        command = command or command_line(recipe, options)
+        report.write(folder, title, made.plan, result.rows, facts, command, rows[:SHOWN], figures)
     what = "adapter, metrics, predictions" if rows else "adapter, metrics"
-    made.setting.tell(f"\n{result}\n{what}, curves and report are in {folder}")
+    made.setting.log(f"\n{result}\n{what}, curves and report are in {folder}")
     return result
 
 
@@ -173,7 +189,7 @@ def fit(model: str | Path, method: str, task: Task, **given: Any) -> Result:
       InputError: the model, the data or an option cannot be used.
       Interrupted: the run was stopped, and everything is saved: ``resume=True`` continues it.
     """
-    known = options.make(_Settings, {"model": model, "method": method, **given})
+    known = make(_Settings, {"model": model, "method": method, **given})
     groups = {field.name: getattr(known, field.name) for field in dataclasses.fields(known)}
     title = f"{task.name}: {known.adapter.method}"
     return launch("fit", _Chosen(task=task, **groups), title, "train.fit(...)")

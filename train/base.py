@@ -39,7 +39,7 @@ class Base:
       config: its architecture.
       fn: ``fn(params, tokens, ...)``, as `hyperadapt_jax.models.functional` gives.
       params: nested dict of arrays; of shapes and dtypes alone where it was only described.
-      fresh: paths of the parameters that the checkpoint lacks, such as a new head.
+      missing: paths of the parameters that the checkpoint lacks, such as a new head.
       folder: where its files lie.
     """
 
@@ -47,11 +47,11 @@ class Base:
     config: models.Config
     fn: models.auto.Function
     params: Any
-    fresh: tuple[str, ...]
+    missing: tuple[str, ...]
     folder: Path
 
 
-def describe(options: ModelOptions, labels: int | None = None) -> Base:
+def load_abstract(options: ModelOptions, labels: int | None = None) -> Base:
     """The model without its weights: nothing is allocated.
 
     Args:
@@ -81,8 +81,8 @@ def load(
       A :class:`Base`.
 
     Raises:
-      InputError: as :func:`describe`, a file that is missing or damaged, or an attention that this
-        machine cannot compute.
+      InputError: as :func:`load_abstract`, a file that is missing or damaged, or an attention that
+        this machine cannot compute.
     """
     folder, config = _described(options, labels)
     try:

@@ -32,7 +32,7 @@ def tune(base: Base, options: AdapterOptions) -> Tuning:
     classifies = getattr(base.config, "labels", None) is not None
     untied = "head/.*" if not getattr(base.config, "tied", True) else None
     head = "classifier/.*" if classifies else untied
-    full = [re.escape(path) for path in base.fresh]
+    full = [re.escape(path) for path in base.missing]
     if options.full is not None:
         try:
             re.compile(options.full)

@@ -46,7 +46,7 @@ _COMMON = (
 )
 
 # What may differ between a run and its continuation: where it lies and how it is shown.
-_PASSING = {"config", "folder", "resume", "quiet"}
+_NOT_IDENTITY = {"config", "folder", "resume", "quiet"}
 _PLACES = {"model", "revision"}  # where the base lies; which one it is, its fingerprint says
 
 
@@ -269,14 +269,14 @@ def flat(options: Any, recipe: str) -> dict[str, Any]:
     return values
 
 
-def lasting(values: Mapping[str, Any]) -> dict[str, Any]:
+def identity_options(values: Mapping[str, Any]) -> dict[str, Any]:
     """The options that make a run what it is, of what :func:`flat` gave."""
-    return {name: value for name, value in values.items() if name not in _PASSING}
+    return {name: value for name, value in values.items() if name not in _NOT_IDENTITY}
 
 
 def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
     """The first option whose change makes another run of it, or None; both as :func:`flat`."""
-    old, new = lasting(old), lasting(new)
+    old, new = identity_options(old), identity_options(new)
     names = {*old, *new} - _PLACES
     for name in sorted(names, key=lambda name: (name != "recipe", name)):
         if old.get(name) != new.get(name):
@@ -284,17 +284,17 @@ def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
     return None
 
 
-def command(recipe: str, chosen: Any, *more: str) -> str:
+def command_line(recipe: str, options: Any, *more: str) -> str:
     """The command line that gives these options, quoted for a shell.
 
     Args:
       recipe: name of the subcommand.
-      chosen: its options.
+      options: its options.
       *more: words to put behind.
     """
     words = [*PROGRAM.split(), recipe]
-    defaults = {field.name: field.default for field in _fields(type(chosen))}
-    for name, value in _leaves(chosen):
+    defaults = {field.name: field.default for field in _fields(type(options))}
+    for name, value in _leaves(options):
         if name in {"config", "resume"} or value == defaults[name]:
             continue
         if isinstance(value, bool):

@@ -14,14 +14,14 @@ import transformers  # noqa: E402
 
 import hyperadapt_jax as ha  # noqa: E402
 from hyperadapt_jax import models  # noqa: E402
-from train import arithmetic  # noqa: E402
 from train.__main__ import main  # noqa: E402
+from train.tasks.arithmetic import problems  # noqa: E402
 
 TINY = Path(__file__).resolve().parents[2] / "train" / "tasks" / "arithmetic" / "tiny"
 PROMPTS = [
     problem.prompt
     for kind in ("equation", "story")
-    for problem in arithmetic.problems(kind, 6, seed=3, held=True)
+    for problem in problems.draw(kind, 6, seed=3, held=True)
 ]
 
 

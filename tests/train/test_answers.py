@@ -1,6 +1,7 @@
 """How answers are marked, and that a model is asked each question as if it were alone."""
 
 import decimal
+import functools
 import json
 
 import pytest
@@ -10,7 +11,8 @@ import transformers
 from hyperadapt_jax import models
 from train.assembly import write_rows
 from train.errors import InputError
-from train.metrics.generation import Questions, last_number, mark
+from train.metrics.generation import GenerationEval
+from train.metrics.scoring import last_number, score
 
 
 @pytest.mark.parametrize(
@@ -79,22 +81,22 @@ def test_the_last_number(text, number):
 
 
 def test_marks():
-    assert mark("none", ["a"], ["a"]) is None
-    assert mark("exact", [" a\n", "a b", "A", ""], ["a", "a  b", "a", ""]) == [
+    assert score("none", ["a"], ["a"]) is None
+    assert score("exact", [" a\n", "a b", "A", ""], ["a", "a  b", "a", ""]) == [
         True,
         False,
         False,
         True,
     ]
     answers = ["12 + 3 = 15.0", "15", "", "fifteen"]
-    assert mark("last-number", answers, ["#### 15"] * 4) == [True, True, False, False]
+    assert score("last-number", answers, ["#### 15"] * 4) == [True, True, False, False]
     answers = ["Answer2, not answer1", "I say answer10", "untrue", "answer1 answer2", ""]
     references = ["answer2", "answer10", "true", "answer2", " answer1 "]
-    assert mark("first-match", answers, references) == [True, True, False, False, False]
+    assert score("first-match", answers, references) == [True, True, False, False, False]
     with pytest.raises(InputError, match="'no number here': give another score, or --reference"):
-        mark("last-number", ["1", "2"], ["3", "no number here"])
+        score("last-number", ["1", "2"], ["3", "no number here"])
     with pytest.raises(InputError, match="--score first-match"):
-        mark("first-match", ["1", "2"], ["3", " "])
+        score("first-match", ["1", "2"], ["3", " "])
 
 
 @pytest.mark.parametrize(
@@ -117,7 +119,7 @@ def test_the_first_name(names, right, wrong):
     """The first of the names is the one that is right; the others can be chosen too."""
     first, *others = names.split(" ")
     texts = right + wrong
-    marks = mark("first-match", texts, [first] * len(texts), others)
+    marks = score("first-match", texts, [first] * len(texts), others)
     assert dict(zip(texts, marks, strict=True)) == {
         **dict.fromkeys(right, True), **dict.fromkeys(wrong, False)
     }  # fmt: skip
@@ -125,7 +127,7 @@ def test_the_first_name(names, right, wrong):
 
 def test_the_same_text_has_many_forms():
     answers = [" e\u0301\r\nb ", "\ufeffx", "x\u00b2", "a  b"]
-    assert mark("exact", answers, ["\u00e9\nb", "x", "x2", "a b"]) == [True, True, False, False]
+    assert score("exact", answers, ["\u00e9\nb", "x", "x2", "a b"]) == [True, True, False, False]
 
 
 def test_an_answer_may_be_a_special_token():
@@ -137,7 +139,10 @@ def test_an_answer_may_be_a_special_token():
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=inner, eos_token="</s>", clean_up_tokenization_spaces=True
     )
-    questions = Questions([], [], "exact", tokenizer, (0,), 1, 1, 1)
+    decode = functools.partial(
+        tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
+    questions = GenerationEval([], [], decode, (0,), 1, 1, 1)
     assert questions._text([1, 0]) == "<yes>"
     assert questions._text([2, 3]) == "i 'm"
     assert questions._text([0]) == questions._text([]) == ""
@@ -152,8 +157,8 @@ def test_few_questions_are_not_filled_up(monkeypatch):
         return [[1]] * len(prompts)
 
     monkeypatch.setattr(models, "generate", generate)
-    questions = Questions([[1], [2]], ["", ""], "none", Letters(), (0,), 1, 9, rows=32)
-    assert questions.answers(None) == ["a", "a"] and asked == [2]
+    questions = GenerationEval([[1], [2]], ["", ""], Letters().decode, (0,), 1, 9, 32)
+    assert questions.generations(None) == ["a", "a"] and asked == [2]
 
 
 class Letters:
@@ -183,16 +188,16 @@ def test_questions_are_answered_as_if_each_were_alone(tmp_path):
     ]
     expected = [Letters().decode(tokens).removesuffix("$") for tokens in alone]
     references = [*expected[:3], "x", "", "y"]
-    questions = Questions(
+    questions = GenerationEval(
         prompts=prompts,
         references=references,
-        score="exact",
-        tokenizer=Letters(),
+        decode=Letters().decode,
         longest=5,
-        rows=3,
+        batch_size=3,
+        correct=lambda answers: score("exact", answers, references),
         **settings,
     )
-    answers = questions.answers(fn, params)
+    answers = questions.generations(fn, params)
     assert answers == expected and any(expected)
     right = [answer == reference for answer, reference in zip(answers, references, strict=True)]
     assert questions.accuracy(answers) == {"accuracy": sum(right) / 6}
@@ -201,7 +206,7 @@ def test_questions_are_answered_as_if_each_were_alone(tmp_path):
     lines = (tmp_path / "file.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == rows
     assert [row["answer"] for row in rows] == answers
-    assert [row["right"] for row in rows] == right
+    assert [row["correct"] for row in rows] == right
     assert rows[0]["prompt"] == "abc" and rows[3]["reference"] == "x"
     with pytest.raises(InputError, match="nowhere"):
         write_rows(tmp_path / "nowhere" / "file.jsonl", rows)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.tasks.arithmetic import problems as arithmetic
+from train.tasks.arithmetic import problems
 from train.tasks.arithmetic.problems import Problem
 
 SEEDS = st.integers(0, 2**31 - 1)
@@ -33,28 +33,28 @@ def family(statement: tuple[int, str, int, int]) -> tuple[int, int]:
 @pytest.mark.parametrize("task", ANSWERED)
 @given(seed=SEEDS, held=st.booleans())
 def test_every_answer_is_right(task, seed, held):
-    for problem in arithmetic.problems(task, 20, seed=seed, held=held):
+    for problem in problems.draw(task, 20, seed=seed, held=held):
         said = statements(problem)
         assert said and problem.kind == task and problem.answer
         for a, sign, b, c in said:
             assert c == (a + b if sign == "+" else a - b)
-            assert all(1 <= number <= arithmetic.LARGEST for number in (a, b, c))
+            assert all(1 <= number <= problems.LARGEST for number in (a, b, c))
         for before, after in zip(said, said[1:], strict=False):
             assert before[3] == after[0]
 
 
-@pytest.mark.parametrize("task", arithmetic.TASKS)
+@pytest.mark.parametrize("task", problems.TASKS)
 @given(seed=SEEDS, held=st.booleans())
 def test_only_families_of_one_side_of_the_split_are_used(task, seed, held):
-    for problem in arithmetic.problems(task, 20, seed=seed, held=held):
+    for problem in problems.draw(task, 20, seed=seed, held=held):
         for statement in statements(problem) if task in ANSWERED else ():
-            assert arithmetic.held_out(family(statement)) == held
+            assert problems.held_out(family(statement)) == held
         if task not in ANSWERED:
             assert not EQUATION.search(problem.text)
 
 
 def test_what_is_read_stands_beside_what_is_asked():
-    for problem in arithmetic.problems("reading", 100, seed=0, held=False):
+    for problem in problems.draw("reading", 100, seed=0, held=False):
         told = re.findall(r"(\d+)(?: people are)? at the (\w+)", problem.prompt)
         asked = re.search(r"at the (\w+)\?$", problem.prompt)[1]
         assert len(told) == 3 and dict((stop, n) for n, stop in told)[asked] == problem.answer
@@ -62,7 +62,7 @@ def test_what_is_read_stands_beside_what_is_asked():
 
 def test_a_ride_asks_for_two_steps_of_the_numbers_it_tells():
     seen = set()
-    for problem in arithmetic.problems("ride", 200, seed=0, held=True):
+    for problem in problems.draw("ride", 200, seed=0, held=True):
         (a, s, b, c), (d, t, e, _) = statements(problem)
         told = re.findall(r"(\d+) (?:people|get (\w+))", problem.prompt)
         assert [int(number) for number, _ in told] == [a, b, e] and c == d
@@ -72,53 +72,53 @@ def test_a_ride_asks_for_two_steps_of_the_numbers_it_tells():
 
 
 def test_training_and_evaluation_share_no_family_and_every_family_is_on_a_side():
-    sides = [{family(fact) for fact in arithmetic.facts(held)} for held in (False, True)]
+    sides = [{family(fact) for fact in problems.facts(held)} for held in (False, True)]
     everything = {(a, b) for b in range(1, 99) for a in range(1, b + 1) if a + b <= 99}
     assert sides[0].isdisjoint(sides[1]) and sides[0] | sides[1] == everything
-    assert {fact.family for fact in arithmetic.facts(True)} == sides[1]
+    assert {fact.family for fact in problems.facts(True)} == sides[1]
     # The committed weights were trained on this very split: another one would leak.
     assert (len(sides[0]), len(sides[1])) == (2140, 310)
 
 
 def test_the_mixture_has_its_shares_and_no_problem_of_the_demo():
-    drawn = arithmetic.problems(arithmetic.MIXTURE, 4000, seed=3, held=False)
+    drawn = problems.draw(problems.MIXTURE, 4000, seed=3, held=False)
     kinds = [problem.kind for problem in drawn]
-    assert "ride" not in arithmetic.MIXTURE and sum(arithmetic.MIXTURE.values()) == 100
-    for kind, share in arithmetic.MIXTURE.items():
+    assert "ride" not in problems.MIXTURE and sum(problems.MIXTURE.values()) == 100
+    for kind, share in problems.MIXTURE.items():
         assert kinds.count(kind) / len(kinds) == pytest.approx(share / 100, abs=0.025)
     # Words of the demo's task are known beforehand, so that only what they ask is new.
     known = set(re.findall("[a-z]+", " ".join(problem.text for problem in drawn)))
-    asked = " ".join(p.prompt for p in arithmetic.problems("ride", 500, seed=0, held=False))
+    asked = " ".join(p.prompt for p in problems.draw("ride", 500, seed=0, held=False))
     assert set(re.findall("[a-z]+", asked)) <= known
 
 
 @given(seed=SEEDS, count=st.integers(0, 30))
 def test_problems_are_a_function_of_the_seed(seed, count):
-    more = arithmetic.problems(arithmetic.MIXTURE, 30, seed=seed, held=False)
-    assert arithmetic.problems(arithmetic.MIXTURE, count, seed=seed, held=False) == more[:count]
+    more = problems.draw(problems.MIXTURE, 30, seed=seed, held=False)
+    assert problems.draw(problems.MIXTURE, count, seed=seed, held=False) == more[:count]
 
 
 def test_another_seed_or_side_gives_other_problems():
-    one, two = (arithmetic.problems("ride", 50, seed=seed, held=False) for seed in (0, 1))
+    one, two = (problems.draw("ride", 50, seed=seed, held=False) for seed in (0, 1))
     assert one != two
-    assert set(one).isdisjoint(arithmetic.problems("ride", 50, seed=0, held=True))
+    assert set(one).isdisjoint(problems.draw("ride", 50, seed=0, held=True))
 
 
 @given(seed=SEEDS, operators=st.text("+-?", min_size=1, max_size=4), held=st.booleans())
 def test_a_chain_has_the_operators_that_were_asked_for(seed, operators, held):
-    found = arithmetic.chain(np.random.default_rng(seed), held, operators)
+    found = problems.chain(np.random.default_rng(seed), held, operators)
     assert len(found) == len(operators)
     for fact, operator in zip(found, operators, strict=True):
         assert operator in ("?", fact.operator)
 
 
 def test_spelled_numbers_differ_and_are_read_back():
-    spelled = [arithmetic.spell(number) for number in range(100)]
+    spelled = [problems.spell(number) for number in range(100)]
     assert len(set(spelled)) == 100
     assert (spelled[0], spelled[13], spelled[60], spelled[99]) == (
         "zero", "thirteen", "sixty", "ninety nine",
     )  # fmt: skip
-    for problem in arithmetic.problems("numeral", 300, seed=0, held=False):
+    for problem in problems.draw("numeral", 300, seed=0, held=False):
         digits = re.findall(r"\d+", problem.answer)
         if " backwards " in problem.answer:
             assert digits[0] == digits[1][::-1]
@@ -132,23 +132,21 @@ def test_spelled_numbers_differ_and_are_read_back():
     ("31+12=43, 43-8=36", False), ("31+12=43, 43-8=35, 35+1=36", False), ("", False),
 ])  # fmt: skip
 def test_an_answer_counts_only_if_all_of_it_is_right(answer, right):
-    assert arithmetic.correct(Problem("", "31+12=43, 43-8=35", "ride"), answer) is right
+    assert problems.correct(Problem("", "31+12=43, 43-8=35", "ride"), answer) is right
 
 
 @pytest.mark.parametrize("answer, right", [
     ("43", True), ("43, 43-8=35", True), ("4", False), ("435", False), ("43-8=35", False),
 ])  # fmt: skip
 def test_a_bare_equation_may_go_on_to_others(answer, right):
-    assert arithmetic.correct(Problem("31+12=", "43", "equation"), answer) is right
+    assert problems.correct(Problem("31+12=", "43", "equation"), answer) is right
 
 
 @given(seed=SEEDS)
 def test_texts_survive_the_tokenizer(seed):
-    tokenizer = arithmetic.tokenizer()
-    problems = arithmetic.problems(
-        {**arithmetic.MIXTURE, "ride": 20}, 50, seed=seed, held=bool(seed % 2)
-    )
-    for problem in problems:
+    tokenizer = problems.tokenizer()
+    drawn = problems.draw({**problems.MIXTURE, "ride": 20}, 50, seed=seed, held=bool(seed % 2))
+    for problem in drawn:
         ids = tokenizer.encode(problem.text).ids
         assert tokenizer.decode(ids) == problem.text
         assert ids[0] == 1 and 3 not in ids and len(ids) < 64
@@ -161,26 +159,26 @@ def test_texts_survive_the_tokenizer(seed):
 
 
 def test_text_as_people_type_it_has_the_same_tokens():
-    tokenizer = arithmetic.tokenizer()
+    tokenizer = problems.tokenizer()
     typed = tokenizer.encode("  A bus carries 31 people .\nHow many?  31 + 12 = 43 ,43-8=35")
     assert tokenizer.decode(typed.ids) == "a bus carries 31 people. how many? 31+12=43, 43-8=35"
     assert tokenizer.encode("a xylophone").tokens == ["<bos>", "a", "<unk>"]
 
 
 def test_the_vocabulary_begins_with_the_special_tokens_and_repeats_none():
-    words = arithmetic.vocabulary()
-    assert words[:4] == arithmetic.SPECIAL == ("<pad>", "<bos>", "<eos>", "<unk>")
-    assert len(set(words)) == len(words) == arithmetic.tokenizer().get_vocab_size()
+    words = problems.vocabulary()
+    assert words[:4] == problems.SPECIAL == ("<pad>", "<bos>", "<eos>", "<unk>")
+    assert len(set(words)) == len(words) == problems.tokenizer().get_vocab_size()
     assert "".join(words[4:14]) == "0123456789"
 
 
 @given(seed=SEEDS, answers_alone=st.booleans())
 def test_examples_ask_for_the_next_token_of_what_is_to_be_learned(seed, answers_alone):
-    tokenizer = arithmetic.tokenizer()
-    problems = arithmetic.problems(arithmetic.MIXTURE, 20, seed=seed, held=False)
-    rows = arithmetic.examples(problems, tokenizer, answers_alone=answers_alone)
-    asked = arithmetic.prompts(problems, tokenizer)
-    for problem, row, prompt in zip(problems, rows, asked, strict=True):
+    tokenizer = problems.tokenizer()
+    drawn = problems.draw(problems.MIXTURE, 20, seed=seed, held=False)
+    rows = problems.examples(drawn, tokenizer, answers_alone=answers_alone)
+    asked = problems.prompts(drawn, tokenizer)
+    for problem, row, prompt in zip(drawn, rows, asked, strict=True):
         tokens, labels = row["tokens"], row["labels"]
         assert tokens.dtype == labels.dtype == np.int32 and tokens.shape == labels.shape
         assert tokenizer.decode(tokens) == problem.text and tokens[0] == 1

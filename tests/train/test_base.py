@@ -41,15 +41,15 @@ def test_added_tokens_past_the_table_are_refused_where_they_occur(tmp_path):
     options = folder_of(tmp_path, added=["<pad>", "name"], pad_token="<pad>")
     tokenizer = base.tokenizer(options)
     assert tokenizer.pad_token_id == 32 and tokenizer("w0 name")["input_ids"] == [3, 33]
-    base.check_tokens([[3, 31], [], np.asarray([4])], tokenizer, options)
+    base.check_tokens([[3, 31], [], np.asarray([4])], tokenizer, 32)
     with pytest.raises(InputError, match="example 1 holds 'name'.* token 33, .*knows 32"):
-        base.check_tokens([[3], [5, 33, 5]], tokenizer, options)
+        base.check_tokens([[3], [5, 33, 5]], tokenizer, 32)
 
 
 def test_a_tokenizer_of_the_models_size_is_not_looked_at_twice(tmp_path):
     options = folder_of(tmp_path)
     rows = iter(lambda: pytest.fail("asked for"), None)
-    base.check_tokens(rows, base.tokenizer(options), options)
+    base.check_tokens(rows, base.tokenizer(options), 32)
 
 
 def test_another_models_tokenizer_is_refused(tmp_path):
@@ -79,11 +79,11 @@ def test_a_base_is_described_as_its_weights_have_it(tmp_path):
     raw = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(raw | {"tie_word_embeddings": True}))
     options = ModelOptions(model=str(tmp_path))
-    described, loaded = base.describe(options), base.load(options, quiet=True)
+    described, loaded = base.load_abstract(options), base.load(options, quiet=True)
     assert described.config == loaded.config == config
     assert "head" in described.params and "head" in loaded.params
     file = tmp_path / "model.safetensors"
     tensors = load_file(file)
     save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].copy()}, file)
-    assert base.describe(options).config.tied
+    assert base.load_abstract(options).config.tied
     assert "head" not in base.load(options, quiet=True).params

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 
 from hyperadapt_jax import models
-from train.data.batches import IGNORE, Batches, stream, usual_lengths
+from train.data.batches import IGNORE, Batches, length_buckets, stream
 from train.errors import InputError
 
 VOCABULARY = 50
@@ -33,7 +33,7 @@ def make_examples(sizes, seed=0):
 
 def examples_of(batch, name):
     """``(number of the example, its values)`` for all examples of a batch."""
-    for i, numbers in enumerate(batch["rows"]):
+    for i, numbers in enumerate(batch["example_ids"]):
         for segment, number in enumerate(np.atleast_1d(numbers)):
             if number >= 0:
                 place = batch["mask"][i]
@@ -83,7 +83,7 @@ def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else():
     again = Batches(examples, 4, seed=1, epochs=3)
     for i in (25, 3, 29, 0, 14):  # in any order, after any other
         assert equal(batches[i], again[i])
-    rows = [np.concatenate([b["rows"] for b in part]).tolist() for part in by_epoch(batches)]
+    rows = [np.concatenate([b["example_ids"] for b in part]).tolist() for part in by_epoch(batches)]
     assert rows[0] != rows[1] != rows[2] != rows[0]
     other = Batches(examples, 4, seed=2, epochs=3)
     assert not equal(batches[0], other[0])
@@ -101,7 +101,7 @@ def by_epoch(batches):
 
 def test_evaluation_goes_through_the_rows_once_and_in_order():
     batches = Batches(make_examples([5] * 7), 3, shuffle=False)
-    assert [b["rows"].tolist() for b in batches] == [[0, 1, 2], [3, 4, 5], [6, -1, -1]]
+    assert [b["example_ids"].tolist() for b in batches] == [[0, 1, 2], [3, 4, 5], [6, -1, -1]]
     assert [b["weight"].tolist() for b in batches] == [[1, 1, 1], [1, 1, 1], [1, 0, 0]]
 
 
@@ -127,7 +127,7 @@ def test_a_packed_row_is_tight_and_tells_its_examples_apart():
             lengths = np.bincount(segments)[1:]
             assert (segments[mask] == np.repeat(np.arange(1, len(lengths) + 1), lengths)).all()
             assert (positions[mask] == np.concatenate([np.arange(n) for n in lengths])).all()
-    assert len({batch["rows"].shape for batch in batches}) == 1
+    assert len({batch["example_ids"].shape for batch in batches}) == 1
 
 
 def test_no_form_of_rows_changes_what_a_model_makes_of_an_example():
@@ -232,9 +232,9 @@ def test_a_stream_passes_an_error_on():
 
 
 def test_few_lengths():
-    assert usual_lengths(1) == [1]
-    assert usual_lengths(32) == [32]
-    assert usual_lengths(512) == [32, 48, 64, 96, 128, 192, 256, 384, 512]
+    assert length_buckets(1) == [1]
+    assert length_buckets(32) == [32]
+    assert length_buckets(512) == [32, 48, 64, 96, 128, 192, 256, 384, 512]
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,9 @@ import tokenizers
 import transformers
 from tokenizers import decoders, normalizers, pre_tokenizers, processors, trainers
 
-from train.data import chat
-from train.data import readers as data
+from train.data import chat, readers
 from train.data.batches import IGNORE
-from train.data.chat import Form, Template
+from train.data.chat import PromptFormat, Template
 from train.data.special import SpecialTokens
 from train.errors import InputError
 
@@ -86,13 +85,13 @@ def rows(tmp_path):
     def rows(form, values):
         file = tmp_path / "rows.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in values))
-        return data.read(file, form.columns, places=True, cache_dir=tmp_path / "cache")
+        return readers.read(file, form.columns, places=True, cache_dir=tmp_path / "cache")
 
     return rows
 
 
 def plain(prompt="{question}\n", **options):
-    return Form(Template(prompt), **options)
+    return PromptFormat(Template(prompt), **options)
 
 
 def told(example):
@@ -159,7 +158,7 @@ CHAT = [
 def test_the_answers_of_a_chat_are_learned_as_the_model_is_to_say_them(
     rows, make, template, learned
 ):
-    tokenizer, form = make(template), Form()
+    tokenizer, form = make(template), PromptFormat()
     values = rows(form, [{"messages": CHAT, "id": 1}, {"messages": CHAT[:2] + CHAT[:1]}])
     made = chat.examples(values, form, tokenizer, 200)
     tokens, found = told(made.data[0])
@@ -231,9 +230,9 @@ def learn(rows, template, messages, make=byte_level, **row):
     """What is learned of a chat, what of it is not, what the model is asked and should say."""
     tokenizer = make(template)
     tokenizer.add_special_tokens({"additional_special_tokens": ["</t>"]})
-    values = rows(Form(), [{"messages": messages, **row}])
-    made = chat.examples(values, Form(), tokenizer, 500)
-    (asked,) = chat.prompts(values, Form(), tokenizer)
+    values = rows(PromptFormat(), [{"messages": messages, **row}])
+    made = chat.examples(values, PromptFormat(), tokenizer, 500)
+    (asked,) = chat.prompts(values, PromptFormat(), tokenizer)
     tokens, _ = told(made.data[0])
     assert tokens[: len(asked)] == asked
     counts = made.counts[chat.EMPTY], made.counts[chat.UNLEARNED]
@@ -304,7 +303,7 @@ def test_the_template_gets_the_whole_message(rows):
         ([USER, turn("assistant", "a", weight=0.5)], {}, "has no weight of 0 or 1 in message 2"),
         ([turn("user", "a", weight=1), CHAT[1]], {}, "message 1, of 'user', has a weight"),
         ([USER, turn("assistant", "a", weight=0)], {}, "no answer of the assistant to learn"),
-        ([turn("critic", "bad"), *CHAT], {}, "shows nothing of message 1, of 'critic'"),
+        ([turn("critic", "nonfinite_steps"), *CHAT], {}, "shows nothing of message 1, of 'critic'"),
     ],
 )
 def test_what_a_template_does_not_show_is_refused_with_its_row(rows, messages, more, message):
@@ -361,8 +360,8 @@ def test_special_tokens_are_found_as_the_tokenizer_reads_them():
 
 def test_prompt_and_answer_can_be_turns_of_a_chat(rows):
     tokenizer = byte_level(CHATML)
-    turns = rows(Form(), [{"messages": CHAT[:2]}])
-    expected = chat.examples(turns, Form(), tokenizer, 100).data[:]
+    turns = rows(PromptFormat(), [{"messages": CHAT[:2]}])
+    expected = chat.examples(turns, PromptFormat(), tokenizer, 100).data[:]
     form = plain("{question}", chat=True)
     pairs = rows(form, [{"question": CHAT[0]["content"], "answer": "yes"}])
     found = chat.examples(pairs, form, tokenizer, 100).data[:]
@@ -405,21 +404,31 @@ def test_a_template_looks_nothing_up(text):
 @pytest.mark.parametrize(
     ("form", "values", "template", "message"),
     [
-        (Form(), {"messages": CHAT}, None, "no chat template: give --prompt"),
+        (PromptFormat(), {"messages": CHAT}, None, "no chat template: give --prompt"),
         (
             plain(chat=True),
             {"question": "a", "answer": "b"},
             None,
             "no chat template: give --prompt",
         ),
-        (Form(), {"messages": CHAT[:1]}, CHATML, "no answer .* chat of user that begins with 'Is"),
         (
-            Form(),
+            PromptFormat(),
+            {"messages": CHAT[:1]},
+            CHATML,
+            "no answer .* chat of user that begins with 'Is",
+        ),
+        (
+            PromptFormat(),
             {"messages": CHAT[:2]},
             CHATML + "{{ 'x' if add_generation_prompt }}",
             "otherwise",
         ),
-        (Form(), {"messages": CHAT[1:]}, INST, "refuses the chat of assistant, user, .*: no"),
+        (
+            PromptFormat(),
+            {"messages": CHAT[1:]},
+            INST,
+            "refuses the chat of assistant, user, .*: no",
+        ),
     ],
 )
 def test_what_cannot_be_asked_is_refused(rows, form, values, template, message):
@@ -441,7 +450,7 @@ def test_a_pretrained_tokenizer(shared, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(shared / "weights" / "stories260K")
     form = plain()
     file = shared / "data" / "gsm8k" / "test.jsonl"
-    values = data.read(file, form.columns, cache_dir=tmp_path).select(range(40))
+    values = readers.read(file, form.columns, cache_dir=tmp_path).select(range(40))
     made = chat.examples(values, form, tokenizer, 4096)
     for row, asked, example in zip(
         values, chat.prompts(values, form, tokenizer), made.data, strict=True

@@ -20,7 +20,7 @@ from tokenizers import models as tokenizer_models
 
 from hyperadapt_jax import models
 from train.__main__ import RECIPES, main
-from train.run import log as report
+from train.run import log
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = "the cat dog sat ran on mat is not a good bad film".split()
@@ -142,14 +142,14 @@ def test_options_that_cannot_be_meant(command, capsys, words, message):
     ids=["empty", "one_class", "out_of_range", "no_label", "short"],
 )
 def test_data_that_cannot_be_used(command, capsys, tmp_path, rows, message):
-    data = write_glue(tmp_path / "bad", rows)
+    data = write_glue(tmp_path / "nonfinite_steps", rows)
     assert message in refused(capsys, *command, "--data", str(data))
     # Nothing was trained, so the folder can be used once the data is right.
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_a_missing_column(command, capsys, tmp_path):
-    data = write_glue(tmp_path / "bad")
+    data = write_glue(tmp_path / "nonfinite_steps")
     file = data / "SST-2" / "train.tsv"
     file.write_text(file.read_text().replace("sentence\tlabel", "sentence\tlable"))
     error = refused(capsys, *command, "--data", str(data))
@@ -200,7 +200,7 @@ def test_outputs_that_are_not_finite_are_wrong_and_counted(command, bert, tmp_pa
     """Four of eight rows have the word: no more than the others can be right, of either label."""
     words = [*command, "--model", str(broken(bert, tmp_path / "broken", "dog")), "--patience", "9"]
     assert main(words) == 0
-    rows = [r for r in report.read_metrics(tmp_path / "run/metrics.jsonl") if "eval/accuracy" in r]
+    rows = [r for r in log.read_metrics(tmp_path / "run/metrics.jsonl") if "eval/accuracy" in r]
     assert all(row["eval/nonfinite"] == 4 and row["eval/accuracy"] <= 0.5 for row in rows)
     assert "nonfinite" in capsys.readouterr().out
     metrics = tmp_path / "metrics.json"
@@ -260,9 +260,9 @@ def test_the_labels_of_an_adapter_are_its_own(command, tmp_path, capsys):
     rest = {k: v for k, v in loaded.params.items()}
     save(tmp_path / "adapter", tuning.trainable["scales"], rest, full=full,
          base_model=command[4], base_config=config)  # fmt: skip
-    from train.run.trained import TrainedOptions, find
+    from train.run.trained import TrainedOptions, load_run
 
-    assert find(TrainedOptions(adapter=tmp_path / "adapter")).base.config.labels == 3
+    assert load_run(TrainedOptions(adapter=tmp_path / "adapter")).base.config.labels == 3
 
 
 def test_what_is_no_recipe(capsys):
@@ -321,7 +321,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(command, tmp_path):
     words = [*command, "--steps", "100000", "--eval-every", "50000"]
     words += ["--folder", str(tmp_path / "it's (my) run")]
     process = start(words)
-    metrics = tmp_path / "it's (my) run" / report.METRICS
+    metrics = tmp_path / "it's (my) run" / log.METRICS
     deadline = time.monotonic() + 120
     while not (metrics.exists() and len(metrics.read_text().splitlines()) > 5):
         assert time.monotonic() < deadline and process.poll() is None
@@ -347,7 +347,7 @@ def test_a_run_that_is_stopped_before_it_began_leaves_nothing(command, tmp_path)
     _, shown = process.communicate(timeout=120)
     assert process.returncode == 143, shown
     assert "Traceback" not in shown
-    if not (tmp_path / "run" / report.METRICS).exists():  # else it had just begun
+    if not (tmp_path / "run" / log.METRICS).exists():  # else it had just begun
         assert not (tmp_path / "run").exists()
 
 

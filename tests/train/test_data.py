@@ -8,8 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from train.data import readers as data
-from train.data.readers import PLACE, Label, Messages, Number, Text, Tools
+from train.data import readers
+from train.data.columns import Label, Messages, Number, Text, Tools
+from train.data.examples import build_examples, digest
+from train.data.readers import PLACE
 from train.errors import InputError
 
 ROWS = [
@@ -50,10 +52,10 @@ WRITERS = {
 
 @pytest.fixture
 def read(tmp_path):
-    """`data.read`, with a cache of its own."""
+    """`readers.read`, with a cache of its own."""
 
     def read(source, columns=COLUMNS, **options):
-        return data.read(source, columns, cache_dir=tmp_path / "cache", **options)
+        return readers.read(source, columns, cache_dir=tmp_path / "cache", **options)
 
     return read
 
@@ -325,14 +327,14 @@ def test_a_digest_is_of_what_examples_hold(write, read):
             "tokens": [[ord(x) for x in text] for text in c["question"]],
             "truncated": [False] * len(c["question"]),
         }
-        return data.tokenise(rows, function, features, "key").data
+        return build_examples(rows, function, features, "key").data
 
-    first = data.digest(made("question,answer\nab,1\nc,2\n"))
-    assert first == data.digest(made("answer,question\n7,ab\n8,c\n"))
+    first = digest(made("question,answer\nab,1\nc,2\n"))
+    assert first == digest(made("answer,question\n7,ab\n8,c\n"))
     others = ["a,1\nbc,2", "ab,1\nd,2", "c,2\nab,1", "ab,1", "ab,1\nc,2\nc,2"]
-    digests = {data.digest(made(f"question,answer\n{rows}\n")) for rows in others}
+    digests = {digest(made(f"question,answer\n{rows}\n")) for rows in others}
     assert len(digests | {first}) == 6
-    assert data.digest("a", "b") != data.digest("ab") != data.digest("a")
+    assert digest("a", "b") != digest("ab") != digest("a")
 
 
 @pytest.mark.parametrize(
@@ -353,7 +355,7 @@ def test_a_source_that_is_none_is_refused_in_one_line(read, source, message):
 def test_a_cache_that_cannot_be_written_is_named(write):
     file = write("a.csv", "question,answer\na,b\n")
     with pytest.raises(InputError, match="the cache .* cannot be used: .* HF_DATASETS_CACHE"):
-        data.read(file, COLUMNS, cache_dir=file / "below-a-file")
+        readers.read(file, COLUMNS, cache_dir=file / "below-a-file")
 
 
 @pytest.mark.parametrize(
@@ -395,13 +397,13 @@ def test_examples_are_made_once_and_losses_counted(write, read):
         }
 
     for _ in range(2):
-        examples = data.tokenise(rows, function, features, "first")
+        examples = build_examples(rows, function, features, "first")
         assert (examples.truncated, examples.dropped) == (2, 1)
         assert [row["tokens"].tolist() for row in examples.data] == [
             [7] * n for n in (1, 2, 3, 3, 3)
         ]
     assert calls == [6]
-    data.tokenise(rows, function, features, "second")
+    build_examples(rows, function, features, "second")
     assert calls == [6, 6]
     with pytest.raises(InputError, match="none of the 1 rows became an example"):
-        data.tokenise(rows.select([0]), function, features, "first")
+        build_examples(rows.select([0]), function, features, "first")

@@ -14,8 +14,7 @@ from hyperadapt_jax import models
 from train.__main__ import main
 from train.recipes import demo, pretrain
 from train.run.log import read_metrics
-from train.tasks.arithmetic import exam
-from train.tasks.arithmetic import problems as arithmetic
+from train.tasks.arithmetic import exam, problems
 from train.tasks.arithmetic.task import OneStep, TwoSteps
 
 pytestmark = pytest.mark.usefixtures("optimised")
@@ -44,17 +43,17 @@ def test_the_embedded_folder_is_small_and_complete():
     assert sum(files.values()) <= 6e6
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= files.keys()
     config = models.read_config(TINY)
-    assert config == pretrain.configuration(len(arithmetic.vocabulary()))
+    assert config == pretrain.configuration(len(problems.vocabulary()))
     card = (TINY / "README.md").read_text()
     assert "license: apache-2.0" in card and "python -m train pretrain" in card
 
 
 def test_the_embedded_tokenizer_is_the_one_that_the_code_makes(tokenizer):
     committed = json.loads((TINY / "tokenizer.json").read_text())
-    assert committed == json.loads(arithmetic.tokenizer().to_str())
+    assert committed == json.loads(problems.tokenizer().to_str())
     assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
-    ours = arithmetic.tokenizer()
-    for problem in arithmetic.problems({**arithmetic.MIXTURE, "ride": 20}, 100, seed=0, held=True):
+    ours = problems.tokenizer()
+    for problem in problems.draw({**problems.MIXTURE, "ride": 20}, 100, seed=0, held=True):
         ids = tokenizer(problem.text)["input_ids"]
         assert ids == ours.encode(problem.text).ids
         assert tokenizer.decode(ids, skip_special_tokens=True) == problem.text
@@ -62,17 +61,17 @@ def test_the_embedded_tokenizer_is_the_one_that_the_code_makes(tokenizer):
 
 def test_the_embedded_model_knows_one_step_and_not_two(embedded, tokenizer):
     kinds = [*OneStep.kinds, "ride"]
-    asked = exam.Exam.of(kinds, 64, seed=7, tokenizer=tokenizer.backend_tokenizer)
-    found = asked.accuracy(asked.answers(*embedded))
+    asked = exam.exam(kinds, 64, seed=7, tokenizer=tokenizer.backend_tokenizer)
+    found = asked.accuracy(asked.generations(*embedded))
     assert found.keys() == set(kinds)
     assert found["equation"] >= 0.95 and found["story_equation"] >= 0.9
     assert found["ride"] == 0
 
 
-def test_an_exam_marks_each_kind_apart():
-    asked = exam.Exam.of(["equation", "ride"], 5, seed=0, tokenizer=arithmetic.tokenizer())
-    assert [p.kind for p in asked.problems] == ["equation", "ride"] * 5
-    right = [problem.answer for problem in asked.problems]
+def test_an_exam_scores_each_kind_apart():
+    asked = exam.exam(["equation", "ride"], 5, seed=0, tokenizer=problems.tokenizer())
+    assert asked.groups == ["equation", "ride"] * 5
+    right = asked.references
     assert asked.accuracy(right) == {"equation": 1.0, "ride": 1.0}
     assert asked.accuracy([right[0]] * 10) == {"equation": 0.2, "ride": 0.0}
 
@@ -101,7 +100,7 @@ def test_the_adapter_answers_in_plain_library_code_as_the_report_says(short, emb
     scales = ha.load(short / "adapter", params).scales
     assert ha.count(scales) == 10_240 and any(np.any(x) for x in jax.tree.leaves(scales))
     report = (short / "report.md").read_text()
-    asked = re.findall(r"^(a .*)\n  before: .*\n  after:  (.*)  \((?:right|wrong)", report, re.M)
+    asked = re.findall(r"^(a .*)\n  before: .*\n  after:  (.*)  \((?:correct|wrong)", report, re.M)
     prompts = [tokenizer(prompt)["input_ids"] for prompt, _ in asked]
     answers = models.generate(
         ha.adapt(fn), params, scales, prompts=prompts, max_new_tokens=exam.LONGEST,

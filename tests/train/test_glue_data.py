@@ -9,9 +9,11 @@ import tokenizers
 import transformers
 
 from train.data import glue
-from train.data import readers as data
+from train.data.examples import identity
 from train.data.glue import TASKS
+from train.data.text import EMPTY, tokenize
 from train.errors import InputError
+from train.tasks.glue import best, metrics
 
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *"abcdefgh"]
 
@@ -205,7 +207,7 @@ def test_one_class_may_be_evaluated(write, read):
 def test_examples_are_cut_from_the_longer_text_and_counted(write, read, tokenizer):
     folder = write("RTE/train.tsv", [["sentence1", "sentence2", "label"], *RTE])
     rows, _ = read("rte", folder)
-    examples = glue.tokenise(rows, tokenizer, 8)
+    examples = tokenize(rows, tokenizer, 8)
     found = [
         ("".join(WORDS[i][0] for i in row["tokens"]), row["token_types"].tolist(), row["label"])
         for row in examples.data
@@ -216,9 +218,9 @@ def test_examples_are_cut_from_the_longer_text_and_counted(write, read, tokenize
         ("[abc[ab[", [0, 0, 0, 0, 0, 1, 1, 1], 1),
     ]
     assert (examples.truncated, examples.dropped) == (2, 0)
-    assert glue.tokenise(rows, tokenizer, 20).truncated == 0
+    assert tokenize(rows, tokenizer, 20).truncated == 0
     with pytest.raises(InputError, match="max_length 4: expected at least 5"):
-        glue.tokenise(rows, tokenizer, 4)
+        tokenize(rows, tokenizer, 4)
 
 
 RTE = [
@@ -232,30 +234,30 @@ RTE = [
 def test_what_spells_a_special_token_is_text(write, read, tokenizer, most):
     rows = [["a [SEP] b", "[CLS]c[PAD]", "entailment"], ["a", " ", "not_entailment"]]
     folder = write("RTE/train.tsv", [["sentence1", "sentence2", "label"], *rows])
-    made = glue.tokenise(read("rte", folder)[0], tokenizer, most)
+    made = tokenize(read("rte", folder)[0], tokenizer, most)
     tokens = made.data[0]["tokens"].tolist()
     special = [tokenizer.convert_tokens_to_ids(f"[{name}]") for name in ("CLS", "SEP", "PAD")]
     assert [token for token in tokens if token in special] == [1, 2, 2]
     assert (len(tokens) == most, made.truncated) == ((True, 1) if most == 9 else (False, 0))
     assert made.data[0]["token_types"].sum() == len(tokens) - tokens.index(2) - 1
-    assert made.counts == {glue.EMPTY: 1}
+    assert made.counts == {EMPTY: 1}
     assert list(made.places) == [f"{folder / 'RTE' / 'train.tsv'}:{n}" for n in (2, 3)]
 
 
 def test_examples_have_no_types_where_the_tokenizer_has_none(write, read, tokenizer):
     rows, _ = read("cola", write(*FILES["cola"]))
     plain = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
-    assert glue.tokenise(rows, plain, 8).data.column_names == ["tokens", "label"]
+    assert tokenize(rows, plain, 8).data.column_names == ["tokens", "label"]
 
 
 def test_a_tokenizers_identity_is_what_its_numbers_depend_on(tokenizer):
-    first = data.identity(tokenizer)
+    first = identity(tokenizer)
     tokenizer(["a b c"], truncation=True, max_length=2)
-    assert data.identity(tokenizer) == first
+    assert identity(tokenizer) == first
     inner = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     inner.normalizer = tokenizers.normalizers.Lowercase()
     other = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]")
-    assert data.identity(other) != first
+    assert identity(other) != first
 
 
 LABELS = np.array([1] * 8 + [0] * 4)
@@ -266,21 +268,21 @@ PREDICTIONS = np.array(
 
 def test_metrics_of_classes_are_their_definitions():
     found = {"dev": (PREDICTIONS, LABELS)}
-    assert glue.metrics(TASKS["rte"], found) == {"accuracy": pytest.approx(9 / 12)}
+    assert metrics(TASKS["rte"], found) == {"accuracy": pytest.approx(9 / 12)}
     expected = {"accuracy": pytest.approx(9 / 12), "f1": pytest.approx(12 / 15)}
-    assert glue.metrics(TASKS["mrpc"], found) == glue.metrics(TASKS["qqp"], found) == expected
+    assert metrics(TASKS["mrpc"], found) == metrics(TASKS["qqp"], found) == expected
     matthews = (6 * 3 - 1 * 2) / np.sqrt(7 * 8 * 4 * 5)
-    assert glue.metrics(TASKS["cola"], found) == {"matthews": pytest.approx(matthews)}
+    assert metrics(TASKS["cola"], found) == {"matthews": pytest.approx(matthews)}
     both = {"dev_matched": (LABELS, LABELS), "dev_mismatched": (PREDICTIONS, LABELS)}
     expected = {"accuracy_matched": 1.0, "accuracy_mismatched": pytest.approx(9 / 12)}
-    assert glue.metrics(TASKS["mnli"], both) == expected
+    assert metrics(TASKS["mnli"], both) == expected
 
 
 def test_metrics_of_numbers_are_their_definitions():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 21, 50) / 4
     predictions = labels**3 + rng.normal(0, 9, 50).round()
-    found = glue.metrics(TASKS["stsb"], {"dev": (predictions.astype(np.float32), labels)})
+    found = metrics(TASKS["stsb"], {"dev": (predictions.astype(np.float32), labels)})
 
     def ranks(values):  # ties share the mean of their ranks
         return [(np.sum(values < v) + np.sum(values <= v)) / 2 for v in values]
@@ -288,7 +290,7 @@ def test_metrics_of_numbers_are_their_definitions():
     assert found["pearson"] == pytest.approx(np.corrcoef(predictions, labels)[0, 1])
     expected = np.corrcoef(ranks(predictions), ranks(labels))[0, 1]
     assert found["spearman"] == pytest.approx(expected)
-    exact = glue.metrics(TASKS["stsb"], {"dev": (2 * labels - 1, labels)})
+    exact = metrics(TASKS["stsb"], {"dev": (2 * labels - 1, labels)})
     assert exact == {"pearson": pytest.approx(1), "spearman": pytest.approx(1)}
 
 
@@ -304,11 +306,11 @@ def test_predictions_that_say_nothing_have_a_defined_score(task):
         warnings.simplefilter("error")
         for values in odd:
             for labels in (LABELS, np.zeros(12, int), LABELS[:1]):
-                found = glue.metrics(
+                found = metrics(
                     TASKS[task], dict.fromkeys(TASKS[task].dev, (values[: len(labels)], labels))
                 )
                 assert all(0 <= value <= 1 for value in found.values())
-                assert glue.best(TASKS[task]) == next(iter(found))
+                assert best(TASKS[task]) == next(iter(found))
                 if task in ("stsb", "cola"):
                     assert set(found.values()) == {0.0}
 

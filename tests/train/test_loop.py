@@ -20,11 +20,12 @@ from train.data.batches import Batches
 from train.errors import InputError
 from train.metrics import finite
 from train.options import OptimizerOptions
-from train.run import folder as runs
-from train.run import log as report
+from train.run import log
+from train.run.folder import ADAPTER, open_run
 from train.trainer import loop
 from train.trainer.checkpoints import Checkpoints
-from train.trainer.step import make_optimizer, start
+from train.trainer.optimizer import make_optimizer
+from train.trainer.step import start
 
 # Without a schedule, runs of any length are the same compiled program.
 OPTIMIZER = OptimizerOptions(lr=0.1, schedule="constant", warmup=0)
@@ -35,7 +36,7 @@ def model(tmp_path_factory) -> Path:
     return tiny.folder(tmp_path_factory.mktemp("model") / "llama")
 
 
-def fit(task: loop.Task, folder: Path, **settings) -> loop.Result:
+def fit(task: loop.Job, folder: Path, **settings) -> loop.Result:
     folder.mkdir(exist_ok=True)
     return loop.fit(task, folder, optimizer=OPTIMIZER, run=tiny.run(folder, **settings))
 
@@ -45,13 +46,13 @@ def test_a_run_learns_and_leaves_an_adapter_that_does_as_measured(model, tmp_pat
     result = fit(task, tmp_path / "run", steps=40, eval_every=10)
     assert result.best["loss"] < result.before["loss"] - 0.02
     assert result.best["loss"] == min(
-        row["eval/loss"] for row in report.read_metrics(tmp_path / "run/metrics.jsonl")
+        row["eval/loss"] for row in log.read_metrics(tmp_path / "run/metrics.jsonl")
         if "eval/loss" in row
     )  # fmt: skip
-    adapter = ha.load(tmp_path / "run" / runs.ADAPTER, task.base.params)
+    adapter = ha.load(tmp_path / "run" / ADAPTER, task.base.params)
     found = task.evaluate({"scales": adapter.scales, "full": adapter.full})
     assert found == result.best
-    assert (tmp_path / "run" / report.CURVES).stat().st_size > 10_000
+    assert (tmp_path / "run" / log.CURVES).stat().st_size > 10_000
     assert f"best after step {result.step}" in str(result)
 
 
@@ -66,18 +67,20 @@ def test_a_finished_run_is_not_trained_again(model, tmp_path):
 def test_a_run_that_gets_worse_keeps_the_base(model, tmp_path):
     """The best step is the one before any training, and its adapter changes nothing."""
     scores = iter([3.0, 2.0, 1.0])
-    task = tiny.task(model, evaluate=lambda _: {"score": next(scores)}, score=lambda m: m["score"])
+    task = tiny.task(
+        model, evaluate=lambda _: {"score": next(scores)}, criterion=lambda m: m["score"]
+    )
     result = fit(task, tmp_path / "run", steps=4, eval_every=2)
     assert (result.step, result.best, result.last) == (0, {"score": 3.0}, {"score": 1.0})
-    scales = ha.load(tmp_path / "run" / runs.ADAPTER, task.base.params).scales
+    scales = ha.load(tmp_path / "run" / ADAPTER, task.base.params).scales
     assert not any(np.any(v.row) or np.any(v.col) for v in scales.values())
 
 
-def scored(model: Path, *scores: float) -> loop.Task:
+def scored(model: Path, *scores: float) -> loop.Job:
     """The task, whose evaluations have these scores in turn."""
     left = iter(scores)
     return tiny.task(
-        model, evaluate=lambda _: {"score": next(left)}, score=lambda metrics: metrics["score"]
+        model, evaluate=lambda _: {"score": next(left)}, criterion=lambda metrics: metrics["score"]
     )
 
 
@@ -97,7 +100,7 @@ def test_a_score_that_is_not_finite_is_never_the_best(model, tmp_path, capsys, s
     result = fit(scored(model, *scores), folder, steps=6, eval_every=2)
     assert (result.step, result.best["score"]) == (best, scores[best // 2])
     shown = capsys.readouterr().err
-    rows = [row for row in report.read_metrics(folder / report.METRICS) if "eval/score" in row]
+    rows = [row for row in log.read_metrics(folder / log.METRICS) if "eval/score" in row]
     for row, score in zip(rows, scores, strict=True):
         assert np.isfinite(row["eval/score"]) == np.isfinite(score)
         told = f"the score after step {row['step']} is {score}" in shown
@@ -114,7 +117,7 @@ def test_a_run_without_any_finite_score_is_refused(model, tmp_path):
     folder = tmp_path / "run"
     with pytest.raises(InputError, match="no evaluation .* gave a finite score, the last nan"):
         fit(scored(model, *[np.nan] * 4), folder, steps=6, eval_every=2)
-    assert not (folder / runs.ADAPTER).exists()
+    assert not (folder / ADAPTER).exists()
 
 
 def test_the_best_step_of_a_stopped_run_is_known_when_it_is_resumed(model, tmp_path):
@@ -127,10 +130,10 @@ def test_the_best_step_of_a_stopped_run_is_known_when_it_is_resumed(model, tmp_p
 
     task = scored(model, -2.0, np.nan, -3.0)
     with pytest.raises(KeyboardInterrupt):
-        fit(dataclasses.replace(task, score=stopping), folder, steps=8, eval_every=2)
+        fit(dataclasses.replace(task, criterion=stopping), folder, steps=8, eval_every=2)
     result = fit(scored(model, -3.0, np.nan, -4.0), folder, steps=8, eval_every=2, resume=True)
     assert (result.step, result.best) == (0, {"score": -2.0})
-    rows = report.read_metrics(folder / report.METRICS)
+    rows = log.read_metrics(folder / log.METRICS)
     assert [row["step"] for row in rows if "eval/score" in row] == [0, 2, 4, 6, 8]
 
 
@@ -153,7 +156,7 @@ def test_an_evaluation_that_is_refused_keeps_the_state(model, tmp_path):
 
 def test_a_finished_run_that_lost_its_metrics_is_resumed(model, tmp_path):
     first = fit(tiny.task(model), tmp_path / "run", steps=4, eval_every=2)
-    (tmp_path / "run" / report.METRICS).unlink()
+    (tmp_path / "run" / log.METRICS).unlink()
     again = fit(tiny.task(model), tmp_path / "run", steps=4, eval_every=2, resume=True)
     assert (again.before, again.best, again.last) == ({}, first.best, first.last)
     assert f"{first.best['loss']:.4f}" in str(again)
@@ -213,7 +216,7 @@ class Ending(Batches):
         return super().__getitem__(i) if i != self.fatal else 1 / 0
 
 
-def poisoned(model: Path, steps: range) -> loop.Task:
+def poisoned(model: Path, steps: range) -> loop.Job:
     """The task, whose loss is NaN in some steps."""
     good = tiny.task(model)
     batches = good.batches
@@ -244,7 +247,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(model, tmp_path, capsys):
         state, _ = checkpoints.restore(like)
     assert all(np.isfinite(leaf).all() for leaf in state.trainable["scales"].values()
                for leaf in (leaf.row, leaf.col))  # fmt: skip
-    losses = [row["loss"] for row in report.read_metrics(folder / "metrics.jsonl") if "loss" in row]
+    losses = [row["loss"] for row in log.read_metrics(folder / "metrics.jsonl") if "loss" in row]
     assert np.isnan(losses[7:]).all() and np.isfinite(losses[:7]).all()
 
 
@@ -276,12 +279,12 @@ def test_a_checkpoint_of_another_version_is_told_from_a_damaged_one(model, tmp_p
     task = tiny.task(model)
     like = start(task.tuning, make_optimizer(OPTIMIZER, task.tuning, 20), 0)
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(InputError, match="another version"):
-        checkpoints.restore(like._replace(bad=None))
+        checkpoints.restore(like._replace(nonfinite_steps=None))
 
 
 def test_the_last_step_is_evaluated_though_it_is_no_multiple(model, tmp_path):
     fit(tiny.task(model), tmp_path / "run", steps=7, eval_every=3)
-    rows = report.read_metrics(tmp_path / "run/metrics.jsonl")
+    rows = log.read_metrics(tmp_path / "run/metrics.jsonl")
     assert [row["step"] for row in rows if "eval/loss" in row] == [0, 3, 6, 7]
 
 
@@ -290,12 +293,12 @@ def test_the_last_step_is_evaluated_though_it_is_no_multiple(model, tmp_path):
 
 def claim(folder, config=None, **settings):
     settings = {"resume": False, **settings}
-    return runs.claim(folder, config or {"recipe": "glue", "lr": 0.1}, **settings)
+    return open_run(folder, config or {"recipe": "glue", "lr": 0.1}, **settings)
 
 
 def begin(folder: Path) -> None:
     """What a run's first step leaves."""
-    (folder / report.METRICS).write_text('{"step": 0}\n')
+    (folder / log.METRICS).write_text('{"step": 0}\n')
 
 
 def test_a_folder_is_claimed_once(tmp_path):
@@ -310,7 +313,7 @@ def test_a_folder_is_claimed_once(tmp_path):
             pass
     with claim(tmp_path / "a/b/run", resume=True):
         pass
-    assert {file.name for file in folder.iterdir()} == {"config.yaml", report.METRICS}
+    assert {file.name for file in folder.iterdir()} == {"config.yaml", log.METRICS}
 
 
 def test_a_folder_is_free_again_where_nothing_was_done(tmp_path):
@@ -319,7 +322,7 @@ def test_a_folder_is_free_again_where_nothing_was_done(tmp_path):
     for name in ("run", "old"):
         with pytest.raises(ZeroDivisionError):
             with claim(tmp_path / name) as folder:
-                (folder / report.METRICS).touch()
+                (folder / log.METRICS).touch()
                 (folder / "checkpoints").mkdir()
                 raise ZeroDivisionError
     assert [list(path.iterdir()) for path in tmp_path.iterdir()] == [[]]
@@ -335,7 +338,7 @@ def test_a_folder_is_free_again_where_nothing_was_done(tmp_path):
 def test_what_a_kill_left_before_the_first_step_is_no_run(tmp_path):
     folder = tmp_path / "run"
     (folder / "checkpoints").mkdir(parents=True)
-    for name in (".lock", ".adapter.12345678.new", ".config.yaml.new", report.METRICS):
+    for name in (".lock", ".adapter.12345678.new", ".config.yaml.new", log.METRICS):
         (folder / name).touch()
     (folder / "config.yaml").write_text("recipe: sft\nlr: 3.0\n")
     for resume in (False, True):
@@ -353,7 +356,7 @@ def test_half_written_folders_are_removed_and_others_are_not(tmp_path):
     with claim(folder, resume=True):
         pass
     assert {path.name for path in folder.iterdir()} == {
-        "config.yaml", report.METRICS, "notes.txt"
+        "config.yaml", log.METRICS, "notes.txt"
     }  # fmt: skip
 
 

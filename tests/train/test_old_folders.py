@@ -16,7 +16,10 @@ import hyperadapt_jax as ha
 from hyperadapt_jax import models
 from train.__main__ import main
 
-OLD, TINY = Path(__file__).parent / "e659287", Path(__file__).parents[2] / "train/tasks/arithmetic/tiny"
+OLD, TINY = (
+    Path(__file__).parent / "e659287",
+    Path(__file__).parents[2] / "train/tasks/arithmetic/tiny",
+)
 CLASSIFIERS = ["sst2", "sst2-row-bias", "sst2-head"]
 
 

@@ -196,7 +196,7 @@ def test_a_command_gives_the_options_that_it_was_made_of():
         *NEEDED, "--folder", "my runs/it's", "--clip", "None", "--lr", "1e-05", "--no-quiet",
         "--targets", "a b", "--full=-x", "--resume",
     )  # fmt: skip
-    line = options.command("recipe", found, "--resume")
+    line = options.command_line("recipe", found, "--resume")
     assert line.startswith("python -m train recipe --flavour sour --model m --targets 'a b' --full")
     assert parse(*shlex.split(line)[4:]) == found
     assert "--batch-size" not in line

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from train.__main__ import main
-from train.run import log as report
+from train.run import log
 
 pytestmark = pytest.mark.usefixtures("optimised")
 
@@ -23,7 +23,7 @@ def test_minilm_begins_to_learn_mrpc(shared, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "42,242 numbers train of 22,713,986" in shown
     assert "train: 3,667 rows" in shown and "dev: 408 rows" in shown
-    rows = report.read_metrics(folder / report.METRICS)
+    rows = log.read_metrics(folder / log.METRICS)
     losses = [row["loss"] for row in rows if "loss" in row]
     assert np.mean(losses[-6:]) < np.mean(losses[:6]) - 0.02
     last = rows[-1]

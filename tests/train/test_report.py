@@ -14,8 +14,10 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from train.errors import InputError
-from train.run import log as report
-from train.run.log import CURVES, EVENTS, METRICS, Log, curves, markdown_table, read_metrics, write
+from train.files import write
+from train.run.log import CURVES, EVENTS, METRICS, Log, read_metrics
+from train.run.plots import curves
+from train.run.report import markdown_table
 
 
 def train(folder, first, last, total=12, **options):
@@ -157,14 +159,14 @@ def test_elsewhere_there_are_plain_lines(tmp_path, monkeypatch, capsys):
         f"cola: step {step}/12: accuracy {step / 7:.4g}, loss {math.pi * step:.4g}"
         for step in (4, 8)
     ]
-    monkeypatch.setattr(report, "_EVERY", 0.0)
+    monkeypatch.setattr("train.run.log._EVERY", 0.0)
     train(tmp_path, 0, 2)
     for line, loss in zip(capsys.readouterr().err.splitlines(), ["1", "0.5"], strict=True):
         assert re.fullmatch(rf"step \d/12: loss {loss}, [\d,]+ tokens/s, \d\d:\d\d left", line)
 
 
 def test_quiet_shows_warnings_alone(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(report, "_EVERY", 0.0)
+    monkeypatch.setattr("train.run.log._EVERY", 0.0)
     train(tmp_path, 0, 8, quiet=True)
     with Log(tmp_path, 2, quiet=True) as log:
         log.note("a note")
@@ -288,7 +290,7 @@ def test_a_perplexity_has_a_logarithmic_axis():
 def test_the_time_left_counts_no_compilation(tmp_path, monkeypatch, capsys):
     """Nor an evaluation, nor a checkpoint: what the log is told to leave out."""
     now = [0.0]
-    monkeypatch.setattr(report.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("train.run.log.time.monotonic", lambda: now[0])
     with Log(tmp_path, 100) as log:
         for step in range(1, 13):
             if step in (1, 5):

@@ -14,11 +14,12 @@ import pytest
 
 from tests.train import tiny
 from train.data.batches import Batches
-from train.run import log as report
+from train.run import log
 from train.run.folder import ADAPTER
 from train.trainer import loop
 from train.trainer.checkpoints import Checkpoints
-from train.trainer.step import make_optimizer, start
+from train.trainer.optimizer import make_optimizer
+from train.trainer.step import start
 
 STEPS = 60
 # Children that have the imports behind them, and are killed and signalled in place of the tests.
@@ -41,12 +42,12 @@ def whole(model, tmp_path_factory) -> Path:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """What a run computed: its metrics and its adapter."""
-    files = [folder / report.METRICS, *sorted((folder / ADAPTER).iterdir())]
+    files = [folder / log.METRICS, *sorted((folder / ADAPTER).iterdir())]
     return {file.name: file.read_bytes() for file in files}
 
 
 def test_the_adapter_is_the_best_checkpoint(whole):
-    rows = report.read_metrics(whole / report.METRICS)
+    rows = log.read_metrics(whole / log.METRICS)
     losses = {row["step"]: row["eval/loss"] for row in rows if "eval/loss" in row}
     assert list(losses) == list(range(0, STEPS + 1, 5))
     assert min(losses, key=losses.get) > 0
@@ -166,5 +167,5 @@ def test_kill_nine_at_ten_random_moments(model, whole, tmp_path):
     assert contents(folder) == contents(whole)
 
 
-def _state(task: loop.Task):
+def _state(task: loop.Job):
     return start(task.tuning, make_optimizer(tiny.OptimizerOptions(), task.tuning, STEPS), 0)

@@ -18,7 +18,7 @@ import yaml
 from train import base, methods
 from train.__main__ import main
 from train.data import chat
-from train.data.readers import Examples
+from train.data.examples import Examples
 from train.options import AdapterOptions, ModelOptions
 from train.run.log import read_metrics
 from train.tasks import instructions
@@ -131,10 +131,10 @@ def test_a_run_learns_to_answer(done):
     answers = predictions(done / "predictions.jsonl")
     assert len(answers) == 20
     for row in answers:
-        assert row["right"] == (row["answer"] == row["reference"])
+        assert row["correct"] == (row["answer"] == row["reference"])
         assert row["reference"] == answer(row["prompt"].split()[-1])
     best = max(row["eval/accuracy"] for row in evaluations(done))
-    assert sum(row["right"] for row in answers) / 20 == best
+    assert sum(row["correct"] for row in answers) / 20 == best
     assert "accuracy" in (done / "report.md").read_text()
 
 
@@ -197,7 +197,7 @@ def test_a_perplexity_that_no_float_holds_is_infinite(monkeypatch):
     example = {"tokens": np.arange(3), "labels": np.arange(3)}
     monkeypatch.setattr(instructions.losses, "token_losses", losses_of)
     task = Instructions(data="nowhere", eval_batch_size=1)
-    tuning, questions = types.SimpleNamespace(frozen={}), types.SimpleNamespace(score="none")
+    tuning, questions = types.SimpleNamespace(frozen={}), types.SimpleNamespace(correct=None)
     evaluate = task.measure(tuning, Examples([example], 0, 0), questions)
     assert evaluate(2.0) == {"loss": 2.0, "perplexity": math.exp(2.0)}
     assert evaluate(750.0) == {"loss": 750.0, "perplexity": math.inf}
@@ -369,7 +369,7 @@ def test_a_name_that_no_question_has_can_be_named(model, tmp_path):
     which = ModelOptions(model=str(model))
     settings = dict(prompt="{question}", questions=1, score="first-match")
     task = Instructions(data=str(file), eval_data=str(file), **settings)
-    questions = task.ask(Setting(base.describe(which), which), task.rows(seed=0)[1])
+    questions = task.ask(Setting(base.load_abstract(which), which), task.rows(seed=0)[1])
     assert questions.accuracy(["no, not yes"]) == {"accuracy": 0.0}
 
 

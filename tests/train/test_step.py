@@ -18,7 +18,8 @@ from train import base, methods
 from train.data.batches import Batches
 from train.options import AdapterOptions, OptimizerOptions
 from train.trainer import losses
-from train.trainer.step import learning_rates, make_optimizer, make_step, schedule, start
+from train.trainer.optimizer import learning_rates, make_optimizer, schedule
+from train.trainer.step import make_step, start
 
 OPTIONS = OptimizerOptions(lr=0.1, schedule="constant", warmup=0, clip=None)
 
@@ -49,7 +50,7 @@ def one_step(tuned, batch, *, accumulate=1, options=OPTIONS, optimizer=None):
 
 def batch_of(examples, batch_size, **options):
     batch = Batches(examples, batch_size, shuffle=False, **options)[0]
-    batch.pop("rows")
+    batch.pop("example_ids")
     return batch
 
 
@@ -133,7 +134,7 @@ def test_a_batch_without_labels_moves_nothing():
     tuned, batch = tuning(), batch_of(tiny.examples(2), 2, lengths=[16])
     batch["labels"][:] = -100
     state, metrics = one_step(tuned, batch)
-    assert metrics["loss"] == metrics["grad_norm"] == metrics["bad"] == 0
+    assert metrics["loss"] == metrics["grad_norm"] == metrics["nonfinite_steps"] == 0
     jax.tree.map(np.testing.assert_array_equal, state.trainable, tuned.trainable)
 
 
@@ -146,11 +147,11 @@ def test_what_is_not_finite_changes_nothing_and_is_counted():
     state = start(tuned, optimizer, 0)
     for count in (1, 2):
         state, metrics = step(state, broken, batch)
-        assert (int(metrics["bad"]), int(state.step)) == (count, count)
+        assert (int(metrics["nonfinite_steps"]), int(state.step)) == (count, count)
         assert np.isnan(metrics["loss"])
     jax.tree.map(np.testing.assert_array_equal, state.trainable, tuned.trainable)
     state, metrics = step(state, tuned.frozen, batch)
-    assert int(metrics["bad"]) == 0
+    assert int(metrics["nonfinite_steps"]) == 0
     fresh, _ = step(start(tuned, optimizer, 0), tuned.frozen, batch)
     jax.tree.map(np.testing.assert_array_equal, state.trainable, fresh.trainable)
 
@@ -170,7 +171,7 @@ def test_each_length_compiles_once():
     lengths = set()
     for i in range(len(batches)):
         batch = batches[i]
-        batch.pop("rows")
+        batch.pop("example_ids")
         lengths.add(batch["tokens"].shape[1])
         state, _ = step(state, tuned.frozen, batch)
     assert lengths == {8, 16}
@@ -259,7 +260,7 @@ def test_every_method_takes_a_step(method):
         float(jnp.abs(a - b).max())
         for a, b in zip(*map(jax.tree.leaves, (state.trainable, tuned.trainable)), strict=True)
     ]
-    assert metrics["bad"] == 0
+    assert metrics["nonfinite_steps"] == 0
     assert max(moved) > 0
 
 

@@ -55,13 +55,13 @@ def token_loss(tuning: Tuning):
     return loss
 
 
-def task(model: Path, *, method: str = "hyperadapt", **options) -> loop.Task:
+def task(model: Path, *, method: str = "hyperadapt", **options) -> loop.Job:
     """The task on the model in a folder."""
     loaded = base.load(ModelOptions(model=str(model)), quiet=True)
     tuning = methods.tune(loaded, AdapterOptions(method=method))
     loss = token_loss(tuning)
     held_out = Batches(examples(8, seed=1), 8, lengths=[16], shuffle=False)[0]
-    held_out.pop("rows")
+    held_out.pop("example_ids")
     measured = jax.jit(lambda t, f: loss(t, f, held_out, None))
 
     def evaluate(trainable):
@@ -76,9 +76,9 @@ def task(model: Path, *, method: str = "hyperadapt", **options) -> loop.Task:
         loss=loss,
         batches=batches,
         evaluate=evaluate,
-        score=lambda metrics: -metrics["loss"],
+        criterion=lambda metrics: -metrics["loss"],
     )
-    return loop.Task(**{**fields, **options})
+    return loop.Job(**{**fields, **options})
 
 
 def run(folder: Path, **options) -> RunOptions:

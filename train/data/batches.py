@@ -8,7 +8,6 @@ cuts them into batches. `stream` reads batches ahead while the device works.
 
 from __future__ import annotations
 
-import bisect
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ import grain
 import numpy as np
 
 from ..errors import InputError
+from . import packing
 
 IGNORE = -100  # the label of a token that has no loss
 WINDOW = 64  # batches among which rows of similar length are gathered
@@ -32,7 +32,7 @@ class Batches(Sequence):
 
     * ``mask``: True at tokens, ``[B, T]``;
     * ``weight``: 1 for a row, 0 where the last batch of an epoch is filled up, ``[B]`` float32;
-    * ``rows``: the numbers of the examples, -1 where there is none, ``[B]`` int64; packed
+    * ``example_ids``: the numbers of the examples, -1 where there is none, ``[B]`` int64; packed
       ``[B, n]``;
     * packed: ``segment_ids``, from 1 on in each row and 0 at padding, and ``positions``, counted
       anew in each example, ``[B, T]`` int32.
@@ -41,7 +41,7 @@ class Batches(Sequence):
       examples: a sequence of dicts, or a ``datasets.Dataset``.
       batch_size: rows of a batch, B.
       lengths: the lengths T that batches may have: for each there is a compiled program. If not
-        given, `usual_lengths` up to the longest example.
+        given, `length_buckets` up to the longest example.
       pack: put several examples into each row of this length, as tight as they go.
       seed: of the order.
       shuffle: draw a new order for each epoch. Without, rows come in the examples' order, but for
@@ -90,7 +90,7 @@ class Batches(Sequence):
         if not len(sizes):
             raise InputError("the data set is empty: there is nothing to make batches of")
         longest = int(sizes.max())
-        lengths = [pack] if pack else sorted(lengths or usual_lengths(longest))
+        lengths = [pack] if pack else sorted(lengths or length_buckets(longest))
         if sizes.min() == 0:
             raise InputError(f"{self.where([sizes.argmin()])} has no tokens: leave it out")
         if longest > lengths[-1]:
@@ -101,7 +101,7 @@ class Batches(Sequence):
         self.seed, self.shuffle, self.epochs = seed, shuffle, epochs
         self.packed = bool(pack)
         # The examples of each row, [N, n], -1 where it has fewer; the length that it needs, [N].
-        self._rows = _pack(sizes, pack, seed) if pack else np.arange(len(sizes))[:, None]
+        self._rows = packing.pack(sizes, pack, seed) if pack else np.arange(len(sizes))[:, None]
         unit = count * divisor
         batch_size = min(batch_size, -(-len(self._rows) // unit) * unit)
         self.batch_size = batch_size
@@ -145,7 +145,7 @@ class Batches(Sequence):
     def _collate(self, rows: np.ndarray, length: int) -> Batch:
         """The batch of ``rows: [B, n]``, which ends with those that only fill it up."""
         real = [self._row(row[row >= 0]) for row in rows if row[0] >= 0]
-        batch: Batch = {"rows": rows if self.packed else rows[:, 0]}
+        batch: Batch = {"example_ids": rows if self.packed else rows[:, 0]}
         for name, like in (real or [self._row(self._rows[0, :1])])[0].items():
             shape = (len(rows), length)[: 1 + like.ndim]
             batch[name] = np.full(shape, IGNORE if name == "labels" else 0, like.dtype)
@@ -183,10 +183,10 @@ class Batches(Sequence):
         return example
 
 
-def usual_lengths(longest: int) -> list[int]:
+def length_buckets(longest: int) -> list[int]:
     """Few lengths, so that few programs are compiled: two to each doubling, from 32 to the longest.
 
-    >>> usual_lengths(100)
+    >>> length_buckets(100)
     [32, 48, 64, 96, 100]
     """
     steps = (size << doubling for doubling in range(longest.bit_length()) for size in (32, 48))
@@ -219,21 +219,3 @@ def _sizes(examples: Sequence[Mapping[str, Any]]) -> np.ndarray:
         sizes = [pyarrow.compute.list_value_length(part["tokens"]).to_numpy() for part in columns]
         return np.concatenate([np.zeros(0, np.int64), *sizes]).astype(np.int64)
     return np.fromiter((len(example["tokens"]) for example in examples), np.int64)
-
-
-def _pack(sizes: np.ndarray, length: int, seed: int) -> np.ndarray:
-    """Examples of each row, ``[N, n]`` filled up with -1: the longest first, where it fits best."""
-    rows: list[list[int]] = []
-    spaces: list[tuple[int, int]] = []  # (tokens that a row can still take, its number), sorted
-    order = np.random.default_rng(seed).permutation(len(sizes))
-    for example in order[np.argsort(-sizes[order], kind="stable")].tolist():
-        at = bisect.bisect_left(spaces, (sizes[example], 0))
-        space, row = spaces.pop(at) if at < len(spaces) else (length, len(rows))
-        if row == len(rows):
-            rows.append([])
-        rows[row].append(example)
-        bisect.insort(spaces, (space - int(sizes[example]), row))
-    members = np.full((len(rows), max(map(len, rows))), -1)
-    for row, examples in enumerate(rows):
-        members[row, : len(examples)] = examples
-    return members

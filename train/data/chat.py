@@ -23,9 +23,10 @@ import datasets
 import jinja2
 
 from ..errors import InputError
-from . import readers as data
 from .batches import IGNORE
-from .readers import PLACE, Column, Examples, Messages, Text, Tools
+from .columns import Column, Messages, Text, Tools
+from .examples import Examples, build_examples, identity
+from .readers import PLACE
 from .special import SpecialTokens
 
 _BREAK = "\n"
@@ -36,7 +37,7 @@ EMPTY = "empty answers"
 UNLEARNED = "turns of the assistant that the chat template shows otherwise later, not learned"
 
 
-class Piece(NamedTuple):
+class Segment(NamedTuple):
     """A part of a row's text, and whether the model is to learn it.
 
     Attributes:
@@ -57,7 +58,7 @@ class Read(NamedTuple):
       unlearned: turns of the assistant that should be answers, and are none.
     """
 
-    pieces: list[Piece]
+    pieces: list[Segment]
     empty: int = 0
     unlearned: int = 0
 
@@ -107,7 +108,7 @@ class Template:
 
 
 @dataclasses.dataclass(frozen=True)
-class Form:
+class PromptFormat:
     """How a row reads: a prompt and an answer, plain or as turns of a chat, or a whole chat.
 
     Attributes:
@@ -147,7 +148,9 @@ class Form:
         return Read(pieces, empty=not answer.strip())
 
 
-def examples(rows: datasets.Dataset, form: Form, tokenizer: Any, max_length: int) -> Examples:
+def examples(
+    rows: datasets.Dataset, form: PromptFormat, tokenizer: Any, max_length: int
+) -> Examples:
     """Make examples of rows, whose labels are the answers' tokens alone.
 
     The end-of-text token follows an answer, unless the chat template has put it there. An example
@@ -189,11 +192,11 @@ def examples(rows: datasets.Dataset, form: Form, tokenizer: Any, max_length: int
 
     integers = datasets.List(datasets.Value("int32"))
     features = {"tokens": integers, "labels": integers}
-    key = (data.identity(tokenizer), form, max_length)
-    return data.tokenise(rows, make, features, key, (EMPTY, UNLEARNED))
+    key = (identity(tokenizer), form, max_length)
+    return build_examples(rows, make, features, key, (EMPTY, UNLEARNED))
 
 
-def prompts(rows: datasets.Dataset, form: Form, tokenizer: Any) -> list[list[int]]:
+def prompts(rows: datasets.Dataset, form: PromptFormat, tokenizer: Any) -> list[list[int]]:
     """The tokens that come before each row's last answer, to have a model continue them.
 
     Args:
@@ -216,7 +219,7 @@ def references(rows: datasets.Dataset, tokenizer: Any) -> list[str]:
     chat template shows, up to the token that ends it.
     """
     found, tokens = [], SpecialTokens(tokenizer)
-    for row, read in zip(rows, _read(rows[:], Form(), tokenizer), strict=True):
+    for row, read in zip(rows, _read(rows[:], PromptFormat(), tokenizer), strict=True):
         messages = json.loads(row["messages"])
         turn = messages[_learned(messages)[-1]]
         text = "".join(read.pieces[-1].parts)
@@ -225,7 +228,7 @@ def references(rows: datasets.Dataset, tokenizer: Any) -> list[str]:
     return found
 
 
-def check(form: Form, tokenizer: Any) -> None:
+def check(form: PromptFormat, tokenizer: Any) -> None:
     """Refuses a tokenizer that lacks what the form needs."""
     if tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no end-of-text token, so answers could never end")
@@ -236,7 +239,7 @@ def check(form: Form, tokenizer: Any) -> None:
         )
 
 
-def _read(columns: Mapping[str, list], form: Form, tokenizer: Any) -> list[Read]:
+def _read(columns: Mapping[str, list], form: PromptFormat, tokenizer: Any) -> list[Read]:
     """Rows as they read; what is wrong with one is said with its place."""
     names = [*form.columns, *([PLACE] if PLACE in columns else [])]
     found, tokens = [], SpecialTokens(tokenizer)
@@ -284,9 +287,9 @@ class _Quoted:
             return {self(name): self(inner) for name, inner in value.items()}
         return [self(inner) for inner in value] if isinstance(value, list) else value
 
-    def piece(self, text: str, answer: bool) -> Piece:
+    def piece(self, text: str, answer: bool) -> Segment:
         """A piece of a text with quoted ones in it."""
-        return Piece(tuple(filter(None, text.split(self.mark))), answer)
+        return Segment(tuple(filter(None, text.split(self.mark))), answer)
 
 
 # ------------------------------------------------------------------------------------------- chats
@@ -493,7 +496,7 @@ def _shown(messages: Sequence[Mapping[str, str]]) -> str:
 
 
 def _encode(
-    rows: Sequence[Sequence[Piece]], form: Form, tokenizer: Any, end: bool = True
+    rows: Sequence[Sequence[Segment]], form: PromptFormat, tokenizer: Any, end: bool = True
 ) -> list[tuple[list[int], list[bool]]]:
     """Tokens of each row, and which of them belong to answers."""
 

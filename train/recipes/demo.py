@@ -10,19 +10,26 @@ import jax
 from hyperadapt_jax import rank
 from hyperadapt_jax.tables import table
 
-from .. import options
 from ..assembly import assemble
 from ..errors import InputError
-from ..options import AdapterOptions, ModelOptions, OptimizerOptions, Place, RunOptions
-from ..run import folder as runs
-from ..run.log import draw, markdown_table
-from ..tasks.arithmetic import problems as arithmetic
-from ..tasks.arithmetic.exam import Exam
+from ..metrics.generation import GenerationEval, Generations
+from ..options import (
+    AdapterOptions,
+    ModelOptions,
+    OptimizerOptions,
+    Place,
+    RunOptions,
+    command_line,
+    flat,
+)
+from ..run import report
+from ..run.folder import open_run
+from ..run.plots import draw
+from ..run.report import markdown_table
 from ..tasks.arithmetic.task import MOST, TwoSteps
 
 TINY = Path(__file__).resolve().parents[1] / "tasks" / "arithmetic" / "tiny"
 RANK = "rank.png"
-Answers = list[str | None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,37 +61,37 @@ class Options:
             raise InputError(f"--show {self.show}: give a number from 1 to {MOST}")
 
 
-def run(chosen: Options) -> None:
+def run(options: Options) -> None:
     """Trains, and prints and writes what came of it.
 
     Raises:
       InputError: the folder cannot be used, an option cannot be meant, or the model does not know
         the words of the problems.
     """
-    config = options.flat(chosen, "demo")
-    with runs.claim(chosen.run.folder, config, resume=chosen.run.resume) as folder:
-        made = assemble(chosen.task, chosen.model, chosen.adapter, chosen.run)
+    config = flat(options, "demo")
+    with open_run(options.run.folder, config, resume=options.run.resume) as folder:
+        made = assemble(options.task, options.model, options.adapter, options.run)
         loaded, tuning = made.load()
         total = sum(leaf.size for leaf in jax.tree.leaves(loaded.params))
-        final = chosen.task.final(made.setting)
-        before = final.answers(tuning.forward, tuning.trainable, tuning.frozen)
-        result = made.fit(loaded, tuning, folder, chosen.optimizer, config)
-        after = final.answers(tuning.forward, result.trainable, tuning.frozen)
+        final = options.task.final(made.setting)
+        before = final.generations(tuning.forward, tuning.trainable, tuning.frozen)
+        result = made.fit(loaded, tuning, folder, options.optimizer, config)
+        after = final.generations(tuning.forward, result.trainable, tuning.frozen)
         if scales := result.trainable["scales"]:
             draw(folder / RANK, rank.figure(rank.analyse(loaded.params, scales)))
 
-        header, rows = _rows(chosen.task, final, before, after)
-        answers = _answers(final, before, after, chosen.show)
+        header, rows = _rows(options.task, final, before, after)
+        answers = _answers(final, before, after, options.show)
         learned = f"{tuning.count:,} of {total:,} numbers trained ({tuning.count / total:.1%})"
-        runs.write_report(folder, REPORT.format(
-            method=chosen.adapter.method, learned=learned, step=result.step, answers=answers,
+        report.write_text(folder, REPORT.format(
+            method=options.adapter.method, learned=learned, step=result.step, answers=answers,
             table=markdown_table(header, rows, "before after"),
             rank=f"\n![singular values]({RANK})\n" if scales else "", plan=made.plan,
-            took=runs.took(result.facts, options.command("demo", chosen)),
+            took=report.took(result.facts, command_line("demo", options)),
         ))  # fmt: skip
-    tell = made.setting.tell
-    tell(f"\n{table(header, rows, right='before after')}\n{learned}\n\n{answers}\n")
-    tell(f"adapter, metrics, curves and report are in {folder}")
+    log = made.setting.log
+    log(f"\n{table(header, rows, right='before after')}\n{learned}\n\n{answers}\n")
+    log(f"adapter, metrics, curves and report are in {folder}")
 
 
 REPORT = """# Demo: {method}
@@ -115,21 +122,21 @@ All options are in `config.yaml`: `--config` reads them back.
 
 
 def _rows(
-    task: TwoSteps, exam: Exam, before: Answers, after: Answers
+    task: TwoSteps, final: GenerationEval, before: Generations, after: Generations
 ) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of accuracies."""
-    shares = [exam.accuracy(answers) for answers in (before, after)]
-    return ["right answers", "before", "after"], [
+    shares = [final.accuracy(answers) for answers in (before, after)]
+    return ["correct answers", "before", "after"], [
         [what, *(f"{found[kind]:.1%}" for found in shares)] for kind, what in task.kinds.items()
     ]
 
 
-def _answers(exam: Exam, before: Answers, after: Answers, count: int) -> str:
+def _answers(final: GenerationEval, before: Generations, after: Generations, count: int) -> str:
     """The first answers to the new task, before and after; None where they were not finite."""
-    asked = zip(exam.problems, before, after, strict=True)
-    rides = [row for row in asked if row[0].kind == "ride"][:count]
+    rows = zip(final.groups, before, final.records(after), strict=True)
+    rides = [(old, row) for kind, old, row in rows if kind == "ride"][:count]
     return "\n\n".join(
-        f"{problem.prompt}\n  before: {old}\n  after:  {new}  "
-        + ("(right)" if new and arithmetic.correct(problem, new) else f"(wrong: {problem.answer})")
-        for problem, old, new in rides
+        f"{row['prompt']}\n  before: {old}\n  after:  {row['answer']}  "
+        + ("(correct)" if row["correct"] else f"(wrong: {row['reference']})")
+        for old, row in rides
     )

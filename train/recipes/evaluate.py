@@ -14,13 +14,13 @@ from hyperadapt_jax import models
 from hyperadapt_jax.methods import Tuning
 from hyperadapt_jax.tables import table
 
-from .. import base, methods, options
+from .. import base, methods
 from ..assembly import write_rows
-from ..data import readers as data
+from ..data.examples import identity
 from ..errors import InputError, warn
-from ..options import Place
-from ..run import folder as runs
-from ..run.log import write
+from ..files import write
+from ..options import CONFIG, Place, parse, read_config
+from ..run.folder import ADAPTER
 from ..tasks.task import Evaluation, Setting
 from ..trainer.loop import BASE, SOURCES, other_source
 from . import RECIPES
@@ -62,88 +62,88 @@ class Options:
     """Print errors alone."""
 
 
-def run(chosen: Options) -> None:
+def run(options: Options) -> None:
     """Measures, prints a table and writes the files that are asked for.
 
     Raises:
       InputError: there is no run, adapter, base model or data, or an option is not for this run.
       AdapterError: the adapter is damaged, or of another base.
     """
-    theirs = load_options(chosen)
-    asked = {name: getattr(chosen, name) for name in ("data", "split", "rows", "questions")}
+    theirs = load_options(options)
+    asked = {name: getattr(options, name) for name in ("data", "split", "rows", "questions")}
     task = theirs.task.elsewhere(**asked)
-    if not (chosen.folder / runs.ADAPTER).is_dir():
-        raise InputError(f"{chosen.folder} has no adapter: let the run come to its end (--resume)")
+    if not (options.folder / ADAPTER).is_dir():
+        raise InputError(f"{options.folder} has no adapter: let the run come to its end (--resume)")
     model = theirs.model
-    if chosen.model is not None:
-        model = dataclasses.replace(model, model=chosen.model)
-    tell = (lambda text: None) if chosen.quiet else print
-    setting = Setting(base.describe(model, task.labels), model, theirs.run.seed, tell)
+    if options.model is not None:
+        model = dataclasses.replace(model, model=options.model)
+    log = (lambda text: None) if options.quiet else print
+    setting = Setting(base.load_abstract(model, task.num_labels), model, theirs.run.seed, log)
     task.check(setting.base.config)
     evaluation = task.evaluation(setting)
-    if chosen.predictions is not None and evaluation.generate is None:
+    if options.predictions is not None and evaluation.generate is None:
         raise InputError(f"--predictions: a run of {task.name} has no answers of the model's own")
-    same = chosen.data is chosen.split is chosen.rows is None
-    tuning, trained = _restore(chosen, theirs, setting, evaluation, same)
+    same = options.data is options.split is options.rows is None
+    tuning, trained = _restore(options, theirs, setting, evaluation, same)
     metrics = evaluation.on(tuning)(trained)
-    if chosen.predictions is not None:
-        write_rows(chosen.predictions, evaluation.generate(tuning, trained))
-    if chosen.metrics is not None:
+    if options.predictions is not None:
+        write_rows(options.predictions, evaluation.generate(tuning, trained))
+    if options.metrics is not None:
         known = {k: value if math.isfinite(value) else None for k, value in metrics.items()}
-        write(chosen.metrics, json.dumps(known, indent=2) + "\n")
-    if not chosen.quiet:
+        write(options.metrics, json.dumps(known, indent=2) + "\n")
+    if not options.quiet:
         rows = [[name, f"{value:.4f}"] for name, value in metrics.items()]
         print(table(["metric", "value"], rows, right="value"))
 
 
-def load_options(chosen: Options) -> Any:
+def load_options(options: Options) -> Any:
     """The options that a run was given, with its folder where it lies now.
 
     Raises:
       InputError: the folder holds no run, or one that does not train.
     """
-    file = chosen.folder / options.CONFIG
-    recipe = options.read_config(file).get("recipe")
+    file = options.folder / CONFIG
+    recipe = read_config(file).get("recipe")
     known = isinstance(recipe, str) and recipe in RECIPES
     module = importlib.import_module(f".{recipe}", __package__) if known else None
     if "task" not in getattr(getattr(module, "Options", None), "__dataclass_fields__", ()):
         raise InputError(f"{file} is of no recipe that trains: its recipe is {recipe!r}")
-    theirs = options.parse(recipe, module.Options, ["--config", str(file)])
-    return dataclasses.replace(theirs, run=dataclasses.replace(theirs.run, folder=chosen.folder))
+    theirs = parse(recipe, module.Options, ["--config", str(file)])
+    return dataclasses.replace(theirs, run=dataclasses.replace(theirs.run, folder=options.folder))
 
 
 def _restore(
-    chosen: Options, theirs: Any, setting: Setting, evaluation: Evaluation, same: bool
+    options: Options, theirs: Any, setting: Setting, evaluation: Evaluation, same: bool
 ) -> tuple[Tuning, Any]:
     """The run's method on its base, and what it trained; the same ones that it had, if it says so.
 
     ``same`` is whether it is measured on the data that it was measured on before.
     """
-    labels, seed = theirs.task.labels, theirs.run.seed
-    loaded = base.load(setting.model, labels, seed=seed, quiet=chosen.quiet)
+    labels, seed = theirs.task.num_labels, theirs.run.seed
+    loaded = base.load(setting.model, labels, seed=seed, quiet=options.quiet)
     config = models.config_to_dict(loaded.config)
-    found = ha.load(chosen.folder / runs.ADAPTER, loaded.params, base_config=config)
+    found = ha.load(options.folder / ADAPTER, loaded.params, base_config=config)
     tuning = methods.tune(loaded, theirs.adapter)
     trained = {"scales": found.scales, "full": found.full}
     for part, wanted in tuning.trainable.items():
         if other := sorted(wanted.keys() ^ trained[part].keys()):
             has = "has" if other[0] in trained[part] else "lacks"
             raise InputError(
-                f"the adapter in {chosen.folder} {has} {other[0]}, unlike what its"
-                f" {options.CONFIG} trains now: another version of this program left it out, or the"
+                f"the adapter in {options.folder} {has} {other[0]}, unlike what its"
+                f" {CONFIG} trains now: another version of this program left it out, or the"
                 " file was changed; train it again"
             )
     known, sources = found.metadata.get(SOURCES, {}), {}
     if evaluation.sources:
-        sources = {"tokenizer": data.identity(setting.tokenizer)}
+        sources = {"tokenizer": identity(setting.tokenizer)}
         sources |= evaluation.sources if same else {}
         if not known:
-            warn(f"{chosen.folder} does not say which data it was made on: it is not compared")
+            warn(f"{options.folder} does not say which data it was made on: it is not compared")
     if known:
         sources = {BASE: base.fingerprint(tuning.frozen), **sources}
     if changed := other_source(known, sources):
         raise InputError(
-            f"{changed} changed since the run in {chosen.folder}, so that other numbers would come"
+            f"{changed} changed since the run in {options.folder}, so that other numbers would come"
             " out: give it as it was" + (", or other rows by --data" if "rows" in changed else "")
         )
     return tuning, trained

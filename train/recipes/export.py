@@ -13,8 +13,8 @@ from hyperadapt_jax import models
 from hyperadapt_jax.merge import Rounding
 
 from ..errors import InputError
-from ..run.log import writing
-from ..run.trained import TrainedOptions, find
+from ..files import writing
+from ..run.trained import TrainedOptions, load_run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ def run(options: Options) -> None:
       InputError: the folder is not empty, or cannot be written; there is no adapter, or no base.
       AdapterError, CheckpointError: the adapter or the base is damaged, or they do not fit.
     """
-    trained = find(options.trained)
+    trained = load_run(options.trained)
     base, dtype = trained.base, options.dtype or trained.dtype
     if options.folder.resolve() == base.folder.resolve():
         raise InputError(f"--folder {options.folder} is the base itself: choose another folder")

@@ -32,6 +32,6 @@ class Options:
     run: RunOptions
 
 
-def run(chosen: Options) -> None:
+def run(options: Options) -> None:
     """Trains; see `train.assembly.launch`."""
-    launch("glue", chosen, f"GLUE: {chosen.task.name}, {chosen.adapter.method}")
+    launch("glue", options, f"GLUE: {options.task.name}, {options.adapter.method}")

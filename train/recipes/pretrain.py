@@ -10,12 +10,22 @@ import hyperadapt_jax as ha
 from hyperadapt_jax import models
 from hyperadapt_jax.tables import table
 
-from .. import base, options
+from .. import base
 from ..assembly import assemble
-from ..options import AdapterOptions, ModelOptions, OptimizerOptions, Place, RunOptions
-from ..run import folder as runs
-from ..run.log import markdown_table, write
-from ..tasks.arithmetic import problems as arithmetic
+from ..files import write
+from ..options import (
+    AdapterOptions,
+    ModelOptions,
+    OptimizerOptions,
+    Place,
+    RunOptions,
+    command_line,
+    flat,
+)
+from ..run import report
+from ..run.folder import open_run
+from ..run.report import markdown_table
+from ..tasks.arithmetic import problems
 from ..tasks.arithmetic.task import OneStep
 
 FRESH, MODEL = "fresh", "model"
@@ -53,33 +63,33 @@ class Options:
         return AdapterOptions(method="full", targets=matrices)
 
 
-def run(chosen: Options) -> None:
+def run(options: Options) -> None:
     """Trains and writes the model.
 
     Raises:
       InputError: the folder cannot be used, or a number is out of range.
     """
-    config = options.flat(chosen, "pretrain")
-    with runs.claim(chosen.run.folder, config, resume=chosen.run.resume) as folder:
-        fresh(folder / FRESH, chosen.run.seed)
-        made = assemble(chosen.task, chosen.model, chosen.adapter, chosen.run)
+    config = flat(options, "pretrain")
+    with open_run(options.run.folder, config, resume=options.run.resume) as folder:
+        fresh(folder / FRESH, options.run.seed)
+        made = assemble(options.task, options.model, options.adapter, options.run)
         loaded, tuning = made.load()
-        result = made.fit(loaded, tuning, folder, chosen.optimizer, config)
+        result = made.fit(loaded, tuning, folder, options.optimizer, config)
         params, _ = ha.optim.combine(result.trainable, tuning.frozen)
-        kinds = chosen.task.kinds
+        kinds = options.task.kinds
         rows = [[kinds[kind], f"{share:.1%}"] for kind, share in result.best.items()]
-        write_model(folder / MODEL, chosen.model, params, rows)
-        command = options.command("pretrain", chosen)
+        write_model(folder / MODEL, options.model, params, rows)
+        command = command_line("pretrain", options)
         title = "Pre-training on arithmetic"
-        runs.report(folder, title, made.plan, result.rows, result.facts, command)
-    if not chosen.run.quiet:
+        report.write(folder, title, made.plan, result.rows, result.facts, command)
+    if not options.run.quiet:
         print(table(["of number families never seen", "right"], rows, right="right"))
         print(f"the model is in {folder / MODEL}")
 
 
 def configuration(vocabulary: int) -> models.Config:
     """The embedded model's architecture."""
-    special = {"pad": arithmetic.PAD, "bos": arithmetic.BOS, "eos": arithmetic.EOS}
+    special = {"pad": problems.PAD, "bos": problems.BOS, "eos": problems.EOS}
     return models.config_from_dict(
         dict(
             model_type="llama",
@@ -93,23 +103,23 @@ def configuration(vocabulary: int) -> models.Config:
             rms_norm_eps=1e-5,
             rope_theta=10000.0,
             tie_word_embeddings=False,
-            **{f"{k}_token_id": arithmetic.SPECIAL.index(token) for k, token in special.items()},
+            **{f"{k}_token_id": problems.SPECIAL.index(token) for k, token in special.items()},
         )
     )
 
 
 def fresh(folder: Path, seed: int) -> Path:
     """The folder of the model before it has learned anything; made if it is not there yet."""
-    tokenizer = arithmetic.tokenizer()
+    tokenizer = problems.tokenizer()
     if not (folder / "tokenizer.json").exists():
         model = models.create(configuration(tokenizer.get_vocab_size()), seed=seed)
         models.export(folder, model, overwrite=True, progress=False)
         about = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": arithmetic.BOS,
-            "eos_token": arithmetic.EOS,
-            "pad_token": arithmetic.PAD,
-            "unk_token": arithmetic.UNKNOWN,
+            "bos_token": problems.BOS,
+            "eos_token": problems.EOS,
+            "pad_token": problems.PAD,
+            "unk_token": problems.UNKNOWN,
             "clean_up_tokenization_spaces": False,
             "model_max_length": model.config.max_length,
         }
@@ -120,7 +130,7 @@ def fresh(folder: Path, seed: int) -> Path:
 
 def write_model(folder: Path, model: ModelOptions, params: object, rows: list[list[str]]) -> None:
     """Writes the Hugging Face folder: weights in float16, tokenizer, and a model card."""
-    loaded = base.describe(model)
+    loaded = base.load_abstract(model)
     models.export(
         folder,
         models.with_params(loaded.config, params),

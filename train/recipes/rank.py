@@ -16,9 +16,10 @@ from hyperadapt_jax import paths
 from hyperadapt_jax.rank import RankReport, Spectrum
 from hyperadapt_jax.scales import ScaleVectors
 
+from .. import files
 from ..errors import InputError
-from ..run import log as report
-from ..run.trained import Trained, TrainedOptions, find
+from ..run import plots
+from ..run.trained import Trained, TrainedOptions, load_run
 
 TABLE, FIGURE = "rank.json", "rank.png"
 
@@ -63,17 +64,17 @@ def run(options: Options) -> RankReport:
         raise InputError(f"--limit {options.limit}: give at least 1")
     if options.seed < 0:
         raise InputError(f"--seed {options.seed}: give a number from 0 on")
-    trained = find(options.trained)
+    trained = load_run(options.trained)
     folder = options.folder or options.trained.adapter
-    with report.writing(folder):
+    with files.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    chosen = _choose(trained, options.weights)
+    options = _choose(trained, options.weights)
     spectra: list[Spectrum] = []
-    for path in tqdm(chosen, desc="decomposing", disable=options.quiet or None, delay=2):
+    for path in tqdm(options, desc="decomposing", disable=options.quiet or None, delay=2):
         spectra += analyse(trained, path, options.limit, options.seed)
     found = RankReport(tuple(spectra))
-    report.write(folder / TABLE, json.dumps([_as_json(s) for s in spectra], indent=1) + "\n")
-    report.draw(folder / FIGURE, ha.rank.figure(found))
+    files.write(folder / TABLE, json.dumps([_as_json(s) for s in spectra], indent=1) + "\n")
+    plots.draw(folder / FIGURE, ha.rank.figure(found))
     if not options.quiet:
         print(found)
         print(f"{folder}: {TABLE}, {FIGURE}")

@@ -37,11 +37,11 @@ class Options:
     run: RunOptions
 
 
-def run(chosen: Options) -> None:
+def run(options: Options) -> None:
     """Trains; see `train.assembly.launch`."""
-    launch("sft", chosen, f"Fine-tuning: {chosen.adapter.method}")
+    launch("sft", options, f"Fine-tuning: {options.adapter.method}")
 
 
-def read(chosen: Options) -> tuple[datasets.Dataset, datasets.Dataset]:
+def read(options: Options) -> tuple[datasets.Dataset, datasets.Dataset]:
     """The rows that a run of these options learns from, and those that it holds out."""
-    return chosen.task.rows(chosen.run.seed)
+    return options.task.rows(options.run.seed)

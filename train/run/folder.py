@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import importlib.metadata
 import os
-import platform
-import re
-import resource
 import shutil
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-
-import hyperadapt_jax as ha
-
 from .. import options
 from ..errors import InputError
-from .log import CURVES, EVENTS, METRICS, markdown_table, write, writing
+from ..files import write, writing
+from .log import CURVES, EVENTS, METRICS
 
 ADAPTER, REPORT, LOCK, CHECKPOINTS = "adapter", "report.md", ".lock", "checkpoints"
 
@@ -31,7 +23,7 @@ _EARLY = {options.CONFIG, METRICS, CURVES, EVENTS, CHECKPOINTS, "fresh", LOCK}
 
 
 @contextlib.contextmanager
-def claim(folder: Path, config: dict[str, Any], *, resume: bool) -> Iterator[Path]:
+def open_run(folder: Path, config: dict[str, Any], *, resume: bool) -> Iterator[Path]:
     """Opens a run folder and writes its ``config.yaml``; no other process can, until it is left.
 
     Where the run ends before there is anything to resume, by an error or by a signal that kills,
@@ -153,83 +145,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-def report(
-    folder: Path,
-    title: str,
-    plan: str,
-    metrics: tuple[list[str], list[list[str]]],
-    facts: Mapping[str, str],
-    command: str,
-    generations: Sequence[Mapping[str, Any]] = (),
-) -> None:
-    """Writes ``report.md``: what came of a run, what it took, and what trained.
-
-    Args:
-      folder: the run folder.
-      title: of the report.
-      plan: the plan's table, as text.
-      metrics: header and rows of a table; the numbers are right-aligned.
-      facts: what else to tell, by name, such as `Result.facts` and counts of rows.
-      command: with which it was started; see `options.command`.
-      generations: some of the model's own answers, with ``prompt``, ``answer``, ``reference``.
-    """
-    header, rows = metrics
-    parts = [
-        f"# {title}",
-        markdown_table(header, rows, right=" ".join(header[1:])),
-        f"![curves]({CURVES})",
-        took(facts, command),
-    ]
-    if generations:
-        parts += ["## Generations", *map(_generation, generations)]
-    parts += [
-        "## What trained",
-        _fenced(plan),
-        f"All options are in `{options.CONFIG}`: `--config` reads them back.",
-    ]
-    write_report(folder, "\n\n".join(parts) + "\n")
-
-
-def write_report(folder: Path, text: str) -> None:
-    """Writes ``report.md``; one that is there is of the session that trained, and stays."""
-    if not (folder / REPORT).exists():
-        write(folder / REPORT, text)
-
-
-def took(facts: Mapping[str, str], command: str) -> str:
-    """A table of what a run took and ran on, and its command, in Markdown."""
-    return "\n\n".join(
-        [markdown_table(["", "run"], (facts | _environment()).items()), _fenced(command)]
-    )
-
-
-def _environment() -> dict[str, str]:
-    """What this process runs on: memory so far, devices, versions."""
-    devices = jax.local_devices()
-    # Linux counts kilobytes, macOS bytes.
-    unit = 1 if sys.platform == "darwin" else 1024
-    memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:,.2f} GB (process)"
-    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in devices]
-    if any(peaks):
-        memory += f", {max(peaks) / 1e9:,.2f} GB (device)"
-    others = [f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "optax")]
-    return {
-        "peak memory": memory,
-        "device": f"{len(devices)} x {devices[0].device_kind} ({jax.default_backend()})",
-        "versions": ", ".join(
-            [f"hyperadapt-jax {ha.__version__}", *others, f"Python {platform.python_version()}"]
-        ),
-    }
-
-
-def _generation(row: Mapping[str, Any]) -> str:
-    lines = [f"{name}: {row[name]}" for name in ("prompt", "answer", "reference") if name in row]
-    return _fenced("\n".join(lines))
-
-
-def _fenced(text: str) -> str:
-    """A block of text in Markdown, whatever it holds."""
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence}\n{text}\n{fence}"

@@ -13,10 +13,9 @@ from hyperadapt_jax import models
 from hyperadapt_jax.methods import Tuning
 
 from .. import base
-from ..data import glue
-from ..data import readers as data
 from ..data.batches import Batches, stream
-from ..data.readers import Examples
+from ..data.examples import Examples, digest
+from ..data.text import tokenize
 from ..errors import InputError
 from ..trainer import losses
 from ..trainer.step import Loss
@@ -49,12 +48,12 @@ class Classification(Task):
     def examples(
         self, rows: Any, split: str, setting: Setting, dropped: int = 0
     ) -> tuple[Examples, str, str]:
-        """A split's examples, the digest of what they hold, and what is told of what was lost."""
-        made = glue.tokenise(rows, setting.tokenizer, self.max_length)
+        """A split's examples, their digest, and a line on how many there are and what was lost."""
+        made = tokenize(rows, setting.tokenizer, self.max_length)
         tokens = (row["tokens"] for row in made.data)
         base.check_tokens(tokens, setting.tokenizer, setting.base.config.vocab_size)
-        told = made.tell(split, self.max_length, setting.tell, dropped)
-        return made, data.digest(made.data), told
+        summary = made.summarize(split, self.max_length, setting.log, dropped)
+        return made, digest(made.data), summary
 
     def outputs(self, tuning: Tuning, examples: Mapping[str, Examples]) -> Callable[[Any], Outputs]:
         """A function from what trains to the head's outputs on each split."""
@@ -69,7 +68,7 @@ class Classification(Task):
             for split, batches in sets.items():
                 outputs, labels = [], []
                 for batch in stream(batches):
-                    real = batch.pop("rows") >= 0
+                    real = batch.pop("example_ids") >= 0
                     outputs.append(np.asarray(logits(trainable, tuning.frozen, batch))[real])
                     labels.append(batch["label"][real])
                 found[split] = np.concatenate(outputs), np.concatenate(labels)
@@ -78,7 +77,7 @@ class Classification(Task):
         return compute
 
 
-def classes(outputs: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def predicted(outputs: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The likeliest classes ``[N]``, and which outputs are finite ``[N]``.
 
     What is not finite is wrong, whatever the label.

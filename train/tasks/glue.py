@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
+
+import numpy as np
 
 from hyperadapt_jax.methods import Tuning
 
 from ..data import glue
-from ..data.readers import Examples
+from ..data.examples import Examples
+from ..data.glue import GlueTask
 from ..metrics import finite
+from ..metrics.classification import METRICS
 from ..options import Place
-from .classification import Classification, classes
+from .classification import Classification, predicted
 from .task import Evaluation, Metrics, Setting, Task, Training
 
 
@@ -31,7 +35,7 @@ class Glue(Classification):
         return self.task
 
     @property
-    def labels(self) -> int:
+    def num_labels(self) -> int:
         return self.known.outputs
 
     @property
@@ -40,8 +44,8 @@ class Glue(Classification):
         return glue.TASKS[self.task]
 
     def prepare(self, setting: Setting) -> tuple[Training, Evaluation]:
-        training, digest, told = self._read("train", setting)
-        sources, counts = {"training rows": digest}, {"train": told}
+        training, digest, summary = self._read("train", setting)
+        sources, counts = {"training rows": digest}, {"train": summary}
         train = Training(training.data, sources, counts, training.places)
         return train, self.evaluation(setting)
 
@@ -53,7 +57,7 @@ class Glue(Classification):
         return Evaluation(lambda tuning: self.measure(tuning, examples), sources, counts)
 
     def criterion(self, metrics: Metrics) -> float:
-        return metrics[glue.best(self.known)]
+        return metrics[best(self.known)]
 
     def elsewhere(self, *, data: Place | None = None, **others: Any) -> Task:
         """The same task on other rows: GLUE's folder, a file or a data set of the hub."""
@@ -71,16 +75,45 @@ class Glue(Classification):
         def evaluate(trainable: Any) -> Metrics:
             found, kept = {}, []
             for split, (logits, labels) in outputs(trainable).items():
-                predictions, good = classes(logits, labels)
+                predictions, good = predicted(logits, labels)
                 found[split] = (predictions if task.labels else logits[:, 0]), labels
                 kept += good.tolist()
-            metrics, missing = glue.metrics(task, found), finite.count(kept)
+            scores, missing = metrics(task, found), finite.count(kept)
             if missing and not task.labels:  # a correlation knows no wrong prediction
-                metrics = dict.fromkeys(metrics, math.nan)
-            return metrics | missing
+                scores = dict.fromkeys(scores, math.nan)
+            return scores | missing
 
         return evaluate
 
     def _read(self, split: str, setting: Setting) -> tuple[Examples, str, str]:
         rows, dropped = glue.read(self.known, self.data, split)
         return self.examples(rows, split, setting, dropped)
+
+
+def metrics(task: GlueTask, found: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
+    """GLUE's metrics of a task, as fractions; F1 is of class 1.
+
+    Where a metric is not defined, since all predictions or all labels are one, it is 0; so it is
+    where a prediction of a regression is not finite.
+
+    Args:
+      task: which.
+      found: predictions ``[N]``, classes or numbers, and labels ``[N]`` of each split of
+        ``task.dev``.
+
+    Returns:
+      Metrics by name; where there are two splits, the name ends with the split's.
+
+    >>> metrics(TASKS["mrpc"], {"dev": (np.array([1, 1, 0]), np.array([1, 0, 0]))})
+    {'accuracy': 0.666..., 'f1': 0.666...}
+    """
+    return {
+        metric + split.removeprefix("dev"): METRICS[metric](*found[split])
+        for split in task.dev
+        for metric in task.metrics
+    }
+
+
+def best(task: GlueTask) -> str:
+    """The name of the metric that says which step of a run is best."""
+    return task.metrics[0] + task.dev[0].removeprefix("dev")

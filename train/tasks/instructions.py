@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import datasets
@@ -16,15 +17,15 @@ from hyperadapt_jax import models
 from hyperadapt_jax.methods import Tuning
 
 from .. import base
-from ..data import chat
-from ..data import readers as data
+from ..data import chat, readers
 from ..data.batches import Batches, stream
-from ..data.chat import Form, Template
-from ..data.readers import Column, Examples, Text
+from ..data.chat import PromptFormat, Template
+from ..data.columns import Column, Text
+from ..data.examples import Examples, digest
 from ..errors import InputError
 from ..metrics import finite
-from ..metrics import generation as answers
-from ..metrics.generation import Questions, Score
+from ..metrics.generation import GenerationEval
+from ..metrics.scoring import Score, score
 from ..options import Place
 from ..trainer import losses
 from ..trainer.step import Loss
@@ -35,14 +36,14 @@ from .task import Evaluation, Metrics, Setting, Task, Training
 class Instructions(Task):
     """Answers to instructions: rows are read as ``prompt`` and ``answer`` say, or are chats."""
 
-    data: Place | data.Rows
+    data: Place | readers.Rows
     """Training rows: a .json, .jsonl, .parquet, .csv or .tsv file, a folder of such, or a data set
     of the hub."""
     data_config: str | None = None
     """Configuration of a data set of the hub that has several."""
     split: str = "train"
     """Split of a folder or a data set of the hub."""
-    eval_data: Place | data.Rows | None = None
+    eval_data: Place | readers.Rows | None = None
     """Held-out rows; if not given, some of the training rows are held out."""
     eval_split: str = "test"
     """Split of --eval-data where that is a folder or a data set of the hub."""
@@ -74,10 +75,10 @@ class Instructions(Task):
     name = "sft"
 
     @property
-    def form(self) -> Form:
+    def form(self) -> PromptFormat:
         """How rows read."""
         prompt = None if self.prompt is None else Template(self.prompt)
-        return Form(prompt, Template(self.answer), self.chat)
+        return PromptFormat(prompt, Template(self.answer), self.chat)
 
     @property
     def columns(self) -> dict[str, Column]:
@@ -110,11 +111,11 @@ class Instructions(Task):
 
     def prepare(self, setting: Setting) -> tuple[Training, Evaluation]:
         rows, held_out = self.rows(setting.seed)
-        examples, told = self._examples(rows, "training rows", setting)
+        examples, summary = self._examples(rows, "training rows", setting)
         training = Training(
             examples.data,
-            {"training rows": data.digest(examples.data)},
-            {"training rows": told},
+            {"training rows": digest(examples.data)},
+            {"training rows": summary},
             examples.places,
             self.max_length if self.pack else None,
         )
@@ -126,22 +127,23 @@ class Instructions(Task):
         return self._evaluation(setting, self._read_eval())
 
     def _evaluation(self, setting: Setting, held_out: datasets.Dataset) -> Evaluation:
-        examples, told = self._examples(held_out, "held-out rows", setting)
+        examples, summary = self._examples(held_out, "held-out rows", setting)
         right = self._references(held_out, setting.tokenizer)
         questions = self.ask(setting, held_out)
-        if skipped := len(questions.prompts) - len(questions.asked):
-            setting.tell(
+        if skipped := len(questions.prompts) - len(questions.used):
+            setting.log(
                 f"{skipped} of {len(questions.prompts)} questions are not asked: with"
                 " --max-new-tokens they are too long for the model"
             )
 
         def generate(tuning: Tuning, trainable: Any) -> list[dict[str, Any]]:
-            return questions.records(questions.answers(tuning.forward, trainable, tuning.frozen))
+            found = questions.generations(tuning.forward, trainable, tuning.frozen)
+            return questions.records(found)
 
         return Evaluation(
             lambda tuning: self.measure(tuning, examples, questions),
-            {"held-out rows": data.digest(examples.data, *right)},
-            {"held-out rows": told},
+            {"held-out rows": digest(examples.data, *right)},
+            {"held-out rows": summary},
             generate if questions.prompts else None,
         )
 
@@ -161,23 +163,16 @@ class Instructions(Task):
 
     def rows(self, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
         """The training rows and the held-out ones."""
-        rows = data.read(
+        rows = readers.read(
             self.data, self.columns, split=self.split, config=self.data_config, places=True
         )
         if self.eval_data is not None:
             return rows, self._read_eval()
-        if len(rows) <= self.eval_rows:
-            raise InputError(
-                f"--eval-rows {self.eval_rows} leaves nothing of {len(rows)} rows to train on:"
-                " give fewer, or --eval-data"
-            )
-        order = np.random.default_rng(seed).permutation(len(rows))
-        held_out, training = np.split(order, [self.eval_rows])
-        return rows.select(np.sort(training)), rows.select(np.sort(held_out))
+        return readers.hold_out(rows, self.eval_rows, seed)
 
     def _read_eval(self) -> datasets.Dataset:
         """The first rows of ``eval_data``."""
-        rows = data.read(
+        rows = readers.read(
             self.eval_data,
             self.columns,
             split=self.eval_split,
@@ -186,28 +181,35 @@ class Instructions(Task):
         )
         return rows.select(range(min(len(rows), self.eval_rows)))
 
-    def ask(self, setting: Setting, held_out: datasets.Dataset) -> Questions:
+    def ask(self, setting: Setting, held_out: datasets.Dataset) -> GenerationEval:
         """The questions of the first held-out rows."""
         config, tokenizer = setting.base.config, setting.tokenizer
         rows = held_out.select(range(min(len(held_out), self.questions)))
         right = self._references(held_out, tokenizer)
-        questions = Questions(
+        choices = tuple(dict.fromkeys(right))
+        references = right[: len(rows)]
+
+        def correct(generations: Sequence[str]) -> list[bool]:
+            return score(self.score, generations, references, choices)
+
+        questions = GenerationEval(
             prompts=chat.prompts(rows, self.form, tokenizer) if len(rows) else [],
-            references=right[: len(rows)],
-            choices=tuple(dict.fromkeys(right)),
-            score=self.score,
-            tokenizer=tokenizer,
+            references=references,
+            decode=functools.partial(
+                tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False
+            ),
             stop_tokens=tuple(sorted({tokenizer.eos_token_id, *config.eos_tokens})),
             max_new_tokens=self.max_new_tokens,
             longest=config.max_length - self.max_new_tokens,
-            rows=self.eval_batch_size,
+            batch_size=self.eval_batch_size,
+            correct=None if self.score == "none" else correct,
         )
         base.check_tokens(questions.prompts, tokenizer, config.vocab_size)
-        answers.mark(self.score, right, right)  # refuses those that cannot be marked
+        score(self.score, right, right)  # refuses those that cannot be scored
         return questions
 
     def measure(
-        self, tuning: Tuning, examples: Examples, questions: Questions
+        self, tuning: Tuning, examples: Examples, questions: GenerationEval
     ) -> Callable[[Any], Metrics]:
         """A function from what trains to the metrics of the held-out rows.
 
@@ -228,7 +230,7 @@ class Instructions(Task):
         def evaluate(trainable: Any) -> Metrics:
             total, weight, kept = 0.0, 0.0, []
             for batch in stream(batches):
-                real = batch.pop("rows") >= 0
+                real = batch.pop("example_ids") >= 0
                 part, count, good = measure(trainable, tuning.frozen, batch)
                 total, weight = total + float(part), weight + float(count)
                 kept += np.asarray(good)[real].tolist()
@@ -236,8 +238,8 @@ class Instructions(Task):
             # A float has room for the perplexity of 709 nats.
             metrics = {"loss": mean, "perplexity": math.inf if mean > 709 else math.exp(mean)}
             metrics |= finite.count(kept)
-            if questions.score != "none":
-                found = questions.answers(tuning.forward, trainable, tuning.frozen)
+            if questions.correct is not None:
+                found = questions.generations(tuning.forward, trainable, tuning.frozen)
                 metrics |= questions.accuracy(found)
                 metrics |= finite.count(found, "nonfinite_answers")
             return metrics
@@ -247,11 +249,11 @@ class Instructions(Task):
     def _examples(
         self, rows: datasets.Dataset, name: str, setting: Setting
     ) -> tuple[Examples, str]:
-        """The examples of rows, and what was told of them."""
+        """The examples of rows, and how many there are and what was lost."""
         examples = chat.examples(rows, self.form, setting.tokenizer, self.max_length)
         tokens = (row["tokens"] for row in examples.data)
         base.check_tokens(tokens, setting.tokenizer, setting.base.config.vocab_size)
-        return examples, examples.tell(name, self.max_length, setting.tell)
+        return examples, examples.summarize(name, self.max_length, setting.log)
 
     def _references(self, rows: datasets.Dataset, tokenizer: Any) -> list[str]:
         """What is right, of each row."""

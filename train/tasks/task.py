@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hyperadapt_jax import models
 from hyperadapt_jax.methods import Tuning
@@ -13,9 +13,11 @@ from hyperadapt_jax.methods import Tuning
 from ..base import Base, tokenizer
 from ..errors import InputError
 from ..options import ModelOptions
+from ..trainer.loop import Metrics
 from ..trainer.step import Loss
 
-Metrics = dict[str, float]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -26,13 +28,13 @@ class Setting:
       base: the model, as shapes alone.
       model: which model that is.
       seed: of whatever is drawn.
-      tell: says a line to the user.
+      log: shows a line to the user.
     """
 
     base: Base
     model: ModelOptions
     seed: int = 0
-    tell: Callable[[str], None] = lambda text: None
+    log: Callable[[str], None] = lambda text: None
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -47,14 +49,14 @@ class Training:
     Attributes:
       examples: as `train.data.batches.Batches` takes them.
       sources: digests of what they hold, by name; a run is not resumed on others.
-      told: what was said of them, by name, for the report.
+      summary: how many rows there are and what was lost, by name, for the report.
       places: where the row of each stands; None where that is not known.
       pack: fill rows of this many tokens with several examples; None for one a row.
     """
 
     examples: Sequence[Mapping[str, Any]]
     sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    told: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    summary: Mapping[str, str] = dataclasses.field(default_factory=dict)
     places: Sequence[str] | None = None
     pack: int | None = None
 
@@ -66,15 +68,18 @@ class Evaluation:
     Attributes:
       on: ``on(tuning)`` gives a function from what trains to metrics.
       sources: digests of what it is measured on, by name.
-      told: what was said of that, by name, for the report.
+      summary: how many rows there are and what was lost, by name, for the report.
       generate: ``generate(tuning, trainable)`` gives the model's own answers, a mapping each, with
         ``prompt``, ``answer`` and ``reference``; None where there are none.
+      figures: ``figures(tuning, trainable)`` gives pictures of the result by file name, such as a
+        confusion matrix; None where there are none.
     """
 
     on: Callable[[Tuning], Callable[[Any], Metrics]]
     sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    told: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    summary: Mapping[str, str] = dataclasses.field(default_factory=dict)
     generate: Callable[[Tuning, Any], list[dict[str, Any]]] | None = None
+    figures: Callable[[Tuning, Any], Mapping[str, Figure]] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,9 +92,16 @@ class Task:
         raise NotImplementedError
 
     @property
-    def labels(self) -> int | None:
+    def num_labels(self) -> int | None:
         """How many outputs a new head of an encoder has; None for the model as it is."""
         return None
+
+    def resolve(self) -> Task:
+        """The same task with what its data tell filled in, such as names of classes.
+
+        A run is of the resolved task, and its ``config.yaml`` says what was found.
+        """
+        return self
 
     def check(self, config: models.Config) -> None:
         """Refuses a model that it is not for, and options that do not fit the model.
@@ -111,7 +123,7 @@ class Task:
         raise NotImplementedError
 
     def criterion(self, metrics: Metrics) -> float:
-        """A number, higher is better, by which the best step is chosen."""
+        """A number, higher is better, by which the best step is options."""
         raise NotImplementedError
 
     def elsewhere(self, **options: Any) -> Task:

@@ -26,7 +26,7 @@ from ..run.folder import CHECKPOINTS
 _REMOVED = ".removed"
 
 
-class Position(NamedTuple):
+class CheckpointMetadata(NamedTuple):
     """What a checkpoint says beside its arrays.
 
     Attributes:
@@ -34,7 +34,7 @@ class Position(NamedTuple):
       base: the fingerprint of the frozen parameters.
       metrics: of the evaluation after this step; None if there was none.
       spent: seconds, tokens and sessions of the run so far.
-      sources: `train.trainer.loop.Task.sources`; empty in checkpoints of before there were such.
+      sources: `train.trainer.loop.Job.sources`; empty in checkpoints of before there were such.
     """
 
     data: dict[str, Any]
@@ -93,7 +93,7 @@ class Checkpoints:
         """The steps that there are whole checkpoints of."""
         return sorted(self._manager.all_steps())
 
-    def save(self, state: Any, position: Position, score: float | None = None) -> None:
+    def save(self, state: Any, position: CheckpointMetadata, score: float | None = None) -> None:
         """Writes a checkpoint.
 
         Args:
@@ -121,7 +121,7 @@ class Checkpoints:
                 metrics={"score": score} if measured else None,
             )
 
-    def restore(self, like: Any, step: int | None = None) -> tuple[Any, Position] | None:
+    def restore(self, like: Any, step: int | None = None) -> tuple[Any, CheckpointMetadata] | None:
         """Reads a checkpoint.
 
         Args:
@@ -155,7 +155,7 @@ class Checkpoints:
                 ),
             )
             state = treedef.unflatten([found.state[name] for name in names])
-            return state, Position(**found.position)
+            return state, CheckpointMetadata(**found.position)
 
     @property
     def best(self) -> int | None:

@@ -5,13 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -25,11 +22,13 @@ from hyperadapt_jax.tables import table
 from ..base import Base, fingerprint
 from ..data.batches import Batches, stream
 from ..errors import InputError, warn
-from ..options import LARGEST, OptimizerOptions, RunOptions, lasting
-from ..run import log as report
+from ..options import LARGEST, OptimizerOptions, RunOptions, identity_options
 from ..run.folder import ADAPTER
-from .checkpoints import Checkpoints, Position
-from .step import Loss, learning_rates, make_optimizer, make_step, start
+from ..run.log import METRICS, Log, read_metrics
+from .checkpoints import CheckpointMetadata, Checkpoints
+from .optimizer import learning_rates, make_optimizer
+from .signals import Signals, StoppedNow
+from .step import Loss, make_step, start
 
 Metrics = dict[str, float]
 
@@ -38,8 +37,8 @@ SOURCES, BASE = "sources", "base model"  # in an adapter's metadata
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Task:
-    """What a recipe brings to the loop.
+class Job:
+    """What trains, on what, and how it is measured.
 
     Attributes:
       name: what the progress bar is called.
@@ -48,8 +47,8 @@ class Task:
       loss: summed loss and weight of a batch.
       batches: the training data, of enough epochs.
       evaluate: from what trains to metrics.
-      score: from metrics to a number, higher is better, by which the best step is chosen; one that
-        is not finite is never the best.
+      criterion: from metrics to a number, higher is better, by which the best step is options; one
+        that is not finite is never the best.
       sources: digests of what else the run is made of, by name: its examples and its tokenizer.
     """
 
@@ -59,7 +58,7 @@ class Task:
     loss: Loss
     batches: Batches
     evaluate: Callable[[Any], Metrics]
-    score: Callable[[Metrics], float]
+    criterion: Callable[[Metrics], float]
     sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -148,7 +147,7 @@ def total_steps(run: RunOptions, per_epoch: int) -> int:
 
 
 def fit(
-    task: Task,
+    job: Job,
     folder: Path,
     *,
     optimizer: OptimizerOptions,
@@ -158,12 +157,12 @@ def fit(
     """Trains, and leaves metrics, curves, checkpoints and the best adapter in the run folder.
 
     A run that was stopped at any moment and is resumed computes what one that was never stopped
-    computes, bit for bit on the same machine. The arrays of ``task.tuning.trainable`` are freed:
+    computes, bit for bit on the same machine. The arrays of ``job.tuning.trainable`` are freed:
     where everything trains, they are as large as the model.
 
     Args:
-      task: the recipe's part.
-      folder: the run folder, claimed by this process.
+      job: what trains, on what, and how it is measured.
+      folder: the run folder, opened by this process.
       optimizer: how it trains.
       run: how long and how often.
       metadata: what to keep with the adapter: the run's options, as `options.flat` gives them.
@@ -173,143 +172,200 @@ def fit(
         evaluation; the checkpoint is of another base model; a file cannot be written.
       Interrupted: SIGINT or SIGTERM came, and a checkpoint was written.
     """
-    tuning, steps = task.tuning, total_steps(run, task.batches.per_epoch)
-    chain = make_optimizer(optimizer, tuning, steps)
-    rates = learning_rates(optimizer, tuning, steps)
-    step = make_step(task.loss, chain, rates, accumulate=run.accumulate)
-    state, identity = start(tuning, chain, run.seed), fingerprint(tuning.frozen)
-    _free(tuning.trainable)
-    like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-    )
-
-    def due(every: int | None) -> bool:
-        return done == steps or (every is not None and done % every == 0)
-
-    with Checkpoints(folder) as checkpoints, _Signals() as signals:
-        place = metrics = None  # in the data; after this very step
-        spent: dict[str, float] = {}  # before this session
-        if run.resume and checkpoints.steps:
-            _free(state)
-            state, (place, base, metrics, spent, sources) = checkpoints.restore(like)
-            if changed := other_source(sources, task.sources):
-                raise InputError(
-                    f"--resume: {changed} changed since the run in {folder} began: give it as it"
-                    " was, or start another run"
-                )
-            if task.sources and not sources:
-                warn(f"{folder} does not say which data it was made on: it is not compared")
-            if base != identity:
-                raise InputError(
-                    f"--resume: the checkpoints in {folder} were made on another base model; give"
-                    f" the one that the run began with, which is not {task.base.folder} as it is"
-                )
-        first = done = int(state.step)
-        batches = stream(task.batches, place)
-        log = report.Log(folder, steps, start_step=done, quiet=run.quiet, label=task.name)
-        began = saved = time.monotonic()
-        seen = 0  # tokens of this session
-
-        def spending() -> dict[str, float]:
-            return {
-                "tokens": spent.get("tokens", 0) + seen,
-                "seconds": spent.get("seconds", 0.0) + time.monotonic() - began,
-                "sessions": spent.get("sessions", 0) + (first < steps),
-            }
-
-        def save() -> None:
-            nonlocal saved
-            place, made_of = batches.get_state(), dict(task.sources)
-            position = Position(place, identity, metrics, spending(), made_of)
-            with log.paused():
-                checkpoints.save(state, position, None if metrics is None else task.score(metrics))
-            saved, log.best = time.monotonic(), checkpoints.best
-
-        def leave() -> None:
-            raise Interrupted(signals.received, f"saved after step {done} of {steps}")
-
-        def evaluate() -> Metrics:
-            try:
-                with log.paused(), signals.at_once():
-                    found = task.evaluate(state.trainable)
-            except _Now:
-                save()
-                leave()
-            except InputError as error:
-                if done:
-                    save()
-                raise InputError(f"the evaluation after step {done}: {error}") from error
-            log.evaluation(done, found)
-            if not math.isfinite(score := task.score(found)):
-                log.warn(f"the score after step {done} is {score}: this step is never the best one")
-            return found
-
-        def tell(number: int, numbers: Any, tokens: int, rows: np.ndarray) -> None:
-            numbers = {name: float(value) for name, value in numbers.items()}
-            bad = int(numbers.pop("bad"))
-            log.step(number, numbers, tokens=tokens)
-            if not bad:
-                return
-            where = f"step {number} ({task.batches.where(rows)})"
-            log.warn(f"the loss or its gradient is not finite in {where}: nothing was changed")
-            if bad >= run.patience:
-                save()
-                raise InputError(
-                    f"the loss was not finite for {bad} steps in a row, the last {where}; the state"
-                    f" after step {number - bad} is kept in {folder}: look at these rows, or start"
-                    " again with a lower --lr"
-                )
-
-        with log:
-            log.best = checkpoints.best
-            if done:
-                log.note(f"{task.name}: going on after step {done} of {steps}")
-            every = run.eval_every or task.batches.per_epoch
-            if metrics is None and due(every):  # at the start, or stopped while it evaluated
-                metrics = evaluate()
-                save()
-            told: list[tuple] = []
-            shapes: set[tuple[int, ...]] = set()
-            while done < steps:
-                batch = next(batches)
-                rows, tokens = batch.pop("rows"), int(batch["mask"].sum())
-                known, shape = batch["tokens"].shape in shapes, batch["tokens"].shape
-                with contextlib.nullcontext() if known else log.paused():  # it compiles
-                    state, numbers = step(state, tuning.frozen, batch)
-                shapes.add(shape)
-                done, metrics, seen = done + 1, None, seen + tokens
-                told.append((done, numbers, tokens, rows))
-                late = time.monotonic() - saved >= SAVE_SECONDS
-                pause = due(every) or due(run.save_every) or late or signals.received
-                # The numbers of a step are read while the device computes the next one.
-                while len(told) > (0 if pause else 1):
-                    tell(*told.pop(0))
-                if not pause:
-                    continue
-                if due(every) and not signals.received:
-                    metrics = evaluate()
-                save()
-                if signals.received:
-                    leave()
-        took = Spent(steps, **spending())
-        if (best := checkpoints.best) is None:
-            raise InputError(
-                f"no evaluation of the run in {folder} gave a finite score, the last"
-                f" {task.score(metrics)}: start again with a lower --lr, or --dtype float32"
-            )
-        kept, last = state.trainable, metrics
-        if best != done:
-            _free(state)
-            restored, position = checkpoints.restore(like, best)
-            kept, metrics = restored.trainable, position.metrics
-            _free(restored.optimizer)
-    first = next((r for r in report.read_metrics(folder / report.METRICS) if _evaluated(r)), {})
+    with Checkpoints(folder) as checkpoints, Signals() as signals:
+        session = _Session(job, folder, optimizer, run, checkpoints, signals)
+        with session.log:
+            session.train()
+        spent = Spent(session.steps, **session.spent())
+        trainable, best, metrics = session.best()
+    rows = read_metrics(folder / METRICS)
+    first = next((row for row in rows if _evaluated(row)), {})
     before = _evaluated(first) if first.get("step") == 0 else {}
     if not (folder / ADAPTER).exists():
-        made_of = {SOURCES: {**task.sources, BASE: identity}} if task.sources else {}
-        kept_with = {**lasting(metadata or {}), **made_of}
-        write_adapter(folder / ADAPTER, task.base, tuning, kept, kept_with)
-    return Result(kept, best, before, metrics, last, took)
+        sources = {SOURCES: {**job.sources, BASE: session.base_digest}} if job.sources else {}
+        kept_with = {**identity_options(metadata or {}), **sources}
+        write_adapter(folder / ADAPTER, job.base, job.tuning, trainable, kept_with)
+    return Result(trainable, best, before, metrics, session.metrics or {}, spent)
+
+
+class _Session:
+    """What one process does of a run: from its start or a checkpoint to its end or a signal.
+
+    Attributes:
+      steps: of the whole run.
+      done: steps so far.
+      metrics: of the evaluation after this very step; None if there was none.
+      log: the run's log, a context manager.
+      base_digest: the fingerprint of the frozen parameters.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        folder: Path,
+        optimizer: OptimizerOptions,
+        run: RunOptions,
+        checkpoints: Checkpoints,
+        signals: Signals,
+    ):
+        self.job, self.folder, self.run = job, folder, run
+        self._checkpoints, self._signals = checkpoints, signals
+        self.steps = total_steps(run, job.batches.per_epoch)
+        chain = make_optimizer(optimizer, job.tuning, self.steps)
+        rates = learning_rates(optimizer, job.tuning, self.steps)
+        self._step = make_step(job.loss, chain, rates, accumulate=run.accumulate)
+        self._state = start(job.tuning, chain, run.seed)
+        self.base_digest = fingerprint(job.tuning.frozen)
+        _free(job.tuning.trainable)
+        self._like = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self._state
+        )
+        self.metrics: Metrics | None = None
+        self._earlier: dict[str, float] = {}  # spent before this session
+        data = self._resume() if run.resume and checkpoints.steps else None
+        self._batches = stream(job.batches, data)
+        self._first = self.done = int(self._state.step)
+        self._began = self._saved = time.monotonic()
+        self._tokens = 0  # of this session
+        self._pending: list[tuple[int, Any, int, np.ndarray]] = []
+        self._shapes: set[tuple[int, ...]] = set()  # that are compiled
+        self.log = Log(folder, self.steps, start_step=self.done, quiet=run.quiet, label=job.name)
+        self.log.best = checkpoints.best
+
+    def _resume(self) -> dict[str, Any]:
+        """Takes up the last checkpoint, and gives the place in the data."""
+        _free(self._state)
+        self._state, known = self._checkpoints.restore(self._like)
+        if changed := other_source(known.sources, self.job.sources):
+            raise InputError(
+                f"--resume: {changed} changed since the run in {self.folder} began: give it as it"
+                " was, or start another run"
+            )
+        if self.job.sources and not known.sources:
+            warn(f"{self.folder} does not say which data it was made on: it is not compared")
+        if known.base != self.base_digest:
+            raise InputError(
+                f"--resume: the checkpoints in {self.folder} were made on another base model; give"
+                f" the one that the run began with, which is not {self.job.base.folder} as it is"
+            )
+        self.metrics, self._earlier = known.metrics, known.spent
+        return known.data
+
+    def train(self) -> None:
+        """Trains to the end, evaluating and saving when it is due."""
+        if self.done:
+            self.log.note(f"{self.job.name}: resumed after step {self.done} of {self.steps}")
+        every = self.run.eval_every or self.job.batches.per_epoch
+        if self.metrics is None and self._due(every):  # at the start, or stopped as it evaluated
+            self._evaluate()
+            self._save()
+        while self.done < self.steps:
+            self._advance()
+            late = time.monotonic() - self._saved >= SAVE_SECONDS
+            stopped = self._signals.received is not None
+            pause = self._due(every) or self._due(self.run.save_every) or late or stopped
+            # The metrics of a step are read while the device computes the next one.
+            self._report(keep=0 if pause else 1)
+            if not pause:
+                continue
+            if self._due(every) and not self._signals.received:
+                self._evaluate()
+            self._save()
+            if self._signals.received:
+                self._stop()
+
+    def best(self) -> tuple[Any, int, Metrics]:
+        """What trained as it was at the best evaluation, its step, and its metrics."""
+        best = self._checkpoints.best
+        if best is None:
+            raise InputError(
+                f"no evaluation of the run in {self.folder} gave a finite score, the last"
+                f" {self.job.criterion(self.metrics)}: start again with a lower --lr, or"
+                " --dtype float32"
+            )
+        if best == self.done:
+            return self._state.trainable, best, self.metrics
+        _free(self._state)
+        restored, known = self._checkpoints.restore(self._like, best)
+        _free(restored.optimizer)
+        return restored.trainable, best, known.metrics
+
+    def spent(self) -> dict[str, float]:
+        """Tokens, seconds and sessions of the run so far."""
+        seconds = time.monotonic() - self._began
+        return {
+            "tokens": self._earlier.get("tokens", 0) + self._tokens,
+            "seconds": self._earlier.get("seconds", 0.0) + seconds,
+            "sessions": self._earlier.get("sessions", 0) + (self._first < self.steps),
+        }
+
+    def _due(self, every: int | None) -> bool:
+        return self.done == self.steps or (every is not None and self.done % every == 0)
+
+    def _advance(self) -> None:
+        """One optimizer step; its metrics stay on the device for now."""
+        batch = next(self._batches)
+        example_ids, tokens = batch.pop("example_ids"), int(batch["mask"].sum())
+        shape = batch["tokens"].shape
+        known = shape in self._shapes
+        with contextlib.nullcontext() if known else self.log.paused():  # it compiles
+            self._state, metrics = self._step(self._state, self.job.tuning.frozen, batch)
+        self._shapes.add(shape)
+        self.done, self.metrics, self._tokens = self.done + 1, None, self._tokens + tokens
+        self._pending.append((self.done, metrics, tokens, example_ids))
+
+    def _report(self, keep: int) -> None:
+        """Logs the metrics of all steps but the last ``keep``, and stops where none is finite."""
+        while len(self._pending) > keep:
+            step, metrics, tokens, example_ids = self._pending.pop(0)
+            numbers = {name: float(value) for name, value in metrics.items()}
+            nonfinite = int(numbers.pop("nonfinite_steps"))
+            self.log.step(step, numbers, tokens=tokens)
+            if not nonfinite:
+                continue
+            where = f"step {step} ({self.job.batches.where(example_ids)})"
+            self.log.warn(f"the loss or its gradient is not finite in {where}: nothing was changed")
+            if nonfinite >= self.run.patience:
+                self._save()
+                raise InputError(
+                    f"the loss was not finite for {nonfinite} steps in a row, the last {where}; the"
+                    f" state after step {step - nonfinite} is kept in {self.folder}: look at these"
+                    " rows, or start again with a lower --lr"
+                )
+
+    def _evaluate(self) -> None:
+        try:
+            with self.log.paused(), self._signals.at_once():
+                found = self.job.evaluate(self._state.trainable)
+        except StoppedNow:
+            self._save()
+            self._stop()
+        except InputError as error:
+            if self.done:
+                self._save()
+            raise InputError(f"the evaluation after step {self.done}: {error}") from error
+        self.log.evaluation(self.done, found)
+        if not math.isfinite(score := self.job.criterion(found)):
+            self.log.warn(
+                f"the score after step {self.done} is {score}: this step is never the best one"
+            )
+        self.metrics = found
+
+    def _save(self) -> None:
+        score = None if self.metrics is None else self.job.criterion(self.metrics)
+        known = CheckpointMetadata(
+            data=self._batches.get_state(),
+            base=self.base_digest,
+            metrics=self.metrics,
+            spent=self.spent(),
+            sources=dict(self.job.sources),
+        )
+        with self.log.paused():
+            self._checkpoints.save(self._state, known, score)
+        self._saved, self.log.best = time.monotonic(), self._checkpoints.best
+
+    def _stop(self) -> NoReturn:
+        raise Interrupted(self._signals.received, f"saved after step {self.done} of {self.steps}")
 
 
 def _free(tree: Any) -> None:
@@ -339,45 +395,3 @@ def write_adapter(
 def _evaluated(row: Metrics) -> Metrics:
     """The evaluation's metrics in a row of metrics.jsonl."""
     return {k.removeprefix("eval/"): v for k, v in row.items() if k.startswith("eval/")}
-
-
-class _Now(BaseException):
-    """Raised by a signal where the work at hand can be thrown away."""
-
-
-class _Signals:
-    """Notes SIGINT and SIGTERM instead of dying of them; the second one kills at once."""
-
-    def __init__(self):
-        self.received: int | None = None
-        self._raises = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Signals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, _: Any) -> None:
-        if self.received is not None:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        self.received = number
-        if self._raises:
-            raise _Now
-
-    @contextlib.contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Inside, a signal raises :class:`_Now`."""
-        self._raises = True
-        try:
-            if self.received is not None:
-                raise _Now
-            yield
-        finally:
-            self._raises = False

@@ -1,79 +1,60 @@
-"""How many problems of synthetic arithmetic a decoder answers rightly."""
+"""How many problems of synthetic arithmetic a decoder solves."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from hyperadapt_jax import models
 from hyperadapt_jax.methods import Tuning
 
 from ...metrics import finite
-from . import problems as arithmetic
-from .problems import Problem
+from ...metrics.generation import GenerationEval
+from . import problems
 
-ROWS = 384  # answered at once
+BATCH_SIZE = 384
 LONGEST = 24  # tokens of an answer
 
 
-@dataclasses.dataclass(frozen=True)
-class Exam:
-    """Problems whose number families no training ever used, as many of each kind.
+def exam(kinds: Sequence[str], count: int, *, seed: int, tokenizer: Tokenizer) -> GenerationEval:
+    """As many problems of each kind, of number families that no training ever used.
 
-    Attributes:
-      problems: one of each kind, then the next one of each, so that all rounds cost the same.
+    Args:
+      kinds: of problems; each is a group of its own.
+      count: problems of each kind.
+      seed: of their draw.
       tokenizer: the model's.
     """
+    drawn = [problems.draw(kind, count, seed=seed, held=True) for kind in kinds]
+    # One of each kind, then the next one of each, so that all batches cost the same.
+    asked = [problem for each in zip(*drawn, strict=True) for problem in each]
 
-    problems: tuple[Problem, ...]
-    tokenizer: Tokenizer
+    def correct(answers: Sequence[str]) -> list[bool]:
+        return [problems.correct(p, answer) for p, answer in zip(asked, answers, strict=True)]
 
-    @classmethod
-    def of(cls, kinds: Sequence[str], count: int, *, seed: int, tokenizer: Tokenizer) -> Exam:
-        """Draws ``count`` problems of each kind."""
-        drawn = [arithmetic.problems(kind, count, seed=seed, held=True) for kind in kinds]
-        rounds = zip(*drawn, strict=True)
-        return cls(tuple(problem for each in rounds for problem in each), tokenizer)
+    prompts = problems.prompts(asked, tokenizer)
+    return GenerationEval(
+        prompts=prompts,
+        references=[problem.answer for problem in asked],
+        decode=tokenizer.decode,
+        stop_tokens=[tokenizer.token_to_id(problems.EOS)],
+        max_new_tokens=LONGEST,
+        longest=max(map(len, prompts)),
+        batch_size=BATCH_SIZE,
+        correct=correct,
+        groups=[problem.kind for problem in asked],
+    )
 
-    def answers(self, forward: Callable[..., Any], *trees: Any) -> list[str | None]:
-        """What the model answers, taking the likeliest token each time; see `finite.decoded`.
 
-        Args:
-          forward: ``forward(*trees, tokens, mask=, cache=)``; keep it: another one compiles again.
-          *trees: its parameters.
-        """
-        stop = [self.tokenizer.token_to_id(arithmetic.EOS)]
-        prompts = arithmetic.prompts(self.problems, self.tokenizer)
-        found: list[list[int]] = []
-        for start in range(0, len(prompts), ROWS):
-            found += models.generate(
-                forward,
-                *trees,
-                prompts=prompts[start : start + ROWS],
-                max_new_tokens=LONGEST,
-                stop_tokens=stop,
-            )
-        return finite.decoded(found, self.tokenizer.decode)
+def measure(asked: GenerationEval, tuning: Tuning) -> Callable[[Any], dict[str, float]]:
+    """A function from what trains to the accuracy of each kind of problems.
 
-    def on(self, tuning: Tuning) -> Callable[[Any], dict[str, float]]:
-        """A function from what trains to the accuracy of what the model answers; see `answers`.
+    It raises InputError where no answer has finite outputs.
+    """
 
-        It raises InputError where no answer has finite outputs.
-        """
+    def evaluate(trainable: Any) -> dict[str, float]:
+        answers = asked.generations(tuning.forward, trainable, tuning.frozen)
+        return asked.accuracy(answers) | finite.count(answers)
 
-        def measure(trainable: Any) -> dict[str, float]:
-            answers = self.answers(tuning.forward, trainable, tuning.frozen)
-            return self.accuracy(answers) | finite.count(answers, "nonfinite")
-
-        return measure
-
-    def accuracy(self, answers: Sequence[str | None]) -> dict[str, float]:
-        """The share of right answers, by kind of problem."""
-        right: dict[str, list[bool]] = {}
-        for problem, answer in zip(self.problems, answers, strict=True):
-            correct = answer is not None and arithmetic.correct(problem, answer)
-            right.setdefault(problem.kind, []).append(correct)
-        return {kind: sum(marks) / len(marks) for kind, marks in right.items()}
+    return evaluate

@@ -329,7 +329,7 @@ MIXTURE: dict[str, int] = {
 }
 
 
-def problems(tasks: str | dict[str, int], count: int, *, seed: int, held: bool) -> list[Problem]:
+def draw(tasks: str | dict[str, int], count: int, *, seed: int, held: bool) -> list[Problem]:
     """Draw problems.
 
     Args:
@@ -341,7 +341,7 @@ def problems(tasks: str | dict[str, int], count: int, *, seed: int, held: bool) 
     Returns:
       The problems; the first ones do not depend on how many are drawn.
 
-    >>> problems("equation", 1, seed=0, held=True)[0].kind
+    >>> draw("equation", 1, seed=0, held=True)[0].kind
     'equation'
     """
     shares = {tasks: 1} if isinstance(tasks, str) else tasks

@@ -11,11 +11,12 @@ from hyperadapt_jax.methods import Tuning
 
 from ... import PROGRAM
 from ...errors import InputError
+from ...metrics.generation import GenerationEval
 from ...trainer import losses
 from ...trainer.step import Loss
 from ..task import Evaluation, Metrics, Setting, Task, Training
-from . import problems as arithmetic
-from .exam import Exam
+from . import problems
+from .exam import exam, measure
 
 WATCHED = (
     128  # problems of each kind while the demo trains, other ones than are measured in the end
@@ -41,11 +42,12 @@ class Arithmetic(Task):
                 raise InputError(f"--{name} {getattr(self, name)}: give a number from 1 to {MOST}")
 
     def evaluation(self, setting: Setting) -> Evaluation:
-        return Evaluation(self.final(setting).on)
+        final = self.final(setting)
+        return Evaluation(lambda tuning: measure(final, tuning))
 
-    def final(self, setting: Setting) -> Exam:
+    def final(self, setting: Setting) -> GenerationEval:
         """The problems that a run is measured on when it has ended."""
-        return Exam.of(list(self.kinds), self.problems, seed=1, tokenizer=_words(setting))
+        return exam(list(self.kinds), self.problems, seed=1, tokenizer=_words(setting))
 
     def loss(self, tuning: Tuning) -> Loss:
         return losses.next_token(tuning)
@@ -64,10 +66,10 @@ class TwoSteps(Arithmetic):
 
     def prepare(self, setting: Setting) -> tuple[Training, Evaluation]:
         tokenizer = _words(setting)
-        problems = arithmetic.problems("ride", self.texts, seed=setting.seed, held=False)
-        watched = Exam.of(list(self.kinds), WATCHED, seed=2, tokenizer=tokenizer)
-        examples = arithmetic.examples(problems, tokenizer, answers_alone=True)
-        return Training(examples), Evaluation(watched.on)
+        drawn = problems.draw("ride", self.texts, seed=setting.seed, held=False)
+        watched = exam(list(self.kinds), WATCHED, seed=2, tokenizer=tokenizer)
+        examples = problems.examples(drawn, tokenizer, answers_alone=True)
+        return Training(examples), Evaluation(lambda tuning: measure(watched, tuning))
 
     def criterion(self, metrics: Metrics) -> float:
         return metrics["ride"]
@@ -92,9 +94,9 @@ class OneStep(Arithmetic):
     }
 
     def prepare(self, setting: Setting) -> tuple[Training, Evaluation]:
-        tokenizer, mixture = _words(setting), arithmetic.MIXTURE
-        problems = arithmetic.problems(mixture, self.texts, seed=setting.seed, held=False)
-        examples = arithmetic.examples(problems, tokenizer, answers_alone=False)
+        tokenizer, mixture = _words(setting), problems.MIXTURE
+        drawn = problems.draw(mixture, self.texts, seed=setting.seed, held=False)
+        examples = problems.examples(drawn, tokenizer, answers_alone=False)
         return Training(examples, pack=self.length), self.evaluation(setting)
 
     def criterion(self, metrics: Metrics) -> float:
@@ -103,7 +105,7 @@ class OneStep(Arithmetic):
 
 def _words(setting: Setting) -> Tokenizer:
     """The tokenizer itself, which must be the one of the synthetic problems."""
-    words = {word: number for number, word in enumerate(arithmetic.vocabulary())}
+    words = {word: number for number, word in enumerate(problems.vocabulary())}
     if setting.tokenizer.get_vocab() != words:
         raise InputError(
             f"--model {setting.base.name} does not know the words of this demo: give a model that"
