@@ -21,6 +21,7 @@ _PUBLIC = {
     "Evaluation": "tasks.task",
     "Instructions": "tasks.instructions",
     "Glue": "tasks.glue",
+    "Classify": "tasks.classify",
 }
 
 

@@ -303,7 +303,7 @@ def test_the_template_gets_the_whole_message(rows):
         ([USER, turn("assistant", "a", weight=0.5)], {}, "has no weight of 0 or 1 in message 2"),
         ([turn("user", "a", weight=1), CHAT[1]], {}, "message 1, of 'user', has a weight"),
         ([USER, turn("assistant", "a", weight=0)], {}, "no answer of the assistant to learn"),
-        ([turn("critic", "nonfinite_steps"), *CHAT], {}, "shows nothing of message 1, of 'critic'"),
+        ([turn("critic", "bad"), *CHAT], {}, "shows nothing of message 1, of 'critic'"),
     ],
 )
 def test_what_a_template_does_not_show_is_refused_with_its_row(rows, messages, more, message):

@@ -142,14 +142,14 @@ def test_options_that_cannot_be_meant(command, capsys, words, message):
     ids=["empty", "one_class", "out_of_range", "no_label", "short"],
 )
 def test_data_that_cannot_be_used(command, capsys, tmp_path, rows, message):
-    data = write_glue(tmp_path / "nonfinite_steps", rows)
+    data = write_glue(tmp_path / "bad", rows)
     assert message in refused(capsys, *command, "--data", str(data))
     # Nothing was trained, so the folder can be used once the data is right.
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_a_missing_column(command, capsys, tmp_path):
-    data = write_glue(tmp_path / "nonfinite_steps")
+    data = write_glue(tmp_path / "bad")
     file = data / "SST-2" / "train.tsv"
     file.write_text(file.read_text().replace("sentence\tlabel", "sentence\tlable"))
     error = refused(capsys, *command, "--data", str(data))

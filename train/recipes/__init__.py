@@ -3,6 +3,7 @@
 RECIPES = {
     "demo": "adapt an embedded model to a new task: two minutes on a CPU",
     "glue": "fine-tune an encoder on a task of GLUE",
+    "classify": "fine-tune an encoder on texts and their classes",
     "sft": "fine-tune a decoder on instructions and answers",
     "pretrain": "make the embedded model of the demo from scratch",
     "evaluate": "measure a run's adapter again, on its own data or on other",
