@@ -1,6 +1,6 @@
 """HyperAdapt in JAX: fine-tune a frozen weight ``W`` as ``diag(1 + row) W diag(1 + col)``."""
 
-from hyperadapt_jax import adapter_io, methods, optim, rank, sharding
+from hyperadapt_jax import methods, rank, sharding, trainable
 from hyperadapt_jax.adapt import (
     Adapted,
     Explanation,
@@ -10,8 +10,9 @@ from hyperadapt_jax.adapt import (
     adapt,
     explain,
 )
-from hyperadapt_jax.adapter_io import Adapter, AdapterError, load, save
+from hyperadapt_jax.adapter import Adapter, AdapterError, load, save
 from hyperadapt_jax.merge import MergeReport, merge, unmerge
+from hyperadapt_jax.plan import Plan, PlanError, Target, Weight, init, plan
 from hyperadapt_jax.scales import (
     ScaleVectors,
     average,
@@ -21,7 +22,6 @@ from hyperadapt_jax.scales import (
     interpolate,
     invert,
 )
-from hyperadapt_jax.targets import Plan, PlanError, Target, Weight, init, plan
 from hyperadapt_jax.version import __version__
 
 __all__ = [
@@ -40,7 +40,6 @@ __all__ = [
     "Weight",
     "__version__",
     "adapt",
-    "adapter_io",
     "average",
     "canonical",
     "compose",
@@ -52,10 +51,10 @@ __all__ = [
     "load",
     "merge",
     "methods",
-    "optim",
     "plan",
     "rank",
     "save",
     "sharding",
+    "trainable",
     "unmerge",
 ]

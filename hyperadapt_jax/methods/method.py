@@ -9,10 +9,11 @@ from typing import Any
 
 import jax
 
-from hyperadapt_jax import optim, paths
+from hyperadapt_jax import paths
 from hyperadapt_jax.adapt import adapt
+from hyperadapt_jax.plan import Plan
 from hyperadapt_jax.scales import Scales
-from hyperadapt_jax.targets import Plan
+from hyperadapt_jax.trainable import combine, split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Tuning:
       forward: ``forward(trainable, frozen, *args, **kwargs)``, the model's outputs.
       trainable: what trains, float32: under ``"scales"`` what the method trains of the weights,
         under ``"full"`` other parameters by path.
-      frozen: the rest; `hyperadapt_jax.optim.combine` puts both together.
+      frozen: the rest; `hyperadapt_jax.trainable.combine` puts both together.
       labels: a word for each trainable array, for ``optax.partition``: the method's, or ``full``.
       method: the method.
       plan: the weights that it adapts; None where it adapts none.
@@ -92,7 +93,7 @@ class Tuning:
         """What an adapter holds: what becomes of each weight, and what trained fully."""
         if self.plan is None:
             return {}, dict(trainable["full"])
-        params, trained = optim.combine(trainable, self.frozen)
+        params, trained = combine(trainable, self.frozen)
         return self.method.scales(trained, params), dict(trainable["full"])
 
 
@@ -135,7 +136,7 @@ def tune(
 
     def start(params: Any) -> tuple[dict[str, Any], Any]:
         trained = method.init(key, selected, params) if selected else {}
-        return optim.split(params, trained, full="|".join(chosen) or None)
+        return split(params, trained, full="|".join(chosen) or None)
 
     shapes_alone = isinstance(next(iter(jax.tree.leaves(params)), None), jax.ShapeDtypeStruct)
     trainable, frozen = jax.eval_shape(start, params) if shapes_alone else start(params)
@@ -152,7 +153,7 @@ def _forward(method: Method, fn: Callable[..., Any], adapted: bool) -> Callable[
     transformed = adapt(fn) if adapted else None
 
     def forward(trainable: Any, frozen: Any, *args: Any, **kwargs: Any) -> Any:
-        params, trained = optim.combine(trainable, frozen)
+        params, trained = combine(trainable, frozen)
         if transformed is None:
             return fn(params, *args, **kwargs)
         return transformed(params, method.scales(trained, params), *args, **kwargs)

@@ -64,7 +64,7 @@ def test_the_update_is_the_mean_gradient_of_the_merged_model():
     fn = models.functional(models.create(models.config_from_dict(tiny.CONFIG)))[0]
 
     def merged_loss(trainable):
-        params, scales = ha.optim.combine(trainable, tuned.frozen)
+        params, scales = ha.trainable.combine(trainable, tuned.frozen)
         logits = fn(ha.merge(params, scales), batch["tokens"], mask=batch["mask"])
         chosen = jnp.take_along_axis(
             jax.nn.log_softmax(logits), batch["labels"].clip(0)[..., None], axis=-1

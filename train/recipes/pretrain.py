@@ -63,7 +63,7 @@ def run(chosen: Options) -> None:
         made = assemble(chosen.task, chosen.model, chosen.adapter, chosen.run)
         loaded, tuning = made.load()
         result = made.fit(loaded, tuning, folder, chosen.optimizer, config)
-        params, _ = ha.optim.combine(result.trainable, tuning.frozen)
+        params, _ = ha.trainable.combine(result.trainable, tuning.frozen)
         kinds = chosen.task.kinds
         rows = [[kinds[kind], f"{share:.1%}"] for kind, share in result.best.items()]
         write_model(folder / MODEL, chosen.model, params, rows)

@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 
 import hyperadapt_jax as ha
-from hyperadapt_jax import optim, paths
+from hyperadapt_jax import paths
+from hyperadapt_jax import trainable as optim
 
 X = jnp.linspace(-1.0, 1.0, 12).reshape(4, 3)
 

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import hyperadapt_jax as ha
-from hyperadapt_jax import optim
+from hyperadapt_jax import trainable as optim
 
 WEIGHT = (6, 4)
 

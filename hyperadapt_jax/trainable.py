@@ -35,8 +35,8 @@ import jax.numpy as jnp
 import optax
 
 from hyperadapt_jax import paths
+from hyperadapt_jax.plan import PlanError, check_tied, matches
 from hyperadapt_jax.scales import Scales, compute_dtype
-from hyperadapt_jax.targets import PlanError, check_tied, matches
 
 
 @jax.tree_util.register_static

@@ -26,11 +26,11 @@ import numpy as np
 import safetensors.numpy
 
 from hyperadapt_jax import paths
+from hyperadapt_jax.plan import Target
 from hyperadapt_jax.scales import SIDES, Scales, ScaleVectors, side_axes, side_shape
 from hyperadapt_jax.scales import check as check_scales
 from hyperadapt_jax.sharding import vector_sharding
 from hyperadapt_jax.tables import first_few
-from hyperadapt_jax.targets import Target
 from hyperadapt_jax.version import __version__
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -163,7 +163,7 @@ def save(
         as the keywords say. Sharded ones are gathered.
       params: the base parameters, arrays or ``jax.ShapeDtypeStruct``, with or without those of
         ``full``: their paths and shapes are recorded.
-      full: fully trained parameters by path, float32, such as a new head (see ``optim.split``).
+      full: fully trained parameters by path, float32, such as a new head (see ``trainable.split``).
       base_model: the base's name, for people and tools.
       base_config: the base's configuration, a mapping or a dataclass, for :func:`load` to compare.
       metadata: anything else to keep, as JSON.

@@ -25,8 +25,8 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 import hyperadapt_jax as ha
-from hyperadapt_jax import adapter_io
-from hyperadapt_jax.adapter_io import CONFIG, TENSORS, AdapterError, load, save
+from hyperadapt_jax import adapter as adapter_module
+from hyperadapt_jax.adapter import CONFIG, TENSORS, AdapterError, load, save
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE_CONFIG = {"hidden_size": 3, "rope_scaling": None, "torch_dtype": "bfloat16"}
@@ -80,7 +80,7 @@ def edit_config(folder, change, checksum=True):
     change(config)
     if checksum:
         config.pop("checksum", None)
-        config["checksum"] = adapter_io._digest(config)
+        config["checksum"] = adapter_module._digest(config)
     (folder / CONFIG).write_text(json.dumps(config))
 
 
@@ -124,7 +124,7 @@ def test_a_base_whose_text_ends_elsewhere_is_the_same_base(tmp_path, saved, monk
     _, params, scales = saved
     given, other = ({"hidden_size": 3, "eos_token_id": ends} for ends in (2, [2, 9]))
     save(tmp_path / "new", scales, params, base_config=given)
-    monkeypatch.setattr(adapter_io, "_LOADING", {"dtype"})  # as it was written at first
+    monkeypatch.setattr(adapter_module, "_LOADING", {"dtype"})  # as it was written at first
     save(tmp_path / "old", scales, params, base_config=given)
     monkeypatch.undo()
     assert "eos_token_id" in json.loads((tmp_path / "old" / CONFIG).read_text())["base_config"]
@@ -195,7 +195,7 @@ def test_round_trip_over_each_kind_of_tree(tmp_path, make, target):
 def test_a_fully_trained_head_travels_along(tmp_path):
     params = base(jnp.bfloat16)
     scales = noisy(ha.init(ha.plan(params, ("layers/q", "stack in out"))))
-    trainable, frozen = ha.optim.split(params, scales, full="head")
+    trainable, frozen = ha.trainable.split(params, scales, full="head")
     trainable["full"]["head"] += 1e-3
     for name, tree in [("frozen", frozen), ("whole", params)]:
         save(tmp_path / name, scales, tree, full=trainable["full"])
@@ -339,7 +339,7 @@ def test_save_says_how_to_gather_what_several_processes_hold(tmp_path):
         from jax.experimental.multihost_utils import process_allgather
         from jax.sharding import NamedSharding, PartitionSpec
         import hyperadapt_jax as ha
-        from hyperadapt_jax.adapter_io import AdapterError, load, save
+        from hyperadapt_jax.adapter import AdapterError, load, save
 
         folder, address, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
         jax.distributed.initialize(address, num_processes=2, process_id=rank)
@@ -396,7 +396,7 @@ def test_a_crash_at_any_point_leaves_a_whole_adapter_or_none(tmp_path):
         from pathlib import Path
         import numpy as np
         import hyperadapt_jax as ha
-        from hyperadapt_jax.adapter_io import load, save
+        from hyperadapt_jax.adapter import load, save
 
         params = {"w": np.ones((3, 5), np.float32)}
 
