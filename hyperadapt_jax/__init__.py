@@ -11,17 +11,10 @@ from hyperadapt_jax.adapt import (
     explain,
 )
 from hyperadapt_jax.adapter import Adapter, AdapterError, load, save
+from hyperadapt_jax.algebra import average, canonical, compose, interpolate, invert
 from hyperadapt_jax.merge import MergeReport, merge, unmerge
 from hyperadapt_jax.plan import Plan, PlanError, Target, Weight, init, plan
-from hyperadapt_jax.scales import (
-    ScaleVectors,
-    average,
-    canonical,
-    compose,
-    count,
-    interpolate,
-    invert,
-)
+from hyperadapt_jax.scales import ScaleVectors, count
 from hyperadapt_jax.version import __version__
 
 __all__ = [

@@ -18,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from hyperadapt_jax import paths
+from hyperadapt_jax.algebra import check_invertible
 from hyperadapt_jax.scales import (
     Scales,
     ScaleVectors,
     broadcast_scale,
     check,
-    check_invertible,
     combined_delta,
     compute_dtype,
     iter_stack,
