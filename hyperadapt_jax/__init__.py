@@ -4,16 +4,16 @@ from hyperadapt_jax import methods, rank, sharding, trainable
 from hyperadapt_jax.adapt import (
     Adapted,
     Explanation,
-    MaterialisedError,
-    MaterialisedWarning,
-    Use,
+    MaterializedError,
+    MaterializedWarning,
+    WeightUse,
     adapt,
     explain,
 )
 from hyperadapt_jax.adapter import Adapter, AdapterError, load, save
 from hyperadapt_jax.algebra import average, canonical, compose, interpolate, invert
 from hyperadapt_jax.merge import MergeReport, merge, unmerge
-from hyperadapt_jax.plan import Plan, PlanError, Target, Weight, init, plan
+from hyperadapt_jax.plan import Plan, PlanError, PlannedWeight, Target, init, plan
 from hyperadapt_jax.scales import ScaleVectors, count
 from hyperadapt_jax.version import __version__
 
@@ -22,15 +22,15 @@ __all__ = [
     "Adapter",
     "AdapterError",
     "Explanation",
-    "MaterialisedError",
-    "MaterialisedWarning",
+    "MaterializedError",
+    "MaterializedWarning",
     "MergeReport",
     "Plan",
     "PlanError",
+    "PlannedWeight",
     "ScaleVectors",
     "Target",
-    "Use",
-    "Weight",
+    "WeightUse",
     "__version__",
     "adapt",
     "average",

@@ -3,7 +3,7 @@
 The function is traced to a jaxpr, which is read equation by equation with a value type of its own
 for the targeted weights (``Scaled``, in ``interpreter``). A rule per primitive moves the
 vectors along with their weight until a contraction, where they multiply the activations. Every
-other equation runs as it is, and so does every weight that no rule can follow: it is materialised.
+other equation runs as it is, and so does every weight that no rule can follow: it is materialized.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import jax.numpy as jnp
 from hyperadapt_jax import paths
 from hyperadapt_jax.interpreter import rules
 from hyperadapt_jax.interpreter.interpreter import (
-    MATERIALISED,
+    MATERIALIZED,
     ON_ACTIVATIONS,
     Interpreter,
-    MaterialisedError,
+    MaterializedError,
     Refused,
-    Use,
+    WeightUse,
 )
 from hyperadapt_jax.scales import Scales, check
 from hyperadapt_jax.tables import table
@@ -32,7 +32,7 @@ from hyperadapt_jax.tables import table
 UNUSED = "not used"
 
 
-class MaterialisedWarning(UserWarning):
+class MaterializedWarning(UserWarning):
     """A targeted weight is multiplied out: right, but at a weight-sized cost in time and memory."""
 
 
@@ -40,13 +40,13 @@ class MaterialisedWarning(UserWarning):
 class Explanation:
     """Every use of every targeted weight. Printed, it is a table."""
 
-    uses: tuple[Use, ...]
+    uses: tuple[WeightUse, ...]
 
     def _paths(self, how: str) -> tuple[str, ...]:
         return tuple(sorted({use.path for use in self.uses if use.how == how}))
 
     on_activations = property(lambda self: self._paths(ON_ACTIVATIONS), doc="Weights, by path.")
-    materialised = property(lambda self: self._paths(MATERIALISED), doc="Weights, by path.")
+    materialized = property(lambda self: self._paths(MATERIALIZED), doc="Weights, by path.")
     unused = property(lambda self: self._paths(UNUSED), doc="Weights, by path.")
 
     def __str__(self) -> str:
@@ -62,7 +62,7 @@ class Adapted:
     """
 
     fn: Callable[..., Any]
-    materialise: str
+    materialize: str
 
     @property
     def __name__(self) -> str:
@@ -74,19 +74,19 @@ class Adapted:
             result, interpreter = self._run(params, scales, args, kwargs)
         except Refused:
             refused = True
-        if refused or interpreter.materialized and self.materialise != "allow":
+        if refused or interpreter.materialized and self.materialize != "allow":
             # Traced again, with names; where codes cannot be scaled, it raises.
             found = explain(self, params, scales, *args, **kwargs)
-            lost = [use for use in found.uses if use.how == MATERIALISED]
+            lost = [use for use in found.uses if use.how == MATERIALIZED]
             message = (
                 f"{len({use.path for use in lost})} of {len(scales)} adapted weights are"
                 " multiplied out instead of scaled on the activations:\n"
                 f"{Explanation(tuple(lost))}\n"
-                'materialise="allow" accepts this; hyperadapt_jax.explain shows every weight'
+                'materialize="allow" accepts this; hyperadapt_jax.explain shows every weight'
             )
-            if refused or self.materialise == "error":
-                raise MaterialisedError(message)
-            warnings.warn(message, MaterialisedWarning, stacklevel=2)
+            if refused or self.materialize == "error":
+                raise MaterializedError(message)
+            warnings.warn(message, MaterializedWarning, stacklevel=2)
         return result
 
     def _run(
@@ -122,7 +122,7 @@ class Adapted:
 
 
 def adapt(
-    fn: Callable[..., Any], *, materialise: Literal["allow", "warn", "error"] = "warn"
+    fn: Callable[..., Any], *, materialize: Literal["allow", "warn", "error"] = "warn"
 ) -> Adapted:
     """Transforms ``fn(params, *args)`` into ``forward(params, scales, *args)``.
 
@@ -140,8 +140,8 @@ def adapt(
     Args:
       fn: any JAX function whose first argument is a pytree of parameters. It is traced, so it must
         be traceable, as for ``jax.jit``; arguments that are no arrays reach it as they are.
-      materialise: what to do where a weight must be multiplied out: ``"allow"`` it, ``"warn"`` with
-        a :class:`MaterialisedWarning`, or raise a :class:`MaterialisedError`.
+      materialize: what to do where a weight must be multiplied out: ``"allow"`` it, ``"warn"`` with
+        a :class:`MaterializedWarning`, or raise a :class:`MaterializedError`.
 
     Returns:
       ``forward(params, scales, *args, **kwargs)``. It raises ValueError where scales do not fit
@@ -153,17 +153,17 @@ def adapt(
     >>> ha.adapt(lambda params, x: x @ params["w"])(params, scales, jnp.ones(3))
     Array([3., 6.], dtype=float32)
     """
-    if materialise not in ("allow", "warn", "error"):
-        raise ValueError(f'materialise must be "allow", "warn" or "error", not {materialise!r}')
+    if materialize not in ("allow", "warn", "error"):
+        raise ValueError(f'materialize must be "allow", "warn" or "error", not {materialize!r}')
     if not callable(fn):
         raise TypeError(f"adapt takes a function of (params, *args), not {type(fn).__name__}")
-    return Adapted(fn, materialise)
+    return Adapted(fn, materialize)
 
 
 def explain(
     forward: Adapted, params: Any, scales: Mapping[str, Any], *args: Any, **kwargs: Any
 ) -> Explanation:
-    """Which weights are scaled on the activations, which are materialised, where and why.
+    """Which weights are scaled on the activations, which are materialized, where and why.
 
     Traces the function without running it; ``jax.ShapeDtypeStruct`` will do for every array.
 
@@ -189,7 +189,7 @@ def explain(
             "explain takes what adapt(fn) returned, before jit or grad,"
             f" not {type(forward).__name__}"
         )
-    uses: list[Use] = []
+    uses: list[WeightUse] = []
     arrays, build = paths.partition_arrays((params, scales, args, kwargs))
 
     def trace(arrays):
@@ -199,4 +199,4 @@ def explain(
 
     jax.eval_shape(trace, arrays)
     used = {use.path for use in uses}
-    return Explanation((*uses, *(Use(path, UNUSED) for path in scales if path not in used)))
+    return Explanation((*uses, *(WeightUse(path, UNUSED) for path in scales if path not in used)))

@@ -136,7 +136,7 @@ def _weights(params: Any, scales: Scales) -> dict[str, Any]:
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
             raise ValueError(
                 f"{path} has dtype {leaf.dtype}: integer codes cannot hold a scaled weight. Keep"
-                " the adapter beside the quantised base, or merge before quantising"
+                " the adapter beside the quantized base, or merge before quantizing"
             )
     return weights
 

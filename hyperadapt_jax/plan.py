@@ -33,7 +33,7 @@ class Target:
         Equinox one, ``"stack in out"`` a scanned one, ``"in out out"`` a query projection
         (D, N, H), ``"- - in out"`` a convolution. Without ``in`` there is no ``col``, without
         ``out`` no ``row``: ``"- out"`` is (IA)^3.
-      quantised: the weight holds integer codes which the model's function dequantizes itself. What
+      quantized: the weight holds integer codes which the model's function dequantizes itself. What
         is scaled is the weight that comes of them: their zero point and step, which must be among
         the parameters or constants, a code book, shifts and masks may all come first. Vectors have
         the codes' shape: where one code holds several numbers, its scale is theirs.
@@ -44,7 +44,7 @@ class Target:
 
     pattern: paths.Pattern
     axes: str
-    quantised: bool = False
+    quantized: bool = False
 
     def __post_init__(self):
         if not isinstance(self.pattern, str):
@@ -66,7 +66,7 @@ class Target:
 
 
 @dataclasses.dataclass(frozen=True)
-class Weight:
+class PlannedWeight:
     """One adapted weight in a plan: its place, its shape and what its axes mean."""
 
     path: str
@@ -104,7 +104,7 @@ class Plan:
       total: how many numbers the whole parameter tree holds.
     """
 
-    weights: tuple[Weight, ...]
+    weights: tuple[PlannedWeight, ...]
     total: int
 
     @property
@@ -174,7 +174,7 @@ def plan(
     Raises:
       PlanError: no target given; a target or ``exclude`` that matches nothing; a weight matched by
         two targets; roles that do not fit the number of axes; a weight that is integer (and not
-        declared quantised), has no numbers, or is tied to another. Each names the path and, where
+        declared quantized), has no numbers, or is tied to another. Each names the path and, where
         nothing matched, the nearest ones.
       ValueError: ``replicate`` names an axis that a sharded weight's mesh does not have.
 
@@ -212,7 +212,7 @@ def plan(
         if (sharding := paths.named_sharding(leaf)) is not None:
             check_axes(sharding.mesh, replicate)
         shape, whole = tuple(leaf.shape), tuple(replicate)
-        weights.append(Weight(path, shape, leaf.dtype, chosen[path].axes, sharding, whole))
+        weights.append(PlannedWeight(path, shape, leaf.dtype, chosen[path].axes, sharding, whole))
     total = sum(int(np.prod(leaf.shape)) for leaf in arrays.values())
     return Plan(tuple(weights), total).restrict(sides)
 
@@ -262,10 +262,10 @@ def _check(path: str, leaf: Any, target: Target) -> None:
         )
     if 0 in leaf.shape:
         raise PlanError(f"{path} has shape {_shape(leaf.shape)}: no numbers to scale")
-    if not jnp.issubdtype(leaf.dtype, jnp.inexact) and not target.quantised:
+    if not jnp.issubdtype(leaf.dtype, jnp.inexact) and not target.quantized:
         raise PlanError(
             f"{path} has dtype {leaf.dtype}, which cannot be scaled; if these are codes that the"
-            " function dequantises itself, say Target(..., quantised=True)"
+            " function dequantizes itself, say Target(..., quantized=True)"
         )
 
 

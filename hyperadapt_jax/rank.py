@@ -163,7 +163,7 @@ class RankReport:
         return table(header, rows, right=" ".join(["count", *columns, "bound"]))
 
 
-def analyse(
+def analyze(
     params: Any,
     scales: Scales,
     controls: Mapping[str, Mapping[str, Any]] | None = None,
@@ -193,7 +193,7 @@ def analyse(
 
     >>> params = {"w": jnp.eye(4)}
     >>> scales = {"w": ScaleVectors(jnp.array([1.0, 0, 0, 0]), None, "- out")}
-    >>> report = analyse(params, scales)
+    >>> report = analyze(params, scales)
     >>> [(s.source, s.bound, s.measures.numerical) for s in report.spectra]
     [('hyperadapt', 4, 1), ('random', 4, 4), ('base', None, 4)]
     """
@@ -263,7 +263,7 @@ def figure(report: RankReport, columns: int = 3) -> Any:
     one; a dotted vertical line is the bound on it.
 
     Args:
-      report: what :func:`analyse` returned.
+      report: what :func:`analyze` returned.
       columns: the most panels side by side.
 
     Returns:

@@ -452,5 +452,5 @@ def _scale_result(
         return y
     scaled = Scaled.of(y, factors, origin_of(*operands), product=True, codes=False)
     if not jnp.issubdtype(y.dtype, jnp.inexact):
-        return scaled  # codes multiplied as integers: the scale waits for the dequantisation
+        return scaled  # codes multiplied as integers: the scale waits for the dequantization
     return interpreter.materialize(eqn, [scaled])[0]

@@ -23,7 +23,7 @@ from hyperadapt_jax.interpreter.values import (
 )
 
 ON_ACTIVATIONS = "on activations"
-MATERIALISED = "materialised"
+MATERIALIZED = "materialized"
 
 # Zeros in, zeros out.
 KEEPS_ZEROS = frozenset(
@@ -32,12 +32,12 @@ KEEPS_ZEROS = frozenset(
 )
 
 
-class MaterialisedError(TypeError):
+class MaterializedError(TypeError):
     """A targeted weight would have to be multiplied out, which is not allowed or not possible."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Use:
+class WeightUse:
     """One use of one weight: how its vectors are applied, by which primitive, where, and why so."""
 
     path: str
@@ -48,7 +48,7 @@ class Use:
 
 
 class Refused(Exception):
-    """Codes cannot be scaled: as :class:`MaterialisedError`, where no weight has a name."""
+    """Codes cannot be scaled: as :class:`MaterializedError`, where no weight has a name."""
 
 
 class Rule(Protocol):
@@ -80,7 +80,7 @@ class Interpreter:
     explains: bool = False
     has_codes: bool = False
     materialized: bool = False
-    uses: dict[Use, None] = dataclasses.field(default_factory=dict)
+    uses: dict[WeightUse, None] = dataclasses.field(default_factory=dict)
     bodies: dict[Any, Callable[..., list[Value]]] = dataclasses.field(default_factory=dict)
     facts: Facts = dataclasses.field(default_factory=Facts)
 
@@ -155,7 +155,7 @@ class Interpreter:
         if isinstance(weight, Scaled):
             self._note(weight, ON_ACTIVATIONS, eqn)
         if isinstance(onto, Scaled):
-            self._note(onto, MATERIALISED, eqn, "it is multiplied with another adapted weight")
+            self._note(onto, MATERIALIZED, eqn, "it is multiplied with another adapted weight")
 
     def materialize(
         self, eqn: JaxprEqn | None, operands: Operands, reason: str = ""
@@ -181,7 +181,7 @@ class Interpreter:
         if not jnp.issubdtype(x.value.dtype, jnp.inexact):
             if not self.explains:
                 raise Refused
-            raise MaterialisedError(
+            raise MaterializedError(
                 f"{' * '.join(x.origin)}: integer codes cannot be scaled at `{_name(eqn)}`"
                 f" ({_where(eqn)}); dequantize them first, or adapt the out side alone"
             )
@@ -190,13 +190,13 @@ class Interpreter:
         elif x.is_vector:
             self._note(x, ON_ACTIVATIONS, eqn, "it is no larger than its vector")
         else:
-            self._note(x, MATERIALISED, eqn, reason or _reason(eqn))
+            self._note(x, MATERIALIZED, eqn, reason or _reason(eqn))
         return scale(x.value, x.factors)
 
     def _note(self, x: Scaled, how: str, eqn: JaxprEqn | None, reason: str = "") -> None:
-        self.materialized |= how == MATERIALISED
+        self.materialized |= how == MATERIALIZED
         for path in x.origin:
-            self.uses[Use(path, how, _name(eqn), _where(eqn), reason)] = None
+            self.uses[WeightUse(path, how, _name(eqn), _where(eqn), reason)] = None
 
 
 def _name(eqn: JaxprEqn | None) -> str:

@@ -307,8 +307,8 @@ def test_an_adapter_that_does_not_fit(operation):
 
 
 @pytest.mark.parametrize("operation", [ha.merge, ha.unmerge])
-def test_a_quantised_weight_cannot_be_merged(operation):
+def test_a_quantized_weight_cannot_be_merged(operation):
     params = {"q": {"codes": jnp.ones((3, 5), jnp.int8), "scale": jnp.ones(5)}}
-    scales = ha.init(ha.plan(params, ha.Target(".*/codes", "in out", quantised=True)))
+    scales = ha.init(ha.plan(params, ha.Target(".*/codes", "in out", quantized=True)))
     with pytest.raises(ValueError, match="q/codes has dtype int8: .* Keep the adapter beside"):
         operation(params, scales)

@@ -267,12 +267,12 @@ def test_roles_that_do_not_fit_the_axes():
     assert "scale has 0 axes, shape scalar" in refused({"scale": struct()}, ("scale", "out"))
 
 
-def test_an_integer_weight_needs_to_be_declared_quantised():
+def test_an_integer_weight_needs_to_be_declared_quantized():
     tree = {"codes": struct(4, 8, dtype=jnp.int8)}
     says = refused(tree, ("codes", "in out"))
     assert says.startswith("codes has dtype int8, which cannot be scaled; if these are codes")
-    assert "quantised=True" in says
-    plan = ha.plan(tree, ha.Target("codes", "in out", quantised=True))
+    assert "quantized=True" in says
+    plan = ha.plan(tree, ha.Target("codes", "in out", quantized=True))
     assert plan.count == 12 and ha.init(plan)["codes"].row.dtype == jnp.float32
 
 

@@ -8,7 +8,7 @@ import pytest
 from train import report
 from train.__main__ import main
 
-pytestmark = pytest.mark.usefixtures("optimised")
+pytestmark = pytest.mark.usefixtures("optimized")
 
 
 @pytest.mark.slow

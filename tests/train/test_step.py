@@ -277,7 +277,7 @@ def test_the_learning_rates_that_are_in_use():
             )
 
 
-@pytest.mark.usefixtures("optimised")
+@pytest.mark.usefixtures("optimized")
 def test_a_full_step_needs_room_for_the_gradient_alone():
     """And a part of the updates, beside the state that it reuses, by XLA's own account."""
     sizes = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=4)

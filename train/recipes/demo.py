@@ -69,7 +69,7 @@ def run(chosen: Options) -> None:
         result = made.fit(loaded, tuning, folder, chosen.optimizer, config)
         after = final.answers(tuning.forward, result.trainable, tuning.frozen)
         if scales := result.trainable["scales"]:
-            draw(folder / RANK, rank.figure(rank.analyse(loaded.params, scales)))
+            draw(folder / RANK, rank.figure(rank.analyze(loaded.params, scales)))
 
         header, rows = _rows(chosen.task, final, before, after)
         answers = _answers(final, before, after, chosen.show)

@@ -83,7 +83,7 @@ def run(options: Options) -> RankReport:
 def analyse(
     trained: Trained, path: str, limit: int | None = None, seed: int = 0
 ) -> Iterator[Spectrum]:
-    """The spectra of one weight, as `hyperadapt_jax.rank.analyse` gives them, of some layers.
+    """The spectra of one weight, as `hyperadapt_jax.rank.analyze` gives them, of some layers.
 
     Args:
       trained: the adapter and its base.
@@ -97,7 +97,7 @@ def analyse(
         layers = np.unique(np.linspace(0, len(weight) - 1, min(limit, len(weight))).round())
         layers = layers.astype(int)
         weight, vectors = jax.tree.map(lambda x: x[layers], (weight, vectors))
-    for spectrum in ha.rank.analyse({path: weight}, {path: vectors}, seed=seed).spectra:
+    for spectrum in ha.rank.analyze({path: weight}, {path: vectors}, seed=seed).spectra:
         first, *rest = spectrum.index or (0,)
         index = (int(layers[first]), *rest) if spectrum.index else ()
         yield dataclasses.replace(spectrum, index=index)
