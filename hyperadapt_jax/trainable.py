@@ -1,4 +1,4 @@
-"""What trains and what stays frozen: the trainable tree, and labels and masks of it for optax.
+"""What trains and what stays frozen: the trainable tree, and labels of it for optax.
 
 Split the parameters, differentiate with respect to the trainable tree alone, and give the
 optimizer that tree alone::
@@ -21,7 +21,20 @@ keep one tree of everything need more care:
 * ``jax.lax.stop_gradient`` makes a weight's gradient zero, not absent: ``jax.grad`` with respect to
   a tree that holds the weight still returns an array of the weight's size.
 
-:func:`freeze` avoids the first two; the third, only a gradient with respect to ``trainable`` alone.
+Of one tree, ``optax.selective_transform`` updates what is not frozen and keeps no state for the
+rest (of several optimizers, ``optax.partition`` with ``optax.set_to_zero()`` for ``"frozen"``):
+
+>>> import optax
+>>> tree = {"params": {"body": jnp.ones(3), "head": jnp.ones(2)}, "scales": {}}
+>>> freeze_mask = jax.tree.map(lambda label: label == "frozen", labels(tree, full="head"))
+>>> freeze_mask
+{'params': {'body': True, 'head': False}, 'scales': {}}
+>>> optimizer = optax.selective_transform(optax.sgd(1.0), freeze_mask=freeze_mask)
+>>> updates, _ = optimizer.update(tree, optimizer.init(tree), tree)
+>>> updates["params"]["body"], updates["params"]["head"]
+(Array([0., 0., 0.], dtype=float32), Array([-1., -1.], dtype=float32))
+
+The gradient of a frozen weight is still computed there: only :func:`split` avoids that.
 """
 
 from __future__ import annotations
@@ -32,7 +45,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from hyperadapt_jax import paths
 from hyperadapt_jax.plan import PlanError, check_tied, matches
@@ -118,6 +130,7 @@ def labels(tree: Mapping[str, Any], full: paths.Pattern | None = None) -> dict[s
     Returns:
       A tree of the same structure, of strings.
 
+    >>> import optax
     >>> from hyperadapt_jax import ScaleVectors
     >>> tree = {"scales": {"w": ScaleVectors(jnp.zeros(5), jnp.zeros(3), "in out")}, "full": {}}
     >>> marks = labels(tree)
@@ -137,31 +150,6 @@ def labels(tree: Mapping[str, Any], full: paths.Pattern | None = None) -> dict[s
         names, _, treedef = paths.flatten(tree["params"])
         marks["params"] = treedef.unflatten(["full" if n in chosen else "frozen" for n in names])
     return marks
-
-
-def mask(tree: Mapping[str, Any], full: paths.Pattern | None = None) -> dict[str, Any]:
-    """Which leaves of ``{"params": ..., "scales": ...}`` train, for :func:`freeze`: booleans.
-
-    >>> mask({"params": {"body": jnp.ones(3), "head": jnp.ones(2)}, "scales": {}}, full="head")
-    {'params': {'body': False, 'head': True}, 'scales': {}}
-    """
-    return jax.tree.map(lambda label: label != "frozen", labels(tree, full))
-
-
-def freeze(optimizer: optax.GradientTransformation, mask: Any) -> optax.GradientTransformation:
-    """The optimizer where ``mask`` is true; elsewhere updates of exactly zero, and no state.
-
-    For several optimizers, give ``optax.partition`` the :func:`labels` of the tree, and
-    ``optax.set_to_zero()`` for ``"frozen"``.
-
-    >>> tree = {"params": jnp.ones(3), "scales": {}}
-    >>> optimizer = freeze(optax.adam(1e-3), mask(tree))
-    >>> updates, state = optimizer.update(tree, optimizer.init(tree), tree)
-    >>> updates["params"]
-    Array([0., 0., 0.], dtype=float32)
-    """
-    frozen = jax.tree.map(lambda trains: not trains, mask)
-    return optax.selective_transform(optimizer, freeze_mask=frozen)
 
 
 def _full(params: Any, scales: Scales, full: paths.Pattern | None) -> dict[str, Any]:
