@@ -100,9 +100,9 @@ class Adapted:
         weights = paths.arrays(params)
         check(scales, weights)
         operands, build = paths.partition_arrays((params, args, kwargs))
-        out_def = None
+        out_def: Any = None
 
-        def flat(arrays):
+        def flat(arrays: list[Any]) -> list[Any]:
             nonlocal out_def
             params, args, kwargs = build(arrays)
             results, out_def = jax.tree.flatten(self.fn(params, *args, **kwargs))
@@ -192,8 +192,9 @@ def explain(
     uses: list[WeightUse] = []
     arrays, build = paths.partition_arrays((params, scales, args, kwargs))
 
-    def trace(arrays):
-        result, interpreter = forward._run(*build(arrays), explains=True)
+    def trace(arrays: list[Any]) -> Any:
+        params, scales, args, kwargs = build(arrays)
+        result, interpreter = forward._run(params, scales, args, kwargs, explains=True)
         uses.extend(interpreter.uses)
         return result
 

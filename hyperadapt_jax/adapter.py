@@ -68,7 +68,7 @@ class Adapter:
     """
 
     scales: Scales
-    full: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
+    full: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     base_model: str | None = None
     base_config: Mapping[str, Any] | None = None
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -132,13 +132,13 @@ class Adapter:
             return jax.device_put(x, like and vector_sharding(like, axes))
 
         def both(path: str, vectors: ScaleVectors) -> ScaleVectors:
-            sides = {side: getattr(vectors, side) for side in SIDES}
-            put_sides = {
+            deltas = {side: getattr(vectors, side) for side in SIDES}
+            placed: dict[str, Any] = {
                 side: put(delta, path, side_axes(vectors.axes, side))
-                for side, delta in sides.items()
+                for side, delta in deltas.items()
                 if delta is not None
             }
-            return dataclasses.replace(vectors, **put_sides)
+            return dataclasses.replace(vectors, **placed)
 
         scales = {path: both(path, vectors) for path, vectors in self.scales.items()}
         full = {path: put(leaf, path, range(leaf.ndim)) for path, leaf in self.full.items()}
@@ -250,7 +250,11 @@ def load(folder: str | os.PathLike, params: Any = None, *, base_config: Any = No
         _check(config, tensors, folder / TENSORS)
         adapter = Adapter(
             scales={
-                path: ScaleVectors(*(tensors.get(f"{path}.{s}") for s in SIDES), target["axes"])
+                path: ScaleVectors(
+                    row=tensors.get(f"{path}.row"),
+                    col=tensors.get(f"{path}.col"),
+                    axes=target["axes"],
+                )
                 for path, target in config["targets"].items()
             },
             full={path: tensors[f"{path}.full"] for path in config["full"]},
@@ -341,7 +345,7 @@ def _on_host(leaf: Any, what: str) -> np.ndarray:
 
 def _identity(base_config: Any) -> dict[str, Any]:
     """A base's configuration as JSON, without what only says how it was loaded."""
-    if dataclasses.is_dataclass(base_config):
+    if dataclasses.is_dataclass(base_config) and not isinstance(base_config, type):
         base_config = dataclasses.asdict(base_config)
     if not isinstance(base_config, Mapping):
         what = type(base_config).__name__

@@ -42,8 +42,10 @@ def compose(first: Scales, second: Scales) -> Scales:
             continue
         axes = _common_roles(path, a, b)
         pairs = [(getattr(a, side), getattr(b, side)) for side in SIDES]
-        sides = [y if x is None else x if y is None else combined_delta([x, y]) for x, y in pairs]
-        both[path] = ScaleVectors(*sides, axes)
+        row, col = [
+            y if x is None else x if y is None else combined_delta([x, y]) for x, y in pairs
+        ]
+        both[path] = ScaleVectors(row, col, axes)
     return both
 
 
@@ -165,7 +167,7 @@ def _mean(adapters: Sequence[Scales], weights: Sequence[Any], signs: str) -> Sca
     if signs == "error":
         _check_signs(adapters)
 
-    def mean(*deltas):
+    def mean(*deltas: jax.Array) -> jax.Array:
         pairs = list(zip(weights, deltas, strict=True))
         # log1p and expm1 keep full precision where a scale is close to one; at weight zero, the
         # product counts a scale of zero as zero, not as undefined.
@@ -174,9 +176,9 @@ def _mean(adapters: Sequence[Scales], weights: Sequence[Any], signs: str) -> Sca
             for w, d in pairs
         )
         linear = sum(w * d for w, d in pairs)
-        deltas = jnp.stack(deltas)
-        mirrored = jnp.where(jnp.all(deltas <= -1, axis=0), -jnp.exp(log) - 1, linear)
-        return jnp.where(jnp.all(deltas >= -1, axis=0), jnp.expm1(log), mirrored)
+        stacked = jnp.stack(deltas)
+        mirrored = jnp.where(jnp.all(stacked <= -1, axis=0), -jnp.exp(log) - 1, linear)
+        return jnp.where(jnp.all(stacked >= -1, axis=0), jnp.expm1(log), mirrored)
 
     return jax.tree.map(mean, *adapters)
 

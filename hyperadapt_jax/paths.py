@@ -73,7 +73,8 @@ def partition_arrays(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], An
 
     def build(arrays: Sequence[Any]) -> Any:
         source = iter(arrays)
-        return treedef.unflatten([next(source) if is_array(leaf) else leaf for leaf in leaves])
+        new = [next(source) if is_array(leaf) else leaf for leaf in leaves]
+        return jax.tree.unflatten(treedef, new)
 
     return [leaf for leaf in leaves if is_array(leaf)], build
 
@@ -103,9 +104,10 @@ def matcher(pattern: Pattern) -> Callable[[str], bool]:
         raise ValueError("an empty pattern selects nothing: give a regular expression or suffixes")
     if isinstance(pattern, str):
         try:
-            return lambda path, regex=re.compile(pattern): regex.fullmatch(path) is not None
+            regex = re.compile(pattern)
         except re.error as error:
             raise ValueError(f"the pattern {pattern!r} is no regular expression: {error}") from None
+        return lambda path: regex.fullmatch(path) is not None
     return lambda path: any(path == s or path.endswith("/" + s) for s in pattern)
 
 

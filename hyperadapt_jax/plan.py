@@ -46,7 +46,7 @@ class Target:
     axes: str
     quantized: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.pattern, str):
             object.__setattr__(self, "pattern", tuple(self.pattern))
         roles = self.axes.split()
@@ -185,12 +185,12 @@ def plan(
     """
     if not targets:
         raise PlanError("give at least one target: which weights, and the roles of their axes")
-    targets = tuple(t if isinstance(t, Target) else Target(*t) for t in targets)
+    given = [target if isinstance(target, Target) else Target(*target) for target in targets]
     arrays = paths.arrays(params)
     excluded = matches(exclude, arrays, "exclude") if exclude else set()
 
     chosen: dict[str, Target] = {}
-    for target in targets:
+    for target in given:
         matched = matches(target.pattern, arrays, "the target")
         if matched <= excluded:
             raise PlanError(
@@ -236,8 +236,8 @@ def init(plan: Plan) -> Scales:
     scales = {}
     for w in plan.weights:
         sides = [(w.row_shape, w.row_sharding), (w.col_shape, w.col_sharding)]
-        zeros = [s and jnp.zeros(s, jnp.float32, device=sharding) for s, sharding in sides]
-        scales[w.path] = ScaleVectors(*zeros, w.axes)
+        row, col = [s and jnp.zeros(s, jnp.float32, device=sharding) for s, sharding in sides]
+        scales[w.path] = ScaleVectors(row, col, w.axes)
     return scales
 
 

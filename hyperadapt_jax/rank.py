@@ -91,15 +91,21 @@ def measure(singular_values: Sequence[float] | np.ndarray, tolerance: float) -> 
         return Measures()
     relative, p = s / s[0], s[s > 0] / s.sum()
     energy = np.cumsum(relative**2)
-    # The margin: a share that is met exactly must not cost one more value by a rounding of the sum.
-    short_of = [int(np.sum(energy < (share - 1e-12) * energy[-1])) for share in (0.90, 0.99)]
+
+    def short_of(share: float) -> int:
+        # The margin: a share that is met exactly must not cost one more by a rounding of the sum.
+        return int(np.sum(energy < (share - 1e-12) * energy[-1]))
+
     return Measures(
-        float(norm(s)),
-        float(energy[-1]),
-        float(np.exp(-np.sum(p * np.log(p)))),
-        *(int(np.sum(relative > part)) for part in (0.1, 0.01, 0.001)),
-        *(count + 1 for count in short_of),
-        int(np.sum(relative > tolerance)),
+        norm=float(norm(s)),
+        stable=float(energy[-1]),
+        entropy=float(np.exp(-np.sum(p * np.log(p)))),
+        above_10=int(np.sum(relative > 0.1)),
+        above_1=int(np.sum(relative > 0.01)),
+        above_01=int(np.sum(relative > 0.001)),
+        energy_90=short_of(0.90) + 1,
+        energy_99=short_of(0.99) + 1,
+        numerical=int(np.sum(relative > tolerance)),
     )
 
 
@@ -283,7 +289,9 @@ def figure(report: RankReport, columns: int = 3) -> Any:
         raise ValueError("the report is empty: nothing to draw")
     names = list(dict.fromkeys(spectrum.source for spectrum in report.spectra))
     colors = itertools.cycle(["#009E73", "#CC79A7", "#E69F00", "#56B4E9"])
-    looks = {name: {"color": next(colors), "label": name} for name in names}
+    looks: dict[str, dict[str, Any]] = {
+        name: {"color": next(colors), "label": name} for name in names
+    }
     looks[UPDATE] = {"color": "#0072B2", "lw": 2.4, "label": "HyperAdapt"}
     looks[RANDOM] = {"color": "#D55E00", "ls": "--", "label": "random vectors"}
     looks[BASE] = {"color": "#777777", "label": "frozen weight"}

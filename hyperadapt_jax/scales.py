@@ -144,9 +144,10 @@ def iter_stack(vectors: ScaleVectors, *arrays: np.ndarray) -> Iterator[tuple[tup
         for axes, delta in vectors.factors()
     ]
     first = range(len(stack))
-    deltas, arrays = ([np.moveaxis(x, stack, first) for x in group] for group in (deltas, arrays))
-    for index in np.ndindex(arrays[0].shape[: len(stack)]):
-        yield index, [delta[index] for delta in deltas], [array[index] for array in arrays]
+    moved = [[np.moveaxis(x, stack, first) for x in group] for group in (deltas, arrays)]
+    for index in np.ndindex(moved[1][0].shape[: len(stack)]):
+        slices = [[x[index] for x in group] for group in moved]
+        yield index, slices[0], slices[1]
 
 
 def combined_delta(deltas: Sequence[Any]) -> Any:

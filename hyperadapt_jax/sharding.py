@@ -19,7 +19,7 @@ from typing import Any
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from hyperadapt_jax import paths
-from hyperadapt_jax.scales import SIDES, Scales, side_axes
+from hyperadapt_jax.scales import SIDES, Scales, ScaleVectors, side_axes
 
 
 def vector_spec(
@@ -39,7 +39,7 @@ def vector_spec(
     True
     """
 
-    def kept(entry):
+    def kept(entry: Any) -> Any:
         if entry is None or isinstance(entry, str):
             return None if entry in replicate else entry
         names = tuple(name for name in entry if name not in replicate)
@@ -101,7 +101,7 @@ def vector_shardings(scales: Scales, weights: Any, replicate: Sequence[str] = ()
     names, leaves, _ = paths.flatten(weights)
     known = dict(zip(names, leaves, strict=True))
 
-    def of(path, axes):
+    def of(path: str, axes: tuple[int, ...]) -> Any:
         leaf = known.get(path)
         sharding = getattr(leaf, "sharding", leaf)
         if isinstance(sharding, PartitionSpec):
@@ -117,7 +117,7 @@ def vector_shardings(scales: Scales, weights: Any, replicate: Sequence[str] = ()
             f" {paths.suggest(path, known)}"
         )
 
-    def both(path, vectors):
+    def both(path: str, vectors: ScaleVectors) -> ScaleVectors:
         sides = [side for side in SIDES if getattr(vectors, side) is not None]
         specs = {side: of(path, side_axes(vectors.axes, side)) for side in sides}
         return dataclasses.replace(vectors, **specs)

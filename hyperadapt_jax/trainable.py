@@ -107,7 +107,7 @@ def combine(trainable: Mapping[str, Any], frozen: Any) -> tuple[Any, Scales]:
     """
     full = dict(trainable["full"])
 
-    def fill(leaf):
+    def fill(leaf: Any) -> Any:
         if not isinstance(leaf, Placeholder):
             return leaf
         if leaf.path not in full:

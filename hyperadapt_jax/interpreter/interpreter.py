@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import JaxprEqn, Literal, Var
 
 from hyperadapt_jax.interpreter import jax_versions
 from hyperadapt_jax.interpreter.values import (
@@ -88,7 +88,7 @@ class Interpreter:
         """A weight with factors that wait to scale it."""
         return Scaled.of(weight, factors, (path,) if self.explains else ())
 
-    def run(self, jaxpr: Jaxpr, operands: Operands) -> list[Value]:
+    def run(self, jaxpr: jax_versions.AnyJaxpr, operands: Operands) -> list[Value]:
         """Evaluates a jaxpr on operands of which some may be Scaled; so may the results be."""
         jaxpr, consts = jax_versions.open_jaxpr(jaxpr)
         values: dict[Var, Value] = {}
@@ -117,7 +117,7 @@ class Interpreter:
             return results
         results = jax_versions.bind(eqn, *operands)
         if jax_versions.name_of(eqn) in KEEPS_ZEROS:
-            x = operands[0]
+            x: Any = operands[0]
             if self.facts.get(x, "zero") or np.ndim(x) == 0 and self.is_zero(x):
                 self.facts.note(results[0], zero=True)
         return results
