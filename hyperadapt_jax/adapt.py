@@ -1,7 +1,7 @@
 """``adapt``: a function transformation that scales weights on the activations, and ``explain``.
 
-The function is traced to a jaxpr, which is read equation by equation with a value type of its own
-for the targeted weights (``Scaled``, in ``interpreter``). A rule per primitive moves the
+The function is traced to a jaxpr, which is evaluated equation by equation with a separate value
+type for the targeted weights (``Scaled``, in ``interpreter``). A rule per primitive moves the
 vectors along with their weight until a contraction, where they multiply the activations. Every
 other equation runs as it is, and so does every weight that no rule can follow: it is materialized.
 """
@@ -33,12 +33,12 @@ UNUSED = "not used"
 
 
 class MaterializedWarning(UserWarning):
-    """A targeted weight is multiplied out: right, but at a weight-sized cost in time and memory."""
+    """A targeted weight is materialized: correct, but at a weight-sized cost in time and memory."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """Every use of every targeted weight. Printed, it is a table."""
+    """Every use of every targeted weight; it prints as a table."""
 
     uses: tuple[WeightUse, ...]
 
@@ -75,7 +75,7 @@ class Adapted:
         except Refused:
             refused = True
         if refused or interpreter.materialized and self.materialize != "allow":
-            # Traced again, with names; where codes cannot be scaled, it raises.
+            # Traced again, with paths; where codes cannot be scaled, it raises.
             found = explain(self, params, scales, *args, **kwargs)
             lost = [use for use in found.uses if use.how == MATERIALIZED]
             message = (
@@ -129,17 +129,17 @@ def adapt(
     The same function with every weight ``W`` in scales replaced by ``diag(1+col) W diag(1+row)``
     (kernels stored in x out), computed on the activations: no scaled copy of a weight and no
     gradient of a weight's size. A weight is multiplied out where that costs less, as for a vector
-    that would repeat the activations many times over. Scales multiply in float32, and nothing is
+    that would repeat the activations many times. Scales multiply in float32, and nothing is
     rounded that the function itself keeps. At zero deltas every product is exact, so the results
     are the base's, bit for bit, as far as XLA compiles the rest of both programs alike (under jit
-    it may leave out a rounding to bfloat16 that the base function states). It composes with
+    it may omit a rounding to bfloat16 that the base function states). It composes with
     ``jit``, ``grad``, ``jvp``, ``vmap``, ``checkpoint``, ``shard_map`` and with itself, and
-    enters those (and ``scan``, ``while_loop``, ``cond``) inside fn. A function with a derivative
-    rule of its own gets the multiplied-out weight, so that its rule holds.
+    enters those (and ``scan``, ``while_loop``, ``cond``) inside fn. A function with a custom
+    derivative rule gets the multiplied-out weight, so that its rule holds.
 
     Args:
       fn: any JAX function whose first argument is a pytree of parameters. It is traced, so it must
-        be traceable, as for ``jax.jit``; arguments that are no arrays reach it as they are.
+        be traceable, as for ``jax.jit``; arguments that are not arrays are passed as they are.
       materialize: what to do where a weight must be multiplied out: ``"allow"`` it, ``"warn"`` with
         a :class:`MaterializedWarning`, or raise a :class:`MaterializedError`.
 
@@ -163,16 +163,16 @@ def adapt(
 def explain(
     forward: Adapted, params: Any, scales: Mapping[str, Any], *args: Any, **kwargs: Any
 ) -> Explanation:
-    """Which weights are scaled on the activations, which are materialized, where and why.
+    """Reports which weights are scaled on the activations, which are materialized, where and why.
 
-    Traces the function without running it; ``jax.ShapeDtypeStruct`` will do for every array.
+    Traces the function without running it; every array may be a ``jax.ShapeDtypeStruct``.
 
     Args:
       forward: what :func:`adapt` returned (before ``jax.jit``).
       params, scales, *args, **kwargs: as for forward.
 
     Returns:
-      An :class:`Explanation`; print it.
+      An :class:`Explanation`, which prints as a table.
 
     Raises:
       TypeError: forward is not what adapt returned.

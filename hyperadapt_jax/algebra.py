@@ -25,7 +25,7 @@ from hyperadapt_jax.scales import (
 
 
 def compose(first: Scales, second: Scales) -> Scales:
-    """The adapter that does both: scales multiply, ``(1 + a)(1 + b)``. The order does not matter.
+    """Returns the product of two adapters, ``(1 + a)(1 + b)``, in either order.
 
     A weight or a side that only one of the two adapts is taken from that one.
 
@@ -50,7 +50,7 @@ def compose(first: Scales, second: Scales) -> Scales:
 
 
 def invert(scales: Scales, tol: float = 1e-6) -> Scales:
-    """The adapter that undoes this one: scales ``1 / (1 + delta)``.
+    """Returns the adapter that undoes this one: scales ``1 / (1 + delta)``.
 
     Raises:
       ValueError: a scale lies within ``tol`` of zero (not checked on traced values).
@@ -79,7 +79,7 @@ def average(
     weights: Sequence[float] | None = None,
     signs: Literal["error", "linear"] = "error",
 ) -> Scales:
-    """The weighted mean of adapters in log space: ``prod |1 + delta_i| ** w_i``, sign kept.
+    """Returns the weighted mean of adapters in log space: ``prod |1 + delta_i| ** w_i``, sign kept.
 
     Scales multiply, so their natural mean is geometric. It needs equal signs, and learned scales
     do turn negative.
@@ -99,17 +99,17 @@ def average(
     Array([1.], dtype=float32)
     """
     if not adapters:
-        raise ValueError("average needs at least one adapter")
+        raise ValueError("adapters: is empty; give at least one")
     weights = [1 / len(adapters)] * len(adapters) if weights is None else list(weights)
     if len(weights) != len(adapters) or abs(sum(weights) - 1) > 1e-6:
-        raise ValueError(f"give {len(adapters)} weights that sum to one, not {weights}")
+        raise ValueError(f"weights: is {weights}; give {len(adapters)} that sum to one")
     return _mean(adapters, weights, signs)
 
 
 def interpolate(
     first: Scales, second: Scales, t: float, signs: Literal["error", "linear"] = "error"
 ) -> Scales:
-    """The point at ``t`` on the log-space path from one adapter (t=0) to another (t=1).
+    """Returns the point at ``t`` on the log-space path from one adapter (t=0) to another (t=1).
 
     The :func:`average` with weights ``1 - t`` and ``t``, which may be traced, or outside [0, 1].
 
@@ -121,12 +121,12 @@ def interpolate(
 
 
 def canonical(scales: Scales) -> Scales:
-    """The same adapter in its canonical gauge, so that two can be compared number by number.
+    """Returns the adapter in its canonical gauge, so that two can be compared entry by entry.
 
-    ``(c (1 + row), (1 + col) / c)`` gives the same weight for every ``c``: one number per matrix
-    (per stack slice) is free. Here ``c`` makes the root mean squares of the two sides equal, and
-    makes the mean of ``col`` positive. One-sided weights have no such freedom, and a slice with a
-    side that is zero throughout is left as it is.
+    ``(c (1 + row), (1 + col) / c)`` gives the same weight for every ``c``: one degree of freedom
+    per matrix (per stack slice). Here ``c`` makes the root mean squares of the two sides equal and
+    the mean of ``col`` positive. One-sided weights have no such freedom, and a slice of which one
+    side is all zero is left as it is.
 
     >>> s = {"w": ScaleVectors(jnp.array([7.0, 7.0]), jnp.array([1.0, 1.0]), "in out")}
     >>> canonical(s)["w"].row, canonical(s)["w"].col
@@ -160,8 +160,8 @@ def _mean(adapters: Sequence[Scales], weights: Sequence[Any], signs: str) -> Sca
         raise ValueError(f'signs must be "error" or "linear", not {signs!r}')
     first = adapters[0]
     for other in adapters[1:]:
-        if lonely := first.keys() ^ other.keys():
-            raise ValueError(f"{min(lonely)}: adapted by one adapter and not by the other")
+        if unshared := first.keys() ^ other.keys():
+            raise ValueError(f"{min(unshared)}: adapted by one adapter and not by the other")
         for path in first:
             _common_roles(path, first[path], other[path], exact=True)
     if signs == "error":
@@ -197,7 +197,7 @@ def _check_signs(adapters: Sequence[Scales]) -> None:
 
 
 def _common_roles(path: str, a: ScaleVectors, b: ScaleVectors, exact: bool = False) -> str:
-    """The union of a weight's axis roles in two adapters, once it is known that the two fit."""
+    """Returns the union of a weight's axis roles in two adapters; raises where they conflict."""
     pairs = list(zip(a.axes.split(), b.axes.split(), strict=False))
     union = " ".join(y if x == "-" else x for x, y in pairs)
     # Of a square weight, the one's in axis may be the other's unscaled one: never the same vector.

@@ -26,7 +26,7 @@ SIDES = {"row": ("stack", "out"), "col": ("stack", "in")}
 
 
 def side_axes(axes: str, side: str) -> tuple[int, ...]:
-    """The weight axes that the ``row`` or ``col`` vector of a weight with these roles spans.
+    """Returns the weight axes that the ``row`` or ``col`` vector of a weight spans.
 
     Empty where the roles name no ``out`` (for row) or no ``in`` (for col): a one-sided weight.
 
@@ -42,7 +42,7 @@ def side_axes(axes: str, side: str) -> tuple[int, ...]:
 
 
 def side_shape(shape: Sequence[int], axes: str, side: str) -> tuple[int, ...] | None:
-    """The shape of a weight's ``row`` or ``col`` vector; None for a one-sided weight without it.
+    """Returns the shape of a weight's ``row`` or ``col`` vector; None for a side without one.
 
     >>> side_shape((4, 3, 5), "stack in out", "row"), side_shape((3, 5), "- out", "col")
     ((4, 5), None)
@@ -66,7 +66,7 @@ class ScaleVectors:
     axes: str = dataclasses.field(metadata={"static": True})
 
     def factors(self) -> list[tuple[tuple[int, ...], Any]]:
-        """The vectors that are there, each with the weight axes it spans."""
+        """Returns the vectors that are not None, each with the weight axes that it spans."""
         pairs = [(side_axes(self.axes, "row"), self.row), (side_axes(self.axes, "col"), self.col)]
         return [(axes, delta) for axes, delta in pairs if delta is not None]
 
@@ -75,32 +75,32 @@ Scales = dict[str, ScaleVectors]
 
 
 def compute_dtype(dtype: Any) -> Any:
-    """The dtype in which a scale multiplies: float32 for anything narrower, else its own."""
+    """Returns the dtype in which a scale multiplies: the given one, at least float32."""
     return jnp.promote_types(dtype, jnp.float32) if jnp.dtype(dtype).itemsize >= 4 else jnp.float32
 
 
 def broadcast_scale(delta: jax.Array, axes: Sequence[int], ndim: int) -> jax.Array:
-    """``1 + delta`` with size-one axes added, to broadcast against an array of ``ndim`` axes."""
+    """Returns ``1 + delta`` with size-one axes, to broadcast against an array of ``ndim`` axes."""
     return jnp.expand_dims(1 + delta, [i for i in range(ndim) if i not in axes])
 
 
 def check(scales: Scales, weights: Mapping[str, Any]) -> None:
-    """Refuses an adapter that does not fit the weights it would scale, given as arrays by path.
+    """Checks that an adapter fits the weights that it would scale, given as arrays by path.
 
     Raises:
-      ValueError: a path that is not there, roles that do not fit the number of axes, or a vector
+      ValueError: a path that is missing, roles that do not fit the number of axes, or a vector
         that is missing, not called for, or of another shape than the weight's axes.
     """
     for path, vectors in scales.items():
         if path not in weights:
             raise ValueError(
-                f"the adapter scales {path}, which is none of the {len(weights)} arrays;"
+                f"{path}: is scaled by the adapter, but is none of the {len(weights)} arrays;"
                 f" {paths.suggest(path, weights)}"
             )
         shape, axes = np.shape(weights[path]), vectors.axes
         if len(shape) != (count := len(axes.split())):
             raise ValueError(
-                f"{path} has {len(shape)} axes, shape {shape}, and roles for {count}: {axes!r}"
+                f"{path}: has {len(shape)} axes, shape {shape}, but roles for {count}: {axes!r}"
             )
         for side in SIDES:
             delta = getattr(vectors, side)
@@ -108,13 +108,13 @@ def check(scales: Scales, weights: Mapping[str, Any]) -> None:
             needs = side_shape(shape, axes, side)
             if has != needs:
                 raise ValueError(
-                    f"{path}: {side} has shape {has}, and a weight of shape {shape} with roles"
+                    f"{path}: {side} has shape {has}, but a weight of shape {shape} with roles"
                     f" {axes!r} needs {needs}"
                 )
 
 
 def count(scales: Scales) -> int:
-    """How many numbers train: the sum of all vectors' sizes.
+    """Returns the number of trainable parameters: the sum of all vectors' sizes.
 
     >>> count({"w": ScaleVectors(jnp.zeros(5), jnp.zeros(3), "in out")})
     8
@@ -123,7 +123,7 @@ def count(scales: Scales) -> int:
 
 
 def known_values(scales: Scales) -> dict[tuple[str, str], np.ndarray]:
-    """The values of every vector by (path, side), where they are known: tracers are left out."""
+    """Returns the concrete vectors by (path, side); tracers are left out."""
     return {
         (path, side): np.asarray(delta)
         for path, vectors in scales.items()
@@ -133,9 +133,10 @@ def known_values(scales: Scales) -> dict[tuple[str, str], np.ndarray]:
 
 
 def iter_stack(vectors: ScaleVectors, *arrays: np.ndarray) -> Iterator[tuple[tuple, list, list]]:
-    """For each slice of a weight's stack: its index, the deltas in float64, the arrays' slices.
+    """Yields for each slice of a weight's stack its index, float64 deltas and slices of the arrays.
 
-    They broadcast. One slice at a time: float64 copies of a whole stack of layers would be large.
+    The deltas broadcast against the slices. One slice at a time, since float64 copies of a whole
+    stack of layers would be large.
     """
     roles = vectors.axes.split()
     stack = [i for i, role in enumerate(roles) if role == "stack"]
@@ -151,6 +152,6 @@ def iter_stack(vectors: ScaleVectors, *arrays: np.ndarray) -> Iterator[tuple[tup
 
 
 def combined_delta(deltas: Sequence[Any]) -> Any:
-    """The relative change that all deltas make together: ``prod(1 + delta) - 1``."""
+    """Returns the relative change that all deltas make together: ``prod(1 + delta) - 1``."""
     # Not as 1 + x times 1 + y: that would cancel.
     return functools.reduce(lambda x, y: x + y + x * y, deltas)

@@ -1,9 +1,9 @@
-"""The vectors' shardings, out of the weights'.
+"""The shardings of the vectors, derived from those of their weights.
 
 A vector is sharded as the axes of its weight that it spans. Under tensor parallelism that is best:
 each device holds the part of the vector that it multiplies by. Mesh axes that shard both the batch
 and the weights (FSDP) are different: there a weight is gathered before its use, and a vector that
-is sharded like it is gathered beside it, in every pass, while its gradient comes out whole.
+is sharded like it is gathered with it, in every pass, while its gradient is not sharded.
 ``replicate`` names those mesh axes: the vectors, small as they are, are kept whole along them.
 
 Inside ``jax.shard_map``, where a function sees its weight's shard alone, an adapted function needs
@@ -25,7 +25,7 @@ from hyperadapt_jax.scales import SIDES, Scales, ScaleVectors, side_axes
 def vector_spec(
     spec: PartitionSpec, axes: Sequence[int], replicate: Sequence[str] = ()
 ) -> PartitionSpec:
-    """A weight's partition spec, restricted to the axes that a vector spans.
+    """Returns a weight's partition spec, restricted to the axes that a vector spans.
 
     Args:
       spec: the weight's.
@@ -51,7 +51,7 @@ def vector_spec(
 def vector_sharding(
     sharding: NamedSharding, axes: Sequence[int], replicate: Sequence[str] = ()
 ) -> NamedSharding | None:
-    """A weight's sharding, restricted to the axes that a vector spans; None where it spans none.
+    """Returns a weight's sharding, restricted to the axes that a vector spans; None for no axes.
 
     Args:
       sharding: the weight's.
@@ -69,11 +69,13 @@ def vector_sharding(
 def check_axes(mesh: Mesh | AbstractMesh, replicate: Sequence[str]) -> None:
     """Raises ValueError where ``replicate`` is no list of axes of the mesh."""
     if isinstance(replicate, str) or not set(replicate) <= set(mesh.axis_names):
-        raise ValueError(f"replicate lists axes of the mesh {mesh.axis_names}, not {replicate!r}")
+        raise ValueError(
+            f"replicate: is {replicate!r}; give a list of axes of the mesh {mesh.axis_names}"
+        )
 
 
 def vector_shardings(scales: Scales, weights: Any, replicate: Sequence[str] = ()) -> Scales:
-    """The shardings of an adapter's vectors: for ``jax.device_put``, ``jax.jit``, a restore.
+    """Returns the shardings of an adapter's vectors, for ``jax.device_put`` or ``jax.jit``.
 
     Args:
       scales: the adapter, of arrays or ``jax.ShapeDtypeStruct``.
@@ -110,11 +112,11 @@ def vector_shardings(scales: Scales, weights: Any, replicate: Sequence[str] = ()
             return vector_sharding(sharding, axes, replicate)
         if isinstance(sharding, SingleDeviceSharding):
             return sharding
-        what = f"is of type {type(sharding).__name__}" if path in known else "is not there"
+        kind = f"has a sharding of type {type(sharding).__name__}"
+        what = kind if path in known else "is not in the tree"
         raise ValueError(
-            f"no sharding is known for {path}, which {what}: give arrays that carry a"
-            f" NamedSharding, or a tree of NamedSharding or PartitionSpec;"
-            f" {paths.suggest(path, known)}"
+            f"{path}: {what}; give arrays that carry a NamedSharding, or a tree of"
+            f" NamedSharding or PartitionSpec; {paths.suggest(path, known)}"
         )
 
     def both(path: str, vectors: ScaleVectors) -> ScaleVectors:

@@ -49,7 +49,7 @@ def div(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Results:
 
 
 def affine(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Results:
-    """Sums of what has one scale; and a zero point, or what a step makes of it, taken off codes."""
+    """Sums of arrays with one scale; and codes minus a zero point (or that times the step)."""
     [first, *others] = [x for x in operands if isinstance(x, Scaled)]
     if others:
         [second] = others
@@ -114,7 +114,7 @@ _ON_INTEGERS = frozenset(
 def _waiting(
     eqn: JaxprEqn, operands: Operands, like: Scaled, to: Sequence[int] | None = None
 ) -> list[Value]:
-    """Runs an equation on the values, and hands their vectors on, to other axes where given."""
+    """Runs an equation on the values, and passes their vectors on, to other axes where given."""
     [y] = jax_versions.bind(eqn, *map(value_of, operands))
     axes = like.axes if to is None else [tuple(to[axis] for axis in spans) for spans in like.axes]
     factors = list(zip(axes, like.deltas, strict=True))

@@ -75,7 +75,7 @@ def scan(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> list[Va
     """Weights come in as constants, as carried constants or as scanned operands.
 
     A scanned weight's vectors are scanned along where they span the scanned axis. A weight that the
-    body hands out slice by slice, as NNX does, is the scanned weight itself.
+    body returns slice by slice, as NNX does, is the scanned weight itself.
     """
     params = eqn.params
     n_consts, n_carry = jax_versions.scan_counts(params)
@@ -179,7 +179,7 @@ def _scan_operand(x: Value) -> tuple[Any, Callable[[Any], Value]]:
 
 
 class _Loop:
-    """A loop's carry, less the weights that it hands on unchanged: those are constants."""
+    """A loop's carry, without the weights that it passes on unchanged: those are constants."""
 
     def __init__(
         self,

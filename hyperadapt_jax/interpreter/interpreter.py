@@ -1,4 +1,4 @@
-"""The interpreter: it runs a jaxpr of which some values are weights with factors attached."""
+"""The interpreter: it evaluates a jaxpr of which some values are weights with factors attached."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class MaterializedError(TypeError):
 
 @dataclasses.dataclass(frozen=True)
 class WeightUse:
-    """One use of one weight: how its vectors are applied, by which primitive, where, and why so."""
+    """One use of one weight: how its vectors are applied, by which primitive, where, and why."""
 
     path: str
     how: str
@@ -61,19 +61,18 @@ class Rule(Protocol):
 
 @dataclasses.dataclass(eq=False)
 class Interpreter:
-    """Runs jaxprs, and gives rules what they ask for: to run an inner jaxpr, to record a use of a
-    weight, to materialize one.
+    """Evaluates jaxprs, and lets rules run inner jaxprs, record uses of weights, materialize them.
 
     Attributes:
       rule: runs every equation that has a Scaled among its operands.
-      explains: whether weights have names, and their uses are listed.
-      has_codes: whether a weight is quantized: then it is followed which arrays are frozen.
+      explains: whether weights carry their paths, and their uses are listed.
+      has_codes: whether a weight is quantized: only then are frozen arrays tracked.
       materialized: whether a weight was multiplied out.
       uses: each use of each weight, once and in order.
       bodies: the function made of each inner jaxpr, so that JAX traces layers alike once.
-      facts: what is known of arrays: ``zero``, they hold nothing else; ``runs``, those of equal
-        numbers along each axis of a factor; ``frozen``, they are made of frozen parameters and
-        constants alone, no activation nor an adapted weight: that tells a zero point from a bias.
+      facts: what is known of arrays: ``zero``, all entries are; ``runs``, the length of runs of
+        equal entries along each axis of a factor; ``frozen``, computed from frozen parameters and
+        constants alone, no activation or adapted weight: that tells a zero point from a bias.
     """
 
     rule: Rule
@@ -123,9 +122,9 @@ class Interpreter:
         return results
 
     def is_zero(self, x: Value) -> bool:
-        """Whether an array is known to hold nothing but zeros, which any scale leaves as they are.
+        """Whether an array is known to be all zero, so that no scale changes it.
 
-        Traced, it is known where it was broadcast from a constant. A constant is looked at.
+        Of a traced array it is known where it was broadcast from a constant.
         """
         if self.facts.get(x, "zero"):
             return True
@@ -134,20 +133,20 @@ class Interpreter:
         return jnp.issubdtype(jnp.result_type(x), jnp.number) and not np.asarray(x).any()
 
     def freeze(self, arrays: Operands) -> None:
-        """Notes that arrays are made of frozen parameters and constants alone."""
+        """Notes that arrays are computed from frozen parameters and constants alone."""
         if self.has_codes:
             for x in arrays:
                 self.facts.note(x, frozen=True)
 
     def are_frozen(self, operands: Operands) -> tuple[bool, ...]:
-        """Which operands are made of frozen parameters and constants alone, as far as is known."""
+        """Whether each operand is known to come from frozen parameters and constants alone."""
         if not self.has_codes:
             return (False,) * len(operands)
         return tuple(self.facts.get(x, "frozen", False) for x in operands)
 
     def freeze_again(self, frozen: Sequence[bool], operands: Operands) -> Operands:
-        """The operands as an inner function gets them, of which those marked are frozen."""
-        self.freeze([x for x, marked in zip(operands, frozen, strict=True) if marked])
+        """Notes which operands, as an inner function gets them, are frozen, and returns them."""
+        self.freeze([x for x, is_frozen in zip(operands, frozen, strict=True) if is_frozen])
         return operands
 
     def record(self, eqn: JaxprEqn, weight: Value, onto: Value | None = None) -> None:
@@ -212,7 +211,7 @@ def _reason(eqn: JaxprEqn | None) -> str:
         return "the function returns it"
     name = _name(eqn)
     if name.startswith("custom_"):
-        return "a derivative rule of its own takes the whole weight"
+        return "its custom derivative rule takes the whole weight"
     if name in ("scan", "while"):
-        return "the loop changes it, or hands it out"
+        return "the loop changes it, or returns it"
     return f"no vector passes through this `{name}`"

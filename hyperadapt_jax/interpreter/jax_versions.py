@@ -3,7 +3,7 @@
 JAX 0.10 keeps a scan's counts in ``num_consts`` and ``num_carry``; from 0.11 they are the sizes of
 the first groups of ``ft_in``. JAX 0.12 merged ``ClosedJaxpr`` into ``Jaxpr``. Under the flags that
 announce its next versions (``jax_remat3`` and others) ``jax.checkpoint``, ``checkpoint_name`` and
-functions with derivatives of their own are one primitive, ``call_hi_primitive``, whose parameter is
+functions with custom derivatives are one primitive, ``call_hi_primitive``, whose parameter is
 an object of a class for each.
 """
 

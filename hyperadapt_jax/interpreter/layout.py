@@ -61,7 +61,7 @@ def moves_factors(move: Move) -> Rule:
 
 @moves_factors
 def keep(interpreter: Interpreter, eqn: JaxprEqn, others: Arrays, x: Scaled) -> Moved:
-    """Where every number stays what it is: integers in a type that holds all of theirs."""
+    """Values that do not change: of integers, in a type that holds them all."""
     old, new = x.value.dtype, jax_versions.result_of(eqn).dtype
     held = jnp.issubdtype(new, jnp.inexact) or jnp.promote_types(old, new) == new
     return x.factors if held else None
@@ -239,7 +239,7 @@ def all_gather(interpreter: Interpreter, eqn: JaxprEqn, others: Arrays, x: Scale
 
 
 def split(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> list[Value]:
-    """One weight cut in several along an axis: each piece takes its part of the vectors."""
+    """A weight split along an axis: each piece takes its part of the vectors."""
     [x] = operands
     assert isinstance(x, Scaled)
     axis, sizes = eqn.params["axis"], eqn.params["sizes"]

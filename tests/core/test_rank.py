@@ -248,27 +248,27 @@ def test_dense_controls_stand_beside_the_update():
 def test_analyze_says_what_is_wrong_and_where():
     weight = np.ones((3, 4), np.float32)
     params, scales = {"dense": {"w": weight}}, {"dense/w": vectors(weight, "in out")["w"]}
-    with pytest.raises(ValueError, match="scales dense/w, which is none .*; nearest: dens/w"):
+    with pytest.raises(ValueError, match="dense/w: is scaled .* none .*; nearest: dens/w"):
         analyze({"dens": {"w": weight}}, scales)
-    with pytest.raises(ValueError, match="lora: dense is not adapted; nearest: dense/w"):
+    with pytest.raises(ValueError, match="lora: dense: is not adapted; nearest: dense/w"):
         analyze(params, scales, {"lora": {"dense": weight}})
     with pytest.raises(
-        ValueError, match=r"lora: dense/w has shape \(4, 3\); the weight has \(3, 4\)"
+        ValueError, match=r"lora: dense/w: has shape \(4, 3\), but the weight has \(3, 4\)"
     ):
         analyze(params, scales, {"lora": {"dense/w": weight.T}})
-    with pytest.raises(ValueError, match="cannot be called 'base'"):
+    with pytest.raises(ValueError, match="base: is a name that the report uses itself"):
         analyze(params, scales, {"base": {}})
-    with pytest.raises(ValueError, match="dense/w has dtype int8, not a floating one"):
+    with pytest.raises(ValueError, match="dense/w: has dtype int8, not a floating one"):
         analyze({"dense": {"w": weight.astype(np.int8)}}, scales)
-    with pytest.raises(ValueError, match="dense/w has 3 axes, .* roles for 2: 'in out'"):
+    with pytest.raises(ValueError, match="dense/w: has 3 axes, .* roles for 2: 'in out'"):
         analyze({"dense": {"w": weight[None]}}, scales)
     broken = weight.copy()
     broken[1, 1] = np.nan
-    with pytest.raises(ValueError, match="base: dense/w holds a NaN"):
+    with pytest.raises(ValueError, match="base: dense/w: has a NaN"):
         analyze({"dense": {"w": broken}}, scales)
-    with pytest.raises(ValueError, match="row: dense/w holds a NaN"):
+    with pytest.raises(ValueError, match="row: dense/w: has a NaN"):
         analyze(params, {"dense/w": ha.ScaleVectors(jnp.full(4, jnp.nan), None, "- out")})
-    with pytest.raises(ValueError, match="lora: dense/w holds a NaN"):
+    with pytest.raises(ValueError, match="lora: dense/w: has a NaN"):
         analyze(params, scales, {"lora": {"dense/w": broken}})
 
 

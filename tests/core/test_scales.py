@@ -52,7 +52,7 @@ def test_check_accepts_what_fits():
     [
         (
             {"layers/query": ScaleVectors(jnp.zeros(5), None, "- out")},
-            r"scales layers/query, which is none of the 2 arrays; nearest: layers/(q|k), layers/",
+            r"layers/query: is scaled by .* none of the 2 arrays; nearest: layers/(q|k), layers/",
         ),
         (vectors((4, 5), (4, 3), "stack in out"), r"2 axes, shape \(3, 5\).* 3: 'stack in out'"),
         (vectors(3, 5, "in out"), r"layers/q: row has shape \(3,\), .*\(3, 5\) .* needs \(5,\)"),

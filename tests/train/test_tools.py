@@ -80,7 +80,7 @@ def test_plan_of_llama_3_8b_needs_its_configuration_alone(tmp_path, capsys):
         assert main(["plan", "--model", str(tmp_path), "--targets", preset]) == 0
         shown = capsys.readouterr().out
         assert counts[preset] == f"{32 * sum(widths[name] for name in names.split()):,}"
-        assert f"{counts[preset]} numbers to train" in shown and "8,030,261,248" in shown
+        assert f"{counts[preset]} trainable parameters" in shown and "8,030,261,248" in shown
     assert main(["plan", "--model", str(tmp_path), "--dtype", "bfloat16"]) == 0
     shown = capsys.readouterr().out
     assert f"{2 * 8030261248 / 1e6:,.1f} MB" in shown  # of frozen weights
