@@ -1,27 +1,20 @@
 """HyperAdapt in JAX: fine-tune a frozen weight ``W`` as ``diag(1 + row) W diag(1 + col)``."""
 
-from hyperadapt_jax import adapter_io, methods, optim, rank, sharding
+from hyperadapt_jax import methods, rank, sharding, trainable
 from hyperadapt_jax.adapt import (
     Adapted,
     Explanation,
-    MaterialisedError,
-    MaterialisedWarning,
-    Use,
+    MaterializedError,
+    MaterializedWarning,
+    WeightUse,
     adapt,
     explain,
 )
-from hyperadapt_jax.adapter_io import Adapter, AdapterError, load, save
+from hyperadapt_jax.adapter import Adapter, AdapterError, load, save
+from hyperadapt_jax.algebra import average, canonical, compose, interpolate, invert
 from hyperadapt_jax.merge import MergeReport, merge, unmerge
-from hyperadapt_jax.scales import (
-    ScaleVectors,
-    average,
-    canonical,
-    compose,
-    count,
-    interpolate,
-    invert,
-)
-from hyperadapt_jax.targets import Plan, PlanError, Target, Weight, init, plan
+from hyperadapt_jax.plan import Plan, PlanError, PlannedWeight, Target, init, plan
+from hyperadapt_jax.scales import ScaleVectors, count
 from hyperadapt_jax.version import __version__
 
 __all__ = [
@@ -29,18 +22,17 @@ __all__ = [
     "Adapter",
     "AdapterError",
     "Explanation",
-    "MaterialisedError",
-    "MaterialisedWarning",
+    "MaterializedError",
+    "MaterializedWarning",
     "MergeReport",
     "Plan",
     "PlanError",
+    "PlannedWeight",
     "ScaleVectors",
     "Target",
-    "Use",
-    "Weight",
+    "WeightUse",
     "__version__",
     "adapt",
-    "adapter_io",
     "average",
     "canonical",
     "compose",
@@ -52,10 +44,10 @@ __all__ = [
     "load",
     "merge",
     "methods",
-    "optim",
     "plan",
     "rank",
     "save",
     "sharding",
+    "trainable",
     "unmerge",
 ]

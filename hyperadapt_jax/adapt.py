@@ -1,9 +1,9 @@
 """``adapt``: a function transformation that scales weights on the activations, and ``explain``.
 
-The function is traced to a jaxpr, which is read equation by equation with a value type of its own
-for the targeted weights (``Scaled``, in ``interpreter``). A rule per primitive moves the
+The function is traced to a jaxpr, which is evaluated equation by equation with a separate value
+type for the targeted weights (``Scaled``, in ``interpreter``). A rule per primitive moves the
 vectors along with their weight until a contraction, where they multiply the activations. Every
-other equation runs as it is, and so does every weight that no rule can follow: it is materialised.
+other equation runs as it is, and so does every weight that no rule can follow: it is materialized.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import jax.numpy as jnp
 from hyperadapt_jax import paths
 from hyperadapt_jax.interpreter import rules
 from hyperadapt_jax.interpreter.interpreter import (
-    MATERIALISED,
+    MATERIALIZED,
     ON_ACTIVATIONS,
     Interpreter,
-    MaterialisedError,
+    MaterializedError,
     Refused,
-    Use,
+    WeightUse,
 )
 from hyperadapt_jax.scales import Scales, check
 from hyperadapt_jax.tables import table
@@ -32,21 +32,21 @@ from hyperadapt_jax.tables import table
 UNUSED = "not used"
 
 
-class MaterialisedWarning(UserWarning):
-    """A targeted weight is multiplied out: right, but at a weight-sized cost in time and memory."""
+class MaterializedWarning(UserWarning):
+    """A targeted weight is materialized: correct, but at a weight-sized cost in time and memory."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """Every use of every targeted weight. Printed, it is a table."""
+    """Every use of every targeted weight; it prints as a table."""
 
-    uses: tuple[Use, ...]
+    uses: tuple[WeightUse, ...]
 
     def _paths(self, how: str) -> tuple[str, ...]:
         return tuple(sorted({use.path for use in self.uses if use.how == how}))
 
     on_activations = property(lambda self: self._paths(ON_ACTIVATIONS), doc="Weights, by path.")
-    materialised = property(lambda self: self._paths(MATERIALISED), doc="Weights, by path.")
+    materialized = property(lambda self: self._paths(MATERIALIZED), doc="Weights, by path.")
     unused = property(lambda self: self._paths(UNUSED), doc="Weights, by path.")
 
     def __str__(self) -> str:
@@ -62,7 +62,7 @@ class Adapted:
     """
 
     fn: Callable[..., Any]
-    materialise: str
+    materialize: str
 
     @property
     def __name__(self) -> str:
@@ -74,19 +74,19 @@ class Adapted:
             result, interpreter = self._run(params, scales, args, kwargs)
         except Refused:
             refused = True
-        if refused or interpreter.materialized and self.materialise != "allow":
-            # Traced again, with names; where codes cannot be scaled, it raises.
+        if refused or interpreter.materialized and self.materialize != "allow":
+            # Traced again, with paths; where codes cannot be scaled, it raises.
             found = explain(self, params, scales, *args, **kwargs)
-            lost = [use for use in found.uses if use.how == MATERIALISED]
+            lost = [use for use in found.uses if use.how == MATERIALIZED]
             message = (
                 f"{len({use.path for use in lost})} of {len(scales)} adapted weights are"
                 " multiplied out instead of scaled on the activations:\n"
                 f"{Explanation(tuple(lost))}\n"
-                'materialise="allow" accepts this; hyperadapt_jax.explain shows every weight'
+                'materialize="allow" accepts this; hyperadapt_jax.explain shows every weight'
             )
-            if refused or self.materialise == "error":
-                raise MaterialisedError(message)
-            warnings.warn(message, MaterialisedWarning, stacklevel=2)
+            if refused or self.materialize == "error":
+                raise MaterializedError(message)
+            warnings.warn(message, MaterializedWarning, stacklevel=2)
         return result
 
     def _run(
@@ -100,9 +100,9 @@ class Adapted:
         weights = paths.arrays(params)
         check(scales, weights)
         operands, build = paths.partition_arrays((params, args, kwargs))
-        out_def = None
+        out_def: Any = None
 
-        def flat(arrays):
+        def flat(arrays: list[Any]) -> list[Any]:
             nonlocal out_def
             params, args, kwargs = build(arrays)
             results, out_def = jax.tree.flatten(self.fn(params, *args, **kwargs))
@@ -122,26 +122,26 @@ class Adapted:
 
 
 def adapt(
-    fn: Callable[..., Any], *, materialise: Literal["allow", "warn", "error"] = "warn"
+    fn: Callable[..., Any], *, materialize: Literal["allow", "warn", "error"] = "warn"
 ) -> Adapted:
     """Transforms ``fn(params, *args)`` into ``forward(params, scales, *args)``.
 
     The same function with every weight ``W`` in scales replaced by ``diag(1+col) W diag(1+row)``
     (kernels stored in x out), computed on the activations: no scaled copy of a weight and no
     gradient of a weight's size. A weight is multiplied out where that costs less, as for a vector
-    that would repeat the activations many times over. Scales multiply in float32, and nothing is
+    that would repeat the activations many times. Scales multiply in float32, and nothing is
     rounded that the function itself keeps. At zero deltas every product is exact, so the results
     are the base's, bit for bit, as far as XLA compiles the rest of both programs alike (under jit
-    it may leave out a rounding to bfloat16 that the base function states). It composes with
+    it may omit a rounding to bfloat16 that the base function states). It composes with
     ``jit``, ``grad``, ``jvp``, ``vmap``, ``checkpoint``, ``shard_map`` and with itself, and
-    enters those (and ``scan``, ``while_loop``, ``cond``) inside fn. A function with a derivative
-    rule of its own gets the multiplied-out weight, so that its rule holds.
+    enters those (and ``scan``, ``while_loop``, ``cond``) inside fn. A function with a custom
+    derivative rule gets the multiplied-out weight, so that its rule holds.
 
     Args:
       fn: any JAX function whose first argument is a pytree of parameters. It is traced, so it must
-        be traceable, as for ``jax.jit``; arguments that are no arrays reach it as they are.
-      materialise: what to do where a weight must be multiplied out: ``"allow"`` it, ``"warn"`` with
-        a :class:`MaterialisedWarning`, or raise a :class:`MaterialisedError`.
+        be traceable, as for ``jax.jit``; arguments that are not arrays are passed as they are.
+      materialize: what to do where a weight must be multiplied out: ``"allow"`` it, ``"warn"`` with
+        a :class:`MaterializedWarning`, or raise a :class:`MaterializedError`.
 
     Returns:
       ``forward(params, scales, *args, **kwargs)``. It raises ValueError where scales do not fit
@@ -153,26 +153,26 @@ def adapt(
     >>> ha.adapt(lambda params, x: x @ params["w"])(params, scales, jnp.ones(3))
     Array([3., 6.], dtype=float32)
     """
-    if materialise not in ("allow", "warn", "error"):
-        raise ValueError(f'materialise must be "allow", "warn" or "error", not {materialise!r}')
+    if materialize not in ("allow", "warn", "error"):
+        raise ValueError(f'materialize must be "allow", "warn" or "error", not {materialize!r}')
     if not callable(fn):
         raise TypeError(f"adapt takes a function of (params, *args), not {type(fn).__name__}")
-    return Adapted(fn, materialise)
+    return Adapted(fn, materialize)
 
 
 def explain(
     forward: Adapted, params: Any, scales: Mapping[str, Any], *args: Any, **kwargs: Any
 ) -> Explanation:
-    """Which weights are scaled on the activations, which are materialised, where and why.
+    """Reports which weights are scaled on the activations, which are materialized, where and why.
 
-    Traces the function without running it; ``jax.ShapeDtypeStruct`` will do for every array.
+    Traces the function without running it; every array may be a ``jax.ShapeDtypeStruct``.
 
     Args:
       forward: what :func:`adapt` returned (before ``jax.jit``).
       params, scales, *args, **kwargs: as for forward.
 
     Returns:
-      An :class:`Explanation`; print it.
+      An :class:`Explanation`, which prints as a table.
 
     Raises:
       TypeError: forward is not what adapt returned.
@@ -189,14 +189,15 @@ def explain(
             "explain takes what adapt(fn) returned, before jit or grad,"
             f" not {type(forward).__name__}"
         )
-    uses: list[Use] = []
+    uses: list[WeightUse] = []
     arrays, build = paths.partition_arrays((params, scales, args, kwargs))
 
-    def trace(arrays):
-        result, interpreter = forward._run(*build(arrays), explains=True)
+    def trace(arrays: list[Any]) -> Any:
+        params, scales, args, kwargs = build(arrays)
+        result, interpreter = forward._run(params, scales, args, kwargs, explains=True)
         uses.extend(interpreter.uses)
         return result
 
     jax.eval_shape(trace, arrays)
     used = {use.path for use in uses}
-    return Explanation((*uses, *(Use(path, UNUSED) for path in scales if path not in used)))
+    return Explanation((*uses, *(WeightUse(path, UNUSED) for path in scales if path not in used)))

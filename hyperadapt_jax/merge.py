@@ -1,4 +1,4 @@
-"""The adapter multiplied into the weights, and divided out again.
+"""Merging: the adapter multiplied into the weights, and divided out again.
 
 Merged, a model runs with no adapter at all. A narrow dtype pays for it: a bfloat16 weight keeps 8
 significant bits, and rounding the product can cost a good part of a small update. So the product is
@@ -18,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from hyperadapt_jax import paths
+from hyperadapt_jax.algebra import check_invertible
 from hyperadapt_jax.scales import (
     Scales,
     ScaleVectors,
     broadcast_scale,
     check,
-    check_invertible,
     combined_delta,
     compute_dtype,
     iter_stack,
@@ -33,7 +33,7 @@ from hyperadapt_jax.tables import table
 
 @dataclasses.dataclass(frozen=True)
 class Rounding:
-    """What rounding cost one merged weight, as Frobenius norms, computed in float64.
+    """The rounding error of one merged weight, as Frobenius norms, computed in float64.
 
     Attributes:
       path: the weight's path.
@@ -55,7 +55,7 @@ class Rounding:
 
 @dataclasses.dataclass(frozen=True)
 class MergeReport:
-    """The rounding error of every merged weight. Printed, it is a table."""
+    """The rounding error of every merged weight; it prints as a table."""
 
     weights: tuple[Rounding, ...]
 
@@ -67,7 +67,7 @@ class MergeReport:
 
 
 def merge(params: Any, scales: Scales, *, dtype: Any = None, report: bool = False) -> Any:
-    """The parameters with the adapter multiplied in: ``W * (1 + row) * (1 + col)``.
+    """Returns the parameters with the adapter multiplied in: ``W * (1 + row) * (1 + col)``.
 
     The product is made in float32, or in a wider dtype of weight or result, and rounded once.
     All other leaves, biases among them, are passed on as they are, and each weight keeps its
@@ -93,12 +93,12 @@ def merge(params: Any, scales: Scales, *, dtype: Any = None, report: bool = Fals
            [0.5, 1. , 1.5]], dtype=float32)
     """
     if dtype is not None and not jnp.issubdtype(dtype, jnp.inexact):
-        raise ValueError(f"dtype is {jnp.dtype(dtype)}: give a floating one")
+        raise ValueError(f"dtype: is {jnp.dtype(dtype)}; give a floating one")
     old = _weights(params, scales)
     if report and not all(map(_known, jax.tree.leaves([old, scales]))):
         raise ValueError(
-            "a merge report needs the weights' values: ask for it outside of jit, in a process"
-            " that holds all shards"
+            "report: needs the values of all weights; ask for it outside of jit, in a process that"
+            " holds all shards"
         )
     new = {path: _rescaled(jnp.multiply, w, scales[path], dtype) for path, w in old.items()}
     merged = paths.replace(params, new)
@@ -108,7 +108,7 @@ def merge(params: Any, scales: Scales, *, dtype: Any = None, report: bool = Fals
 
 
 def unmerge(merged: Any, scales: Scales, tol: float = 1e-6) -> Any:
-    """The base parameters back from merged ones: ``W / (1 + row) / (1 + col)``.
+    """Returns the base parameters of merged ones: ``W / (1 + row) / (1 + col)``.
 
     Divided in float32 and rounded once, like :func:`merge`. What merging rounded away stays lost:
     in bfloat16 about one entry in a hundred differs from the base in its last bit.
@@ -135,8 +135,8 @@ def _weights(params: Any, scales: Scales) -> dict[str, Any]:
     for path, leaf in weights.items():
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
             raise ValueError(
-                f"{path} has dtype {leaf.dtype}: integer codes cannot hold a scaled weight. Keep"
-                " the adapter beside the quantised base, or merge before quantising"
+                f"{path}: has dtype {leaf.dtype}; integer codes cannot hold a scaled weight: keep"
+                " the adapter next to the quantized base, or merge before quantizing"
             )
     return weights
 

@@ -38,12 +38,12 @@ def flatten(tree: Any) -> tuple[list[str], list[Any], Any]:
     ]
     if len(set(paths)) != len(paths):
         twice = sorted({p for p in paths if paths.count(p) > 1})
-        raise ValueError(f"two leaves of the tree share a path: {', '.join(twice)}; rename a key")
+        raise ValueError(f"{', '.join(twice)}: two leaves of the tree have this path; rename a key")
     return paths, [leaf for _, leaf in with_keys], treedef
 
 
 def replace(tree: Any, leaves: Mapping[str, Any]) -> Any:
-    """The tree with the leaves at the given paths replaced.
+    """Returns the tree with the leaves at the given paths replaced.
 
     >>> replace({"a": 1, "b": [2, 3]}, {"b/1": 4})
     {'a': 1, 'b': [2, 4]}
@@ -53,7 +53,7 @@ def replace(tree: Any, leaves: Mapping[str, Any]) -> Any:
 
 
 def arrays(tree: Any) -> dict[str, Any]:
-    """The tree's arrays by path, in the tree's order; leaves that are no arrays are left out.
+    """Returns the tree's arrays by path, in the tree's order; other leaves are left out.
 
     >>> list(arrays({"dense": {"kernel": np.ones(3), "activation": abs}}))
     ['dense/kernel']
@@ -63,7 +63,7 @@ def arrays(tree: Any) -> dict[str, Any]:
 
 
 def partition_arrays(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
-    """The arrays of a tree, and the function that makes the tree of others in their place.
+    """Returns the arrays of a tree, and a function that rebuilds the tree with others.
 
     >>> arrays, build = partition_arrays({"w": np.ones(2), "name": "relu"})
     >>> build(["other"])
@@ -73,7 +73,8 @@ def partition_arrays(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], An
 
     def build(arrays: Sequence[Any]) -> Any:
         source = iter(arrays)
-        return treedef.unflatten([next(source) if is_array(leaf) else leaf for leaf in leaves])
+        new = [next(source) if is_array(leaf) else leaf for leaf in leaves]
+        return jax.tree.unflatten(treedef, new)
 
     return [leaf for leaf in leaves if is_array(leaf)], build
 
@@ -84,14 +85,14 @@ def is_array(leaf: Any) -> bool:
 
 
 def named_sharding(leaf: Any) -> NamedSharding | None:
-    """The ``NamedSharding`` that an array or a ShapeDtypeStruct carries; None where it has none."""
+    """Returns the ``NamedSharding`` of an array or a ShapeDtypeStruct, or None."""
     traced = isinstance(leaf, jax.core.Tracer)
     sharding = None if traced else getattr(leaf, "sharding", None)
     return sharding if isinstance(sharding, NamedSharding) else None
 
 
 def matcher(pattern: Pattern) -> Callable[[str], bool]:
-    """A predicate on paths: a string is a full-match regex, a sequence is a list of path suffixes.
+    """Returns a predicate on paths, from a full-match regex or a sequence of path suffixes.
 
     Raises:
       ValueError: the regular expression does not compile, or an empty pattern.
@@ -103,22 +104,23 @@ def matcher(pattern: Pattern) -> Callable[[str], bool]:
         raise ValueError("an empty pattern selects nothing: give a regular expression or suffixes")
     if isinstance(pattern, str):
         try:
-            return lambda path, regex=re.compile(pattern): regex.fullmatch(path) is not None
+            regex = re.compile(pattern)
         except re.error as error:
             raise ValueError(f"the pattern {pattern!r} is no regular expression: {error}") from None
+        return lambda path: regex.fullmatch(path) is not None
     return lambda path: any(path == s or path.endswith("/" + s) for s in pattern)
 
 
 def suggest(pattern: Pattern, paths: Iterable[str], count: int = 5) -> str:
-    """A line that names the paths which look most like a pattern, for error messages."""
+    """Returns a line that names the paths most similar to a pattern, for error messages."""
     asked = pattern if isinstance(pattern, str) else pattern[0]
     words = set(re.findall(r"\w+", asked))
 
-    def likeness(path: str) -> float:
+    def similarity(path: str) -> float:
         shared = len(words & set(re.findall(r"\w+", path)))
         return shared + difflib.SequenceMatcher(None, asked, path).ratio()
 
-    best = sorted(paths, key=likeness, reverse=True)[:count]
+    best = sorted(paths, key=similarity, reverse=True)[:count]
     return "nearest: " + ", ".join(best) if best else "the tree holds no arrays"
 
 

@@ -1,8 +1,8 @@
-"""How many directions an adapter's updates use: the bound, and measures that say more.
+"""The rank of an adapter's updates: its bound, and measures that tell more than a count.
 
 The update of a weight is ``dW = W0 * (a b^T - 1)``, so ``rank(dW) <= min(2 rank(W0), n, m)``, and
 nearly any vectors attain that. A count of non-zero singular values therefore says little. The
-measures here weigh them, beside controls: what the same weight, or random vectors, show untrained.
+measures here weigh them, and controls show what the same weight, or random vectors, give untrained.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ UPDATE, RANDOM, BASE = "hyperadapt", "random", "base"
 
 
 def bound(base_rank: int, shape: tuple[int, int], sides: int = 2) -> int:
-    """The highest rank of an update: ``min(2 rank(W0), n, m)``, one-sided ``min(rank(W0), n, m)``.
+    """Returns the highest rank of an update: ``min(sides * rank(W0), n, m)``.
 
     ``A W0 B - W0`` is the sum of two matrices of at most that rank; ``(A - I) W0`` is one.
 
@@ -51,7 +51,7 @@ def bound(base_rank: int, shape: tuple[int, int], sides: int = 2) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Measures:
-    """What the singular values ``s`` of a matrix say of its rank; all zero for a zero matrix.
+    """Measures of a matrix's rank from its singular values ``s``; all zero for a zero matrix.
 
     Attributes:
       norm: the Frobenius norm, ``sqrt(sum(s**2))``.
@@ -76,7 +76,7 @@ class Measures:
 
 
 def measure(singular_values: Sequence[float] | np.ndarray, tolerance: float) -> Measures:
-    """The measures of a matrix with these singular values.
+    """Returns the measures of a matrix with these singular values.
 
     Args:
       singular_values: all of them, in any order.
@@ -91,15 +91,21 @@ def measure(singular_values: Sequence[float] | np.ndarray, tolerance: float) -> 
         return Measures()
     relative, p = s / s[0], s[s > 0] / s.sum()
     energy = np.cumsum(relative**2)
-    # The margin: a share that is met exactly must not cost one more value by a rounding of the sum.
-    short_of = [int(np.sum(energy < (share - 1e-12) * energy[-1])) for share in (0.90, 0.99)]
+
+    def short_of(share: float) -> int:
+        # The margin: a share that is met exactly must not cost one more by a rounding of the sum.
+        return int(np.sum(energy < (share - 1e-12) * energy[-1]))
+
     return Measures(
-        float(norm(s)),
-        float(energy[-1]),
-        float(np.exp(-np.sum(p * np.log(p)))),
-        *(int(np.sum(relative > part)) for part in (0.1, 0.01, 0.001)),
-        *(count + 1 for count in short_of),
-        int(np.sum(relative > tolerance)),
+        norm=float(norm(s)),
+        stable=float(energy[-1]),
+        entropy=float(np.exp(-np.sum(p * np.log(p)))),
+        above_10=int(np.sum(relative > 0.1)),
+        above_1=int(np.sum(relative > 0.01)),
+        above_01=int(np.sum(relative > 0.001)),
+        energy_90=short_of(0.90) + 1,
+        energy_99=short_of(0.99) + 1,
+        numerical=int(np.sum(relative > tolerance)),
     )
 
 
@@ -136,13 +142,13 @@ class Spectrum:
 class RankReport:
     """The spectra of an adapter's updates and of their controls.
 
-    Printed, it is a table of medians over the layers and stack slices of each kind of weight.
+    It prints as a table of medians over the layers and stack slices of each kind of weight.
     """
 
     spectra: tuple[Spectrum, ...]
 
     def groups(self) -> dict[tuple[str, tuple[int, int]], dict[str, list[Spectrum]]]:
-        """The spectra by (kind, shape of the matrix), then by source."""
+        """Returns the spectra by (kind, shape of the matrix), then by source."""
         groups: dict = {}
         for spectrum in self.spectra:
             sources = groups.setdefault((spectrum.kind, spectrum.shape), {})
@@ -163,15 +169,15 @@ class RankReport:
         return table(header, rows, right=" ".join(["count", *columns, "bound"]))
 
 
-def analyse(
+def analyze(
     params: Any,
     scales: Scales,
     controls: Mapping[str, Mapping[str, Any]] | None = None,
     seed: int = 0,
 ) -> RankReport:
-    """Measures the rank of each adapted weight's update, beside controls.
+    """Measures the rank of each adapted weight's update, together with controls.
 
-    Every stack slice is a matrix of its own, with the out axes as its rows and all others as its
+    Every stack slice is a separate matrix, with the out axes as its rows and all others as its
     columns (without an out axis: the in axes as its columns). The update is computed in float64 on
     the host, from the vectors and the frozen weight: the difference of a merged weight and the
     frozen one is rounding noise of full rank. Each matrix costs O(n m min(n, m)).
@@ -189,11 +195,11 @@ def analyse(
 
     Raises:
       ValueError: an adapter that does not fit the parameters, a control of another path or shape
-        or of a reserved name, a dtype that is not floating, a number that is not finite.
+        or of a reserved name, a dtype that is not floating, a value that is not finite.
 
     >>> params = {"w": jnp.eye(4)}
     >>> scales = {"w": ScaleVectors(jnp.array([1.0, 0, 0, 0]), None, "- out")}
-    >>> report = analyse(params, scales)
+    >>> report = analyze(params, scales)
     >>> [(s.source, s.bound, s.measures.numerical) for s in report.spectra]
     [('hyperadapt', 4, 1), ('random', 4, 4), ('base', None, 4)]
     """
@@ -201,22 +207,22 @@ def analyse(
     check(scales, arrays)
     for name, updates in controls.items():
         if name in (UPDATE, RANDOM, BASE):
-            raise ValueError(f"a control cannot be called {name!r}: the report has that already")
+            raise ValueError(f"{name}: is a name that the report uses itself; rename the control")
         for path in updates:
             if path not in scales:
-                raise ValueError(f"{name}: {path} is not adapted; {paths.suggest(path, scales)}")
+                raise ValueError(f"{name}: {path}: is not adapted; {paths.suggest(path, scales)}")
             has, needs = np.shape(updates[path]), arrays[path].shape
             if has != needs:
-                raise ValueError(f"{name}: {path} has shape {has}; the weight has {needs}")
+                raise ValueError(f"{name}: {path}: has shape {has}, but the weight has {needs}")
     for path, vectors in scales.items():
         given = {**controls, BASE: arrays}
         dense = {name: np.asarray(of[path]) for name, of in given.items() if path in of}
         sides = {side: delta for (_, side), delta in known_values({path: vectors}).items()}
         for name, array in {**dense, **sides}.items():
             if not jnp.issubdtype(array.dtype, jnp.floating):
-                raise ValueError(f"{name}: {path} has dtype {array.dtype}, not a floating one")
+                raise ValueError(f"{name}: {path}: has dtype {array.dtype}, not a floating one")
             if not np.isfinite(array).all():
-                raise ValueError(f"{name}: {path} holds a NaN or an infinity")
+                raise ValueError(f"{name}: {path}: has a NaN or an infinity")
         spectra += _spectra(path, vectors, dense, seed)
     return RankReport(tuple(spectra))
 
@@ -224,7 +230,7 @@ def analyse(
 def _spectra(
     path: str, vectors: ScaleVectors, dense: Mapping[str, np.ndarray], seed: int
 ) -> list[Spectrum]:
-    """The spectra of one weight, slice by slice; ``dense`` holds the controls and the weight."""
+    """Returns the spectra of one weight by slice; ``dense`` holds the controls and the weight."""
     roles = [role for role in vectors.axes.split() if role != "stack"]
     rows = [i for i, role in enumerate(roles) if role == ("out" if "out" in roles else "-")]
     spectra = []
@@ -263,7 +269,7 @@ def figure(report: RankReport, columns: int = 3) -> Any:
     one; a dotted vertical line is the bound on it.
 
     Args:
-      report: what :func:`analyse` returned.
+      report: what :func:`analyze` returned.
       columns: the most panels side by side.
 
     Returns:
@@ -280,10 +286,12 @@ def figure(report: RankReport, columns: int = 3) -> Any:
         raise ImportError("figure needs matplotlib: pip install 'hyperadapt-jax[plot]'") from error
     groups = report.groups()
     if not groups:
-        raise ValueError("the report is empty: nothing to draw")
+        raise ValueError("the report is empty; nothing to draw")
     names = list(dict.fromkeys(spectrum.source for spectrum in report.spectra))
     colors = itertools.cycle(["#009E73", "#CC79A7", "#E69F00", "#56B4E9"])
-    looks = {name: {"color": next(colors), "label": name} for name in names}
+    looks: dict[str, dict[str, Any]] = {
+        name: {"color": next(colors), "label": name} for name in names
+    }
     looks[UPDATE] = {"color": "#0072B2", "lw": 2.4, "label": "HyperAdapt"}
     looks[RANDOM] = {"color": "#D55E00", "ls": "--", "label": "random vectors"}
     looks[BASE] = {"color": "#777777", "label": "frozen weight"}

@@ -1,4 +1,4 @@
-"""The scale vectors: their container and their algebra.
+"""The scale vectors: their container, their axes, and what checks and reads them.
 
 A weight ``W`` becomes ``diag(1 + row) W diag(1 + col)`` in the paper's (outputs x inputs) layout
 (HyperAdapt, arXiv 2509.18629: ``row`` is its ``a - 1`` and ``col`` its ``b - 1``). Vectors are
@@ -13,12 +13,11 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.special import xlog1py, xlogy
 
 from hyperadapt_jax import paths
 
@@ -27,7 +26,7 @@ SIDES = {"row": ("stack", "out"), "col": ("stack", "in")}
 
 
 def side_axes(axes: str, side: str) -> tuple[int, ...]:
-    """The weight axes that the ``row`` or ``col`` vector of a weight with these roles spans.
+    """Returns the weight axes that the ``row`` or ``col`` vector of a weight spans.
 
     Empty where the roles name no ``out`` (for row) or no ``in`` (for col): a one-sided weight.
 
@@ -43,7 +42,7 @@ def side_axes(axes: str, side: str) -> tuple[int, ...]:
 
 
 def side_shape(shape: Sequence[int], axes: str, side: str) -> tuple[int, ...] | None:
-    """The shape of a weight's ``row`` or ``col`` vector; None for a one-sided weight without it.
+    """Returns the shape of a weight's ``row`` or ``col`` vector; None for a side without one.
 
     >>> side_shape((4, 3, 5), "stack in out", "row"), side_shape((3, 5), "- out", "col")
     ((4, 5), None)
@@ -67,7 +66,7 @@ class ScaleVectors:
     axes: str = dataclasses.field(metadata={"static": True})
 
     def factors(self) -> list[tuple[tuple[int, ...], Any]]:
-        """The vectors that are there, each with the weight axes it spans."""
+        """Returns the vectors that are not None, each with the weight axes that it spans."""
         pairs = [(side_axes(self.axes, "row"), self.row), (side_axes(self.axes, "col"), self.col)]
         return [(axes, delta) for axes, delta in pairs if delta is not None]
 
@@ -76,32 +75,32 @@ Scales = dict[str, ScaleVectors]
 
 
 def compute_dtype(dtype: Any) -> Any:
-    """The dtype in which a scale multiplies: float32 for anything narrower, else its own."""
+    """Returns the dtype in which a scale multiplies: the given one, at least float32."""
     return jnp.promote_types(dtype, jnp.float32) if jnp.dtype(dtype).itemsize >= 4 else jnp.float32
 
 
 def broadcast_scale(delta: jax.Array, axes: Sequence[int], ndim: int) -> jax.Array:
-    """``1 + delta`` with size-one axes added, to broadcast against an array of ``ndim`` axes."""
+    """Returns ``1 + delta`` with size-one axes, to broadcast against an array of ``ndim`` axes."""
     return jnp.expand_dims(1 + delta, [i for i in range(ndim) if i not in axes])
 
 
 def check(scales: Scales, weights: Mapping[str, Any]) -> None:
-    """Refuses an adapter that does not fit the weights it would scale, given as arrays by path.
+    """Checks that an adapter fits the weights that it would scale, given as arrays by path.
 
     Raises:
-      ValueError: a path that is not there, roles that do not fit the number of axes, or a vector
+      ValueError: a path that is missing, roles that do not fit the number of axes, or a vector
         that is missing, not called for, or of another shape than the weight's axes.
     """
     for path, vectors in scales.items():
         if path not in weights:
             raise ValueError(
-                f"the adapter scales {path}, which is none of the {len(weights)} arrays;"
+                f"{path}: is scaled by the adapter, but is none of the {len(weights)} arrays;"
                 f" {paths.suggest(path, weights)}"
             )
         shape, axes = np.shape(weights[path]), vectors.axes
         if len(shape) != (count := len(axes.split())):
             raise ValueError(
-                f"{path} has {len(shape)} axes, shape {shape}, and roles for {count}: {axes!r}"
+                f"{path}: has {len(shape)} axes, shape {shape}, but roles for {count}: {axes!r}"
             )
         for side in SIDES:
             delta = getattr(vectors, side)
@@ -109,13 +108,13 @@ def check(scales: Scales, weights: Mapping[str, Any]) -> None:
             needs = side_shape(shape, axes, side)
             if has != needs:
                 raise ValueError(
-                    f"{path}: {side} has shape {has}, and a weight of shape {shape} with roles"
+                    f"{path}: {side} has shape {has}, but a weight of shape {shape} with roles"
                     f" {axes!r} needs {needs}"
                 )
 
 
 def count(scales: Scales) -> int:
-    """How many numbers train: the sum of all vectors' sizes.
+    """Returns the number of trainable parameters: the sum of all vectors' sizes.
 
     >>> count({"w": ScaleVectors(jnp.zeros(5), jnp.zeros(3), "in out")})
     8
@@ -123,137 +122,8 @@ def count(scales: Scales) -> int:
     return sum(math.prod(np.shape(leaf)) for leaf in jax.tree.leaves(scales))
 
 
-def compose(first: Scales, second: Scales) -> Scales:
-    """The adapter that does both: scales multiply, ``(1 + a)(1 + b)``. The order does not matter.
-
-    A weight or a side that only one of the two adapts is taken from that one.
-
-    Raises:
-      ValueError: the two disagree on the axis roles or the shapes of a weight.
-
-    >>> a = {"w": ScaleVectors(jnp.array([1.0]), None, "- out")}
-    >>> compose(a, a)["w"].row
-    Array([3.], dtype=float32)
-    """
-    both = {**first, **second}
-    for path, a in first.items():
-        if (b := second.get(path)) is None:
-            continue
-        axes = _common_roles(path, a, b)
-        pairs = [(getattr(a, side), getattr(b, side)) for side in SIDES]
-        sides = [y if x is None else x if y is None else _product(x, y) for x, y in pairs]
-        both[path] = ScaleVectors(*sides, axes)
-    return both
-
-
-def invert(scales: Scales, tol: float = 1e-6) -> Scales:
-    """The adapter that undoes this one: scales ``1 / (1 + delta)``.
-
-    Raises:
-      ValueError: a scale lies within ``tol`` of zero (not checked on traced values).
-
-    >>> invert({"w": ScaleVectors(jnp.array([1.0]), None, "- out")})["w"].row
-    Array([-0.5], dtype=float32)
-    """
-    check_invertible(scales, tol)
-    return jax.tree.map(lambda delta: -delta / (1 + delta), scales)
-
-
-def check_invertible(scales: Scales, tol: float) -> None:
-    """Raises ValueError, naming weight, side and index, where a scale lies within tol of zero."""
-    for (path, side), delta in known_values(scales).items():
-        size = np.abs(1 + delta)
-        if (size <= tol).any():
-            where = np.argwhere(size == size.min())[0].tolist()
-            raise ValueError(
-                f"{path}: {side}{where} scales by {size.min():.2g}, too near zero to invert"
-                f" (tol={tol:g}): what it scaled cannot be recovered; keep the base model"
-            )
-
-
-def average(
-    adapters: Sequence[Scales],
-    weights: Sequence[float] | None = None,
-    signs: Literal["error", "linear"] = "error",
-) -> Scales:
-    """The weighted mean of adapters in log space: ``prod |1 + delta_i| ** w_i``, sign kept.
-
-    Scales multiply, so their natural mean is geometric. It needs equal signs, and learned scales
-    do turn negative.
-
-    Args:
-      adapters: adapters of the same weights, sides and shapes.
-      weights: one per adapter, summing to one; equal where None.
-      signs: ``"error"`` refuses entries whose signs differ; ``"linear"`` takes the weighted
-        arithmetic mean of those entries alone.
-
-    Raises:
-      ValueError: no adapters, weights that do not sum to one, adapters of different weights or
-        shapes, or (not checked on traced values) signs that differ under ``signs="error"``.
-
-    >>> a, b = ({"w": ScaleVectors(jnp.array([d]), None, "- out")} for d in (0.0, 3.0))
-    >>> average([a, b])["w"].row
-    Array([1.], dtype=float32)
-    """
-    if not adapters:
-        raise ValueError("average needs at least one adapter")
-    weights = [1 / len(adapters)] * len(adapters) if weights is None else list(weights)
-    if len(weights) != len(adapters) or abs(sum(weights) - 1) > 1e-6:
-        raise ValueError(f"give {len(adapters)} weights that sum to one, not {weights}")
-    return _mean(adapters, weights, signs)
-
-
-def interpolate(
-    first: Scales, second: Scales, t: float, signs: Literal["error", "linear"] = "error"
-) -> Scales:
-    """The point at ``t`` on the log-space path from one adapter (t=0) to another (t=1).
-
-    The :func:`average` with weights ``1 - t`` and ``t``, which may be traced, or outside [0, 1].
-
-    >>> a, b = ({"w": ScaleVectors(jnp.array([d]), None, "- out")} for d in (0.0, 3.0))
-    >>> interpolate(a, b, 0.5)["w"].row
-    Array([1.], dtype=float32)
-    """
-    return _mean([first, second], [1 - t, t], signs)
-
-
-def canonical(scales: Scales) -> Scales:
-    """The same adapter in its canonical gauge, so that two can be compared number by number.
-
-    ``(c (1 + row), (1 + col) / c)`` gives the same weight for every ``c``: one number per matrix
-    (per stack slice) is free. Here ``c`` makes the root mean squares of the two sides equal, and
-    makes the mean of ``col`` positive. One-sided weights have no such freedom, and a slice with a
-    side that is zero throughout is left as it is.
-
-    >>> s = {"w": ScaleVectors(jnp.array([7.0, 7.0]), jnp.array([1.0, 1.0]), "in out")}
-    >>> canonical(s)["w"].row, canonical(s)["w"].col
-    (Array([3., 3.], dtype=float32), Array([3., 3.], dtype=float32))
-    """
-
-    def gauge(vectors: ScaleVectors) -> ScaleVectors:
-        if vectors.row is None or vectors.col is None:
-            return vectors
-        row, col, roles = 1 + vectors.row, 1 + vectors.col, vectors.axes.split()
-        over_row, over_col = (  # a vector's own axes, but for those of the stack
-            tuple(i for i, k in enumerate(side_axes(vectors.axes, side)) if roles[k] != "stack")
-            for side in SIDES
-        )
-        rms_row = jnp.sqrt(jnp.mean(row**2, over_row))
-        rms_col = jnp.sqrt(jnp.mean(col**2, over_col))
-        usable = (rms_row > 0) & (rms_col > 0)
-        c = jnp.sqrt(jnp.where(usable, rms_col, 1) / jnp.where(usable, rms_row, 1))
-        c = jnp.where(jnp.mean(col, over_col) < 0, -c, c)
-        return dataclasses.replace(
-            vectors,
-            row=row * jnp.expand_dims(c, over_row) - 1,
-            col=col / jnp.expand_dims(c, over_col) - 1,
-        )
-
-    return {path: gauge(vectors) for path, vectors in scales.items()}
-
-
 def known_values(scales: Scales) -> dict[tuple[str, str], np.ndarray]:
-    """The values of every vector by (path, side), where they are known: tracers are left out."""
+    """Returns the concrete vectors by (path, side); tracers are left out."""
     return {
         (path, side): np.asarray(delta)
         for path, vectors in scales.items()
@@ -263,9 +133,10 @@ def known_values(scales: Scales) -> dict[tuple[str, str], np.ndarray]:
 
 
 def iter_stack(vectors: ScaleVectors, *arrays: np.ndarray) -> Iterator[tuple[tuple, list, list]]:
-    """For each slice of a weight's stack: its index, the deltas in float64, the arrays' slices.
+    """Yields for each slice of a weight's stack its index, float64 deltas and slices of the arrays.
 
-    They broadcast. One slice at a time: float64 copies of a whole stack of layers would be large.
+    The deltas broadcast against the slices. One slice at a time, since float64 copies of a whole
+    stack of layers would be large.
     """
     roles = vectors.axes.split()
     stack = [i for i, role in enumerate(roles) if role == "stack"]
@@ -274,77 +145,13 @@ def iter_stack(vectors: ScaleVectors, *arrays: np.ndarray) -> Iterator[tuple[tup
         for axes, delta in vectors.factors()
     ]
     first = range(len(stack))
-    deltas, arrays = ([np.moveaxis(x, stack, first) for x in group] for group in (deltas, arrays))
-    for index in np.ndindex(arrays[0].shape[: len(stack)]):
-        yield index, [delta[index] for delta in deltas], [array[index] for array in arrays]
+    moved = [[np.moveaxis(x, stack, first) for x in group] for group in (deltas, arrays)]
+    for index in np.ndindex(moved[1][0].shape[: len(stack)]):
+        slices = [[x[index] for x in group] for group in moved]
+        yield index, slices[0], slices[1]
 
 
 def combined_delta(deltas: Sequence[Any]) -> Any:
-    """The relative change that all deltas make together: ``prod(1 + delta) - 1``."""
-    return functools.reduce(_product, deltas)
-
-
-def _product(x: Any, y: Any) -> Any:
-    """``(1 + x)(1 + y) - 1``, without its cancellation."""
-    return x + y + x * y
-
-
-def _mean(adapters: Sequence[Scales], weights: Sequence[Any], signs: str) -> Scales:
-    if signs not in ("error", "linear"):
-        raise ValueError(f'signs must be "error" or "linear", not {signs!r}')
-    first = adapters[0]
-    for other in adapters[1:]:
-        if lonely := first.keys() ^ other.keys():
-            raise ValueError(f"{min(lonely)}: adapted by one adapter and not by the other")
-        for path in first:
-            _common_roles(path, first[path], other[path], exact=True)
-    if signs == "error":
-        _check_signs(adapters)
-
-    def mean(*deltas):
-        pairs = list(zip(weights, deltas, strict=True))
-        # log1p and expm1 keep full precision where a scale is close to one; at weight zero, the
-        # product counts a scale of zero as zero, not as undefined.
-        log = sum(
-            jnp.where(jnp.abs(d) < 0.5, xlog1py(w, jnp.clip(d, -0.5)), xlogy(w, jnp.abs(1 + d)))
-            for w, d in pairs
-        )
-        linear = sum(w * d for w, d in pairs)
-        deltas = jnp.stack(deltas)
-        mirrored = jnp.where(jnp.all(deltas <= -1, axis=0), -jnp.exp(log) - 1, linear)
-        return jnp.where(jnp.all(deltas >= -1, axis=0), jnp.expm1(log), mirrored)
-
-    return jax.tree.map(mean, *adapters)
-
-
-def _check_signs(adapters: Sequence[Scales]) -> None:
-    known = [known_values(scales) for scales in adapters]
-    for path, side in known[0]:
-        scales = [1 + deltas[path, side] for deltas in known if (path, side) in deltas]
-        clash = np.any([s > 0 for s in scales], axis=0) & np.any([s < 0 for s in scales], axis=0)
-        if clash.any():
-            raise ValueError(
-                f"{path}: {clash.sum()} of {clash.size} {side} scales differ in sign between the"
-                ' adapters, and a mean in log space needs equal signs; signs="linear" takes the'
-                " arithmetic mean of those entries"
-            )
-
-
-def _common_roles(path: str, a: ScaleVectors, b: ScaleVectors, exact: bool = False) -> str:
-    """The union of a weight's axis roles in two adapters, once it is known that the two fit."""
-    pairs = list(zip(a.axes.split(), b.axes.split(), strict=False))
-    union = " ".join(y if x == "-" else x for x, y in pairs)
-    # Of a square weight, the one's in axis may be the other's unscaled one: never the same vector.
-    spanned = [(side_axes(v.axes, s), side_axes(union, s)) for v in (a, b) for s in SIDES]
-    if not (
-        len(a.axes.split()) == len(b.axes.split())
-        and all(x == y or "-" in (x, y) for x, y in pairs)
-        and all(axes in ((), whole) for axes, whole in spanned)
-        and (a.axes == b.axes or not exact)
-    ):
-        raise ValueError(f"{path}: axis roles differ: {a.axes!r} and {b.axes!r}")
-    for side in SIDES:
-        shapes = [np.shape(d) for v in (a, b) if (d := getattr(v, side)) is not None]
-        if len(set(shapes)) > 1:
-            raise ValueError(f"{path}: {side} shapes differ: {shapes[0]}, {shapes[1]}")
-    return union
+    """Returns the relative change that all deltas make together: ``prod(1 + delta) - 1``."""
+    # Not as 1 + x times 1 + y: that would cancel.
+    return functools.reduce(lambda x, y: x + y + x * y, deltas)

@@ -1,9 +1,9 @@
-"""The vectors' shardings, out of the weights'.
+"""The shardings of the vectors, derived from those of their weights.
 
 A vector is sharded as the axes of its weight that it spans. Under tensor parallelism that is best:
 each device holds the part of the vector that it multiplies by. Mesh axes that shard both the batch
 and the weights (FSDP) are different: there a weight is gathered before its use, and a vector that
-is sharded like it is gathered beside it, in every pass, while its gradient comes out whole.
+is sharded like it is gathered with it, in every pass, while its gradient is not sharded.
 ``replicate`` names those mesh axes: the vectors, small as they are, are kept whole along them.
 
 Inside ``jax.shard_map``, where a function sees its weight's shard alone, an adapted function needs
@@ -19,13 +19,13 @@ from typing import Any
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from hyperadapt_jax import paths
-from hyperadapt_jax.scales import SIDES, Scales, side_axes
+from hyperadapt_jax.scales import SIDES, Scales, ScaleVectors, side_axes
 
 
 def vector_spec(
     spec: PartitionSpec, axes: Sequence[int], replicate: Sequence[str] = ()
 ) -> PartitionSpec:
-    """A weight's partition spec, restricted to the axes that a vector spans.
+    """Returns a weight's partition spec, restricted to the axes that a vector spans.
 
     Args:
       spec: the weight's.
@@ -39,7 +39,7 @@ def vector_spec(
     True
     """
 
-    def kept(entry):
+    def kept(entry: Any) -> Any:
         if entry is None or isinstance(entry, str):
             return None if entry in replicate else entry
         names = tuple(name for name in entry if name not in replicate)
@@ -51,7 +51,7 @@ def vector_spec(
 def vector_sharding(
     sharding: NamedSharding, axes: Sequence[int], replicate: Sequence[str] = ()
 ) -> NamedSharding | None:
-    """A weight's sharding, restricted to the axes that a vector spans; None where it spans none.
+    """Returns a weight's sharding, restricted to the axes that a vector spans; None for no axes.
 
     Args:
       sharding: the weight's.
@@ -69,11 +69,13 @@ def vector_sharding(
 def check_axes(mesh: Mesh | AbstractMesh, replicate: Sequence[str]) -> None:
     """Raises ValueError where ``replicate`` is no list of axes of the mesh."""
     if isinstance(replicate, str) or not set(replicate) <= set(mesh.axis_names):
-        raise ValueError(f"replicate lists axes of the mesh {mesh.axis_names}, not {replicate!r}")
+        raise ValueError(
+            f"replicate: is {replicate!r}; give a list of axes of the mesh {mesh.axis_names}"
+        )
 
 
 def vector_shardings(scales: Scales, weights: Any, replicate: Sequence[str] = ()) -> Scales:
-    """The shardings of an adapter's vectors: for ``jax.device_put``, ``jax.jit``, a restore.
+    """Returns the shardings of an adapter's vectors, for ``jax.device_put`` or ``jax.jit``.
 
     Args:
       scales: the adapter, of arrays or ``jax.ShapeDtypeStruct``.
@@ -101,7 +103,7 @@ def vector_shardings(scales: Scales, weights: Any, replicate: Sequence[str] = ()
     names, leaves, _ = paths.flatten(weights)
     known = dict(zip(names, leaves, strict=True))
 
-    def of(path, axes):
+    def of(path: str, axes: tuple[int, ...]) -> Any:
         leaf = known.get(path)
         sharding = getattr(leaf, "sharding", leaf)
         if isinstance(sharding, PartitionSpec):
@@ -110,14 +112,14 @@ def vector_shardings(scales: Scales, weights: Any, replicate: Sequence[str] = ()
             return vector_sharding(sharding, axes, replicate)
         if isinstance(sharding, SingleDeviceSharding):
             return sharding
-        what = f"is of type {type(sharding).__name__}" if path in known else "is not there"
+        kind = f"has a sharding of type {type(sharding).__name__}"
+        what = kind if path in known else "is not in the tree"
         raise ValueError(
-            f"no sharding is known for {path}, which {what}: give arrays that carry a"
-            f" NamedSharding, or a tree of NamedSharding or PartitionSpec;"
-            f" {paths.suggest(path, known)}"
+            f"{path}: {what}; give arrays that carry a NamedSharding, or a tree of"
+            f" NamedSharding or PartitionSpec; {paths.suggest(path, known)}"
         )
 
-    def both(path, vectors):
+    def both(path: str, vectors: ScaleVectors) -> ScaleVectors:
         sides = [side for side in SIDES if getattr(vectors, side) is not None]
         specs = {side: of(path, side_axes(vectors.axes, side)) for side in sides}
         return dataclasses.replace(vectors, **specs)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]], right: str = "") -> str:
-    """A table with aligned columns; columns whose header is a word of ``right`` align right.
+    """Returns a table with aligned columns; those whose header is in ``right`` align right.
 
     >>> print(table(["weight", "n"], [["q", 12], ["gate", 3]], right="n"))
     weight   n
@@ -24,7 +24,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]], right: str = 
 
 
 def first_few(items: Sequence[object], most: int, separator: str = ", ") -> str:
-    """The first items, and how many more there are.
+    """Returns the first items, and how many more there are.
 
     >>> first_few(["q", "k", "v", "o"], 2)
     'q, k and 2 more'

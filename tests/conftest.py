@@ -12,7 +12,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("MPLBACKEND", "Agg")
-# Most tests compile far longer than they compute; the others ask for the fixture `optimised`.
+# Most tests compile far longer than they compute; the others ask for the fixture `optimized`.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import hypothesis  # noqa: E402
@@ -32,7 +32,7 @@ hypothesis.settings.load_profile("hyperadapt")
 
 
 @pytest.fixture(scope="module")
-def optimised():
+def optimized():
     """Programs are compiled as users' are: for tests of their bits, and for those that run long."""
     name = "jax_disable_most_optimizations"
     before = jax.config.read(name)

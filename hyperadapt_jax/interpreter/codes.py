@@ -23,7 +23,7 @@ from hyperadapt_jax.interpreter.values import (
 
 def mul(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> list[Value]:
     """Products of scaled and plain arrays, as in dequantization: the vectors wait."""
-    size = eqn.outvars[0].aval.size
+    size = jax_versions.result_of(eqn).size
     operands = interpreter.materialize_where(
         lambda x: x.is_vector and x.value.size < size, eqn, operands
     )
@@ -39,7 +39,9 @@ def mul(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> list[Val
 def div(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Results:
     """By what is not scaled: the vectors wait."""
     scaled, divisor = operands
-    if isinstance(divisor, Scaled) or not is_inexact(scaled.value):
+    if not isinstance(scaled, Scaled) or isinstance(divisor, Scaled):
+        return None
+    if not is_inexact(scaled.value):
         return None
     [y] = jax_versions.bind(eqn, scaled.value, divisor)
     codes = still_codes(interpreter, operands)
@@ -47,7 +49,7 @@ def div(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Results:
 
 
 def affine(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Results:
-    """Sums of what has one scale; and a zero point, or what a step makes of it, taken off codes."""
+    """Sums of arrays with one scale; and codes minus a zero point (or that times the step)."""
     [first, *others] = [x for x in operands if isinstance(x, Scaled)]
     if others:
         [second] = others
@@ -84,13 +86,13 @@ def decode(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Resul
     if name in _ON_CODES or name in _ON_INTEGERS and not any(is_inexact(x.value) for x in codes):
         return _waiting(eqn, operands, first)
     if name == "gather" and len(codes) == 1 and operands[1] is first:
-        rows = [i for i in range(eqn.outvars[0].aval.ndim)]
-        rows = [i for i in rows if i not in eqn.params["dimension_numbers"].offset_dims]
+        windows = eqn.params["dimension_numbers"].offset_dims
+        rows = [i for i in range(jax_versions.result_of(eqn).ndim) if i not in windows]
         if any(axis >= len(rows) for axes in first.axes for axis in axes):
             return None
         return _waiting(eqn, operands, first, rows)
     if name == "bitcast_convert_type":
-        ndim = eqn.outvars[0].aval.ndim  # an axis of parts at the end, or one less
+        ndim = jax_versions.result_of(eqn).ndim  # an axis of parts at the end, or one less
         if any(axis >= ndim for axes in first.axes for axis in axes):
             return None
         return _waiting(eqn, operands, first)
@@ -112,7 +114,7 @@ _ON_INTEGERS = frozenset(
 def _waiting(
     eqn: JaxprEqn, operands: Operands, like: Scaled, to: Sequence[int] | None = None
 ) -> list[Value]:
-    """Runs an equation on the values, and hands their vectors on, to other axes where given."""
+    """Runs an equation on the values, and passes their vectors on, to other axes where given."""
     [y] = jax_versions.bind(eqn, *map(value_of, operands))
     axes = like.axes if to is None else [tuple(to[axis] for axis in spans) for spans in like.axes]
     factors = list(zip(axes, like.deltas, strict=True))

@@ -45,7 +45,7 @@ def dot_general(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> 
     become batch axes of the product: the other operand is repeated along them, and scaled. What is
     a product already, such as looked-up rows, is an activation: its own vectors scale it.
     """
-    operands, result = _settled(interpreter, eqn, operands), eqn.outvars[0].aval
+    operands, result = _settled(interpreter, eqn, operands), jax_versions.result_of(eqn)
     names = _name_axes(operands, eqn.params["dimension_numbers"])
     out, sizes = _result_axes(names), _sizes(operands, names)
     products = math.prod(sizes.values())
@@ -59,7 +59,8 @@ def dot_general(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> 
         go = [(spans, delta) for spans, delta in factors if not set(spans) <= set(out)]
         free = [name for name in names[side] if name[0] == "free"]
         shared = [name for name in free if any(name in spans for spans, _ in go)]
-        if factors and not operand.product and is_inexact(operand.value):
+        pending = isinstance(operand, Scaled) and not operand.product
+        if factors and pending and is_inexact(value_of(operand)):
             repeats = math.prod(sizes[name] for name in shared)
             if why := _dearer(operands, side, result, products, repeats, len(stay), len(go)):
                 [operands[side]] = interpreter.materialize(eqn, [operand], why)
@@ -217,7 +218,7 @@ def _settled(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> lis
     """A contraction's operands; those that are products already are activations, and are scaled."""
     settled = list(operands)
     for side, x in enumerate(operands):
-        inexact = is_inexact(value_of(x)) or is_inexact(eqn.outvars[0].aval)
+        inexact = is_inexact(value_of(x)) or is_inexact(jax_versions.result_of(eqn))
         if isinstance(x, Scaled) and x.product and inexact:
             interpreter.record(eqn, x)
             settled[side] = scale(x.value, x.factors, _operand_dtype(eqn, side))
@@ -229,7 +230,7 @@ def _operand_dtype(eqn: JaxprEqn, side: int) -> Any:
 
     Types below 16 bits have no room for a scale, and integers none at all.
     """
-    own, result = eqn.invars[side].aval.dtype, eqn.outvars[0].aval.dtype
+    own, result = jax_versions.operand_of(eqn, side).dtype, jax_versions.result_of(eqn).dtype
     if jnp.issubdtype(own, jnp.complexfloating):
         return own
     types = [t for t in (own, result) if jnp.issubdtype(t, jnp.inexact)]
@@ -242,11 +243,11 @@ def _parts(eqn: JaxprEqn, side: int, x: jax.Array, factors: Factors) -> list[jax
     A product in 16 bits with a wider result stays one, as fast and, at zero deltas, as exact to the
     last bit: what its operand's dtype does not hold of a scaled number is a second operand.
     """
-    own, dtype = eqn.invars[side].aval.dtype, _operand_dtype(eqn, side)
+    own, dtype = jax_versions.operand_of(eqn, side).dtype, _operand_dtype(eqn, side)
     if not factors and x.dtype == own:
         return [x]
     x = scale(x, factors, dtype)
-    other = eqn.invars[1 - side].aval.dtype
+    other = jax_versions.operand_of(eqn, 1 - side).dtype
     bits = [jnp.finfo(t).bits if jnp.issubdtype(t, jnp.inexact) else 0 for t in (own, other)]
     if dtype == own or bits[0] < max(16, bits[1]):
         return [x]
@@ -260,9 +261,9 @@ def _contract(
     eqn: JaxprEqn, parts: Sequence[Sequence[jax.Array]], *others: jax.Array, **changed: Any
 ) -> jax.Array:
     """A contraction of two operands, each a sum of parts, of any dtypes."""
-    dtypes = [x.aval.dtype for x in eqn.invars[:2]]
+    dtypes = [jax_versions.operand_of(eqn, side).dtype for side in (0, 1)]
     if [p[0].dtype for p in parts] != dtypes:
-        changed["preferred_element_type"] = eqn.outvars[0].aval.dtype
+        changed["preferred_element_type"] = jax_versions.result_of(eqn).dtype
         if not isinstance(eqn.params["precision"], (tuple, lax.Precision)):
             changed["precision"] = None  # an algorithm for the dtypes that there were
     ys = [jax_versions.bind(eqn, a, b, *others, **changed)[0] for a, b in itertools.product(*parts)]
@@ -276,7 +277,9 @@ def ragged_dot_general(interpreter: Interpreter, eqn: JaxprEqn, operands: Operan
     a vector whose axes the result has scales the result, any other the other operand.
     """
     *operands, group_sizes = operands
-    operands, result = _settled(interpreter, eqn, operands), eqn.outvars[0].aval
+    if isinstance(group_sizes, Scaled):
+        return None
+    operands, result = _settled(interpreter, eqn, operands), jax_versions.result_of(eqn)
     ragged = eqn.params["ragged_dot_dimension_numbers"]
     names = _name_axes(operands, ragged.dot_dimension_numbers)
     for axis in ragged.rhs_group_dimensions:
@@ -350,7 +353,7 @@ def conv_general_dilated(interpreter: Interpreter, eqn: JaxprEqn, operands: Oper
         elif set(axes) == {in_axis, out_axis}:
             # Each group's own input features, as where a function of one kernel is mapped over
             # many: the factor must be the same for all output features of a group.
-            size, place = rhs.value.shape[out_axis] // groups, axes.index(out_axis)
+            size, place = value_of(rhs).shape[out_axis] // groups, axes.index(out_axis)
             if interpreter.facts.get(delta, "runs", {}).get(place, 1) % size:
                 return None
             delta = lax.slice_in_dim(delta, 0, None, size, place)
@@ -358,7 +361,7 @@ def conv_general_dilated(interpreter: Interpreter, eqn: JaxprEqn, operands: Oper
             before.append(((numbers.lhs_spec[1],), delta.reshape(-1)))
         else:
             return None
-    if before and not is_inexact(eqn.outvars[0].aval) and not is_inexact(lhs):
+    if before and not is_inexact(jax_versions.result_of(eqn)) and not is_inexact(lhs):
         return None
     if before:
         interpreter.record(eqn, rhs)
@@ -375,7 +378,9 @@ def gather(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Resul
     and any other is gathered by its own columns of the indices. Looked-up rows are activations.
     """
     table, indices = operands
-    if isinstance(indices, Scaled) or not (table.codes or _fills_with_nothing(eqn)):
+    if not isinstance(table, Scaled) or isinstance(indices, Scaled):
+        return None
+    if not (table.codes or _fills_with_nothing(eqn)):
         return None
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     # Which axis of the indices belongs to an axis of the table.
@@ -386,7 +391,7 @@ def gather(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Resul
     [is_order] = interpreter.are_frozen([indices])
     # Rows in an order that is a parameter too are a weight still.
     is_rows = vector_like([sizes[axis] for axis in kept]) and not is_order
-    size = eqn.outvars[0].aval.size
+    size = jax_versions.result_of(eqn).size
     if is_rows and size > table.value.size and is_inexact(table.value) and not table.product:
         why = "what is looked up is larger than the whole table"
         return jax_versions.bind(eqn, *interpreter.materialize(eqn, [table], why), indices)
@@ -413,7 +418,7 @@ def _fills_with_nothing(eqn: JaxprEqn) -> bool:
     fill = eqn.params["fill_value"]
     if eqn.params["mode"] != lax.GatherScatterMode.FILL_OR_DROP or fill is None:
         return True
-    inexact = jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.inexact)
+    inexact = jnp.issubdtype(jax_versions.result_of(eqn).dtype, jnp.inexact)
     return not inexact or fill == 0 or bool(np.isnan(fill))
 
 
@@ -452,5 +457,5 @@ def _scale_result(
         return y
     scaled = Scaled.of(y, factors, origin_of(*operands), product=True, codes=False)
     if not jnp.issubdtype(y.dtype, jnp.inexact):
-        return scaled  # codes multiplied as integers: the scale waits for the dequantisation
+        return scaled  # codes multiplied as integers: the scale waits for the dequantization
     return interpreter.materialize(eqn, [scaled])[0]

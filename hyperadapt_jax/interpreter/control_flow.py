@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import lax
-from jax.extend.core import Jaxpr, JaxprEqn
+from jax.extend.core import JaxprEqn
 from jax.sharding import Sharding
 
 from hyperadapt_jax.interpreter import jax_versions
@@ -61,7 +61,7 @@ def cond(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Results
         return None
     frozen = interpreter.are_frozen(operands)
 
-    def entered(branch: Jaxpr) -> Callable[..., list[jax.Array]]:
+    def entered(branch: jax_versions.AnyJaxpr) -> Callable[..., list[jax.Array]]:
         def run(*xs: Value) -> list[jax.Array]:
             results = interpreter.run(branch, interpreter.freeze_again(frozen, xs))
             return interpreter.materialize(eqn, results)
@@ -75,7 +75,7 @@ def scan(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> list[Va
     """Weights come in as constants, as carried constants or as scanned operands.
 
     A scanned weight's vectors are scanned along where they span the scanned axis. A weight that the
-    body hands out slice by slice, as NNX does, is the scanned weight itself.
+    body returns slice by slice, as NNX does, is the scanned weight itself.
     """
     params = eqn.params
     n_consts, n_carry = jax_versions.scan_counts(params)
@@ -85,12 +85,12 @@ def scan(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> list[Va
     frozen = interpreter.are_frozen(xs)
     handed_out: dict[int, Value] = {}
 
-    def body(carry, slices):
+    def body(carry: list[jax.Array], slices: Any) -> tuple[list[jax.Array], Any]:
         slices = [make(part) for make, part in zip(rebuild, slices, strict=True)]
         interpreter.freeze_again(frozen, slices)
         inputs = [*consts, *loop.restore_invariant(carry), *slices]
         results = interpreter.run(params["jaxpr"], inputs)
-        ys = results[n_carry:]
+        ys: list[Any] = results[n_carry:]
         for i, y in enumerate(ys):
             for x, piece in zip(xs, slices, strict=True):
                 if isinstance(y, Scaled) and y is piece:
@@ -114,11 +114,11 @@ def while_loop(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> l
     cond_consts, body_consts, carry = _split(operands, n_cond, n_body)
     loop = _Loop(interpreter, eqn, params["body_jaxpr"], n_body, carry)
 
-    def cond(carry):
+    def cond(carry: Sequence[jax.Array]) -> Any:
         inputs = [*cond_consts, *loop.restore_invariant(carry)]
         return interpreter.run(params["cond_jaxpr"], inputs)[0]
 
-    def body(carry):
+    def body(carry: Sequence[jax.Array]) -> Sequence[jax.Array]:
         inputs = [*body_consts, *loop.restore_invariant(carry)]
         return loop.drop_invariant(interpreter.run(params["body_jaxpr"], inputs))
 
@@ -170,7 +170,7 @@ def _scan_operand(x: Value) -> tuple[Any, Callable[[Any], Value]]:
     sliced = [bool(axes) and axes[0] == 0 for axes in x.axes]
     axes = tuple(tuple(a - 1 for a in spans if a != 0) for spans in x.axes)
 
-    def make(part):
+    def make(part: Sequence[Any]) -> Scaled:
         value, rows = part[0], iter(part[1:])
         deltas = (next(rows) if s else d for s, d in zip(sliced, x.deltas, strict=True))
         return Scaled(value, tuple(deltas), axes, x.origin, x.product, x.codes)
@@ -179,13 +179,13 @@ def _scan_operand(x: Value) -> tuple[Any, Callable[[Any], Value]]:
 
 
 class _Loop:
-    """A loop's carry, less the weights that it hands on unchanged: those are constants."""
+    """A loop's carry, without the weights that it passes on unchanged: those are constants."""
 
     def __init__(
         self,
         interpreter: Interpreter,
         eqn: JaxprEqn,
-        body: Jaxpr,
+        body: jax_versions.AnyJaxpr,
         n_consts: int,
         carry: Operands,
     ):

@@ -1,4 +1,4 @@
-"""The interpreter: it runs a jaxpr of which some values are weights with factors attached."""
+"""The interpreter: it evaluates a jaxpr of which some values are weights with factors attached."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import JaxprEqn, Literal, Var
 
 from hyperadapt_jax.interpreter import jax_versions
 from hyperadapt_jax.interpreter.values import (
@@ -23,7 +23,7 @@ from hyperadapt_jax.interpreter.values import (
 )
 
 ON_ACTIVATIONS = "on activations"
-MATERIALISED = "materialised"
+MATERIALIZED = "materialized"
 
 # Zeros in, zeros out.
 KEEPS_ZEROS = frozenset(
@@ -32,13 +32,13 @@ KEEPS_ZEROS = frozenset(
 )
 
 
-class MaterialisedError(TypeError):
+class MaterializedError(TypeError):
     """A targeted weight would have to be multiplied out, which is not allowed or not possible."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Use:
-    """One use of one weight: how its vectors are applied, by which primitive, where, and why so."""
+class WeightUse:
+    """One use of one weight: how its vectors are applied, by which primitive, where, and why."""
 
     path: str
     how: str
@@ -48,7 +48,7 @@ class Use:
 
 
 class Refused(Exception):
-    """Codes cannot be scaled: as :class:`MaterialisedError`, where no weight has a name."""
+    """Codes cannot be scaled: as :class:`MaterializedError`, where no weight has a name."""
 
 
 class Rule(Protocol):
@@ -61,26 +61,25 @@ class Rule(Protocol):
 
 @dataclasses.dataclass(eq=False)
 class Interpreter:
-    """Runs jaxprs, and gives rules what they ask for: to run an inner jaxpr, to record a use of a
-    weight, to materialize one.
+    """Evaluates jaxprs, and lets rules run inner jaxprs, record uses of weights, materialize them.
 
     Attributes:
       rule: runs every equation that has a Scaled among its operands.
-      explains: whether weights have names, and their uses are listed.
-      has_codes: whether a weight is quantized: then it is followed which arrays are frozen.
+      explains: whether weights carry their paths, and their uses are listed.
+      has_codes: whether a weight is quantized: only then are frozen arrays tracked.
       materialized: whether a weight was multiplied out.
       uses: each use of each weight, once and in order.
       bodies: the function made of each inner jaxpr, so that JAX traces layers alike once.
-      facts: what is known of arrays: ``zero``, they hold nothing else; ``runs``, those of equal
-        numbers along each axis of a factor; ``frozen``, they are made of frozen parameters and
-        constants alone, no activation nor an adapted weight: that tells a zero point from a bias.
+      facts: what is known of arrays: ``zero``, all entries are; ``runs``, the length of runs of
+        equal entries along each axis of a factor; ``frozen``, computed from frozen parameters and
+        constants alone, no activation or adapted weight: that tells a zero point from a bias.
     """
 
     rule: Rule
     explains: bool = False
     has_codes: bool = False
     materialized: bool = False
-    uses: dict[Use, None] = dataclasses.field(default_factory=dict)
+    uses: dict[WeightUse, None] = dataclasses.field(default_factory=dict)
     bodies: dict[Any, Callable[..., list[Value]]] = dataclasses.field(default_factory=dict)
     facts: Facts = dataclasses.field(default_factory=Facts)
 
@@ -88,7 +87,7 @@ class Interpreter:
         """A weight with factors that wait to scale it."""
         return Scaled.of(weight, factors, (path,) if self.explains else ())
 
-    def run(self, jaxpr: Jaxpr, operands: Operands) -> list[Value]:
+    def run(self, jaxpr: jax_versions.AnyJaxpr, operands: Operands) -> list[Value]:
         """Evaluates a jaxpr on operands of which some may be Scaled; so may the results be."""
         jaxpr, consts = jax_versions.open_jaxpr(jaxpr)
         values: dict[Var, Value] = {}
@@ -117,15 +116,15 @@ class Interpreter:
             return results
         results = jax_versions.bind(eqn, *operands)
         if jax_versions.name_of(eqn) in KEEPS_ZEROS:
-            x = operands[0]
+            x: Any = operands[0]
             if self.facts.get(x, "zero") or np.ndim(x) == 0 and self.is_zero(x):
                 self.facts.note(results[0], zero=True)
         return results
 
     def is_zero(self, x: Value) -> bool:
-        """Whether an array is known to hold nothing but zeros, which any scale leaves as they are.
+        """Whether an array is known to be all zero, so that no scale changes it.
 
-        Traced, it is known where it was broadcast from a constant. A constant is looked at.
+        Of a traced array it is known where it was broadcast from a constant.
         """
         if self.facts.get(x, "zero"):
             return True
@@ -134,20 +133,20 @@ class Interpreter:
         return jnp.issubdtype(jnp.result_type(x), jnp.number) and not np.asarray(x).any()
 
     def freeze(self, arrays: Operands) -> None:
-        """Notes that arrays are made of frozen parameters and constants alone."""
+        """Notes that arrays are computed from frozen parameters and constants alone."""
         if self.has_codes:
             for x in arrays:
                 self.facts.note(x, frozen=True)
 
     def are_frozen(self, operands: Operands) -> tuple[bool, ...]:
-        """Which operands are made of frozen parameters and constants alone, as far as is known."""
+        """Whether each operand is known to come from frozen parameters and constants alone."""
         if not self.has_codes:
             return (False,) * len(operands)
         return tuple(self.facts.get(x, "frozen", False) for x in operands)
 
     def freeze_again(self, frozen: Sequence[bool], operands: Operands) -> Operands:
-        """The operands as an inner function gets them, of which those marked are frozen."""
-        self.freeze([x for x, marked in zip(operands, frozen, strict=True) if marked])
+        """Notes which operands, as an inner function gets them, are frozen, and returns them."""
+        self.freeze([x for x, is_frozen in zip(operands, frozen, strict=True) if is_frozen])
         return operands
 
     def record(self, eqn: JaxprEqn, weight: Value, onto: Value | None = None) -> None:
@@ -155,7 +154,7 @@ class Interpreter:
         if isinstance(weight, Scaled):
             self._note(weight, ON_ACTIVATIONS, eqn)
         if isinstance(onto, Scaled):
-            self._note(onto, MATERIALISED, eqn, "it is multiplied with another adapted weight")
+            self._note(onto, MATERIALIZED, eqn, "it is multiplied with another adapted weight")
 
     def materialize(
         self, eqn: JaxprEqn | None, operands: Operands, reason: str = ""
@@ -181,7 +180,7 @@ class Interpreter:
         if not jnp.issubdtype(x.value.dtype, jnp.inexact):
             if not self.explains:
                 raise Refused
-            raise MaterialisedError(
+            raise MaterializedError(
                 f"{' * '.join(x.origin)}: integer codes cannot be scaled at `{_name(eqn)}`"
                 f" ({_where(eqn)}); dequantize them first, or adapt the out side alone"
             )
@@ -190,13 +189,13 @@ class Interpreter:
         elif x.is_vector:
             self._note(x, ON_ACTIVATIONS, eqn, "it is no larger than its vector")
         else:
-            self._note(x, MATERIALISED, eqn, reason or _reason(eqn))
+            self._note(x, MATERIALIZED, eqn, reason or _reason(eqn))
         return scale(x.value, x.factors)
 
     def _note(self, x: Scaled, how: str, eqn: JaxprEqn | None, reason: str = "") -> None:
-        self.materialized |= how == MATERIALISED
+        self.materialized |= how == MATERIALIZED
         for path in x.origin:
-            self.uses[Use(path, how, _name(eqn), _where(eqn), reason)] = None
+            self.uses[WeightUse(path, how, _name(eqn), _where(eqn), reason)] = None
 
 
 def _name(eqn: JaxprEqn | None) -> str:
@@ -212,7 +211,7 @@ def _reason(eqn: JaxprEqn | None) -> str:
         return "the function returns it"
     name = _name(eqn)
     if name.startswith("custom_"):
-        return "a derivative rule of its own takes the whole weight"
+        return "its custom derivative rule takes the whole weight"
     if name in ("scan", "while"):
-        return "the loop changes it, or hands it out"
+        return "the loop changes it, or returns it"
     return f"no vector passes through this `{name}`"

@@ -3,18 +3,21 @@
 JAX 0.10 keeps a scan's counts in ``num_consts`` and ``num_carry``; from 0.11 they are the sizes of
 the first groups of ``ft_in``. JAX 0.12 merged ``ClosedJaxpr`` into ``Jaxpr``. Under the flags that
 announce its next versions (``jax_remat3`` and others) ``jax.checkpoint``, ``checkpoint_name`` and
-functions with derivatives of their own are one primitive, ``call_hi_primitive``, whose parameter is
+functions with custom derivatives are one primitive, ``call_hi_primitive``, whose parameter is
 an object of a class for each.
 """
 
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TypeAlias
 
 from jax.extend import source_info_util
 from jax.extend.core import Jaxpr, JaxprEqn
 from jax.sharding import Sharding
+
+AnyJaxpr: TypeAlias = Any  # a Jaxpr or, before JAX 0.12, a ClosedJaxpr
 
 _OBJECTS = {
     "RematTraced": "remat2",
@@ -33,13 +36,23 @@ def name_of(eqn: JaxprEqn) -> str:
     return _OBJECTS.get(name, name)
 
 
-def remat_params(eqn: JaxprEqn) -> tuple[Jaxpr, dict[str, Any]]:
+def operand_of(eqn: JaxprEqn, index: int) -> Any:
+    """The shape and dtype of one of an equation's operands."""
+    return eqn.invars[index].aval
+
+
+def result_of(eqn: JaxprEqn) -> Any:
+    """The shape and dtype of an equation's first result."""
+    return eqn.outvars[0].aval
+
+
+def remat_params(eqn: JaxprEqn) -> tuple[AnyJaxpr, dict[str, Any]]:
     """The jaxpr inside a ``jax.checkpoint``, and the keyword arguments that it was called with."""
     params = eqn.params["_prim"].params if "_prim" in eqn.params else eqn.params
     return params["jaxpr"], {k: params[k] for k in ("policy", "prevent_cse") if k in params}
 
 
-def open_jaxpr(jaxpr: Jaxpr) -> tuple[Jaxpr, tuple[Any, ...]]:
+def open_jaxpr(jaxpr: AnyJaxpr) -> tuple[Jaxpr, tuple[Any, ...]]:
     """The jaxpr and the constants of a jaxpr, open or closed (one class from JAX 0.12)."""
     return (jaxpr.jaxpr, tuple(jaxpr.consts)) if hasattr(jaxpr, "consts") else (jaxpr, ())
 
@@ -54,10 +67,11 @@ def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
 
 def jit_shardings(params: dict[str, Any]) -> tuple[list[Sharding | None], list[Sharding | None]]:
     """What shardings a jit equation states for its operands and results; None where none."""
-    return tuple(
-        [s if isinstance(s, Sharding) else None for s in params.get(key, ())]
-        for key in ("in_shardings", "out_shardings")
-    )
+
+    def stated(key: str) -> list[Sharding | None]:
+        return [s if isinstance(s, Sharding) else None for s in params.get(key, ())]
+
+    return stated("in_shardings"), stated("out_shardings")
 
 
 def bind(eqn: JaxprEqn, *operands: Any, **changed: Any) -> list[Any]:
@@ -68,7 +82,7 @@ def bind(eqn: JaxprEqn, *operands: Any, **changed: Any) -> list[Any]:
 
 
 @contextlib.contextmanager
-def context_of(eqn: JaxprEqn):
+def context_of(eqn: JaxprEqn) -> Iterator[None]:
     """Runs what is inside under an equation's name scope, traceback and context."""
     source = eqn.source_info
     stack = source_info_util.current_name_stack() + source.name_stack

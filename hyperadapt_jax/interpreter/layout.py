@@ -33,7 +33,8 @@ from hyperadapt_jax.interpreter.values import (
 from hyperadapt_jax.sharding import vector_spec
 
 Moved: TypeAlias = Factors | None
-Move: TypeAlias = Callable[[Interpreter, JaxprEqn, Operands, Scaled], Moved]
+Arrays: TypeAlias = Sequence[jax.Array]
+Move: TypeAlias = Callable[[Interpreter, JaxprEqn, Arrays, Scaled], Moved]
 
 
 def moves_factors(move: Move) -> Rule:
@@ -45,8 +46,9 @@ def moves_factors(move: Move) -> Rule:
 
     @functools.wraps(move)
     def rule(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Results:
-        x, *others = operands
-        if not isinstance(x, Scaled) or any(isinstance(other, Scaled) for other in others):
+        x, *rest = operands
+        others = [other for other in rest if not isinstance(other, Scaled)]
+        if not isinstance(x, Scaled) or len(others) < len(rest):
             return None
         factors = move(interpreter, eqn, others, x)
         if factors is None:
@@ -58,45 +60,45 @@ def moves_factors(move: Move) -> Rule:
 
 
 @moves_factors
-def keep(interpreter: Interpreter, eqn: JaxprEqn, others: Operands, x: Scaled) -> Moved:
-    """Where every number stays what it is: integers in a type that holds all of theirs."""
-    old, new = x.value.dtype, eqn.outvars[0].aval.dtype
+def keep(interpreter: Interpreter, eqn: JaxprEqn, others: Arrays, x: Scaled) -> Moved:
+    """Values that do not change: of integers, in a type that holds them all."""
+    old, new = x.value.dtype, jax_versions.result_of(eqn).dtype
     held = jnp.issubdtype(new, jnp.inexact) or jnp.promote_types(old, new) == new
     return x.factors if held else None
 
 
 @moves_factors
-def stop_gradient(interpreter: Interpreter, eqn: JaxprEqn, others: Operands, x: Scaled) -> Moved:
+def stop_gradient(interpreter: Interpreter, eqn: JaxprEqn, others: Arrays, x: Scaled) -> Moved:
     return [(axes, lax.stop_gradient(delta)) for axes, delta in x.factors]
 
 
 @moves_factors
-def reshard(interpreter: Interpreter, eqn: JaxprEqn, others: Operands, x: Scaled) -> Moved:
+def reshard(interpreter: Interpreter, eqn: JaxprEqn, others: Arrays, x: Scaled) -> Moved:
     spec = eqn.params["dst_sharding"].spec
     return [(axes, jax.sharding.reshard(d, vector_spec(spec, axes))) for axes, d in x.factors]
 
 
 @moves_factors
-def transpose(interpreter: Interpreter, eqn: JaxprEqn, others: Operands, x: Scaled) -> Moved:
+def transpose(interpreter: Interpreter, eqn: JaxprEqn, others: Arrays, x: Scaled) -> Moved:
     to = {axis: i for i, axis in enumerate(eqn.params["permutation"])}
     return [(tuple(to[axis] for axis in axes), delta) for axes, delta in x.factors]
 
 
 @moves_factors
-def squeeze(interpreter: Interpreter, eqn: JaxprEqn, others: Operands, x: Scaled) -> Moved:
+def squeeze(interpreter: Interpreter, eqn: JaxprEqn, others: Arrays, x: Scaled) -> Moved:
     gone = {axis % x.value.ndim for axis in eqn.params["dimensions"]}
     left = [axis for axis in range(x.value.ndim) if axis not in gone]
     return [(tuple(map(left.index, axes)), delta) for axes, delta in x.factors]
 
 
 @moves_factors
-def broadcast_in_dim(interpreter: Interpreter, eqn: JaxprEqn, others: Operands, x: Scaled) -> Moved:
+def broadcast_in_dim(interpreter: Interpreter, eqn: JaxprEqn, others: Arrays, x: Scaled) -> Moved:
     to = eqn.params["broadcast_dimensions"]
     return [(tuple(to[axis] for axis in axes), delta) for axes, delta in x.factors]
 
 
 @moves_factors
-def reshape(interpreter: Interpreter, eqn: JaxprEqn, others: Operands, x: Scaled) -> Moved:
+def reshape(interpreter: Interpreter, eqn: JaxprEqn, others: Arrays, x: Scaled) -> Moved:
     """Axes that split or join: a factor is repeated over the axes that join its own."""
     order = eqn.params["dimensions"] or range(x.value.ndim)
     old, new = [x.value.shape[axis] for axis in order], eqn.params["new_sizes"]
@@ -153,9 +155,12 @@ def _regroup(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], li
     """
     if 0 in old:
         return None
-    groups, i, j = [], 0, 0
+    groups: list[tuple[list[int], list[int]]] = []
+    i = j = 0
     while i < len(old) or j < len(new):
-        before, after, a, b = [], [], 1, 1
+        before: list[int] = []
+        after: list[int] = []
+        a = b = 1
         while not before and not after or a != b:
             if i < len(old) and (a < b or not before or j == len(new)):
                 before, a, i = [*before, i], a * old[i], i + 1
@@ -166,7 +171,7 @@ def _regroup(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], li
 
 
 @moves_factors
-def slice_(interpreter: Interpreter, eqn: JaxprEqn, others: Operands, x: Scaled) -> Moved:
+def slice_(interpreter: Interpreter, eqn: JaxprEqn, others: Arrays, x: Scaled) -> Moved:
     starts, limits, strides = (
         eqn.params[key] for key in ("start_indices", "limit_indices", "strides")
     )
@@ -185,7 +190,7 @@ def slice_(interpreter: Interpreter, eqn: JaxprEqn, others: Operands, x: Scaled)
 
 
 @moves_factors
-def dynamic_slice(interpreter: Interpreter, eqn: JaxprEqn, others: Operands, x: Scaled) -> Moved:
+def dynamic_slice(interpreter: Interpreter, eqn: JaxprEqn, others: Arrays, x: Scaled) -> Moved:
     sizes = eqn.params["slice_sizes"]
     return [
         (axes, lax.dynamic_slice(d, [others[a] for a in axes], [sizes[a] for a in axes]))
@@ -194,7 +199,7 @@ def dynamic_slice(interpreter: Interpreter, eqn: JaxprEqn, others: Operands, x: 
 
 
 @moves_factors
-def reduce_sum(interpreter: Interpreter, eqn: JaxprEqn, others: Operands, x: Scaled) -> Moved:
+def reduce_sum(interpreter: Interpreter, eqn: JaxprEqn, others: Arrays, x: Scaled) -> Moved:
     """A sum over axes that no vector spans."""
     gone = eqn.params["axes"]
     if any(axis in gone for axes in x.axes for axis in axes):
@@ -204,13 +209,13 @@ def reduce_sum(interpreter: Interpreter, eqn: JaxprEqn, others: Operands, x: Sca
 
 
 @moves_factors
-def ppermute(interpreter: Interpreter, eqn: JaxprEqn, others: Operands, x: Scaled) -> Moved:
+def ppermute(interpreter: Interpreter, eqn: JaxprEqn, others: Arrays, x: Scaled) -> Moved:
     """Each device's weight goes to another, and its vectors with it."""
     return [(axes, jax_versions.bind(eqn, delta)[0]) for axes, delta in x.factors]
 
 
 @moves_factors
-def rev(interpreter: Interpreter, eqn: JaxprEqn, others: Operands, x: Scaled) -> Moved:
+def rev(interpreter: Interpreter, eqn: JaxprEqn, others: Arrays, x: Scaled) -> Moved:
     flipped = eqn.params["dimensions"]
     return [
         (axes, lax.rev(d, [i for i, a in enumerate(axes) if a in flipped])) for axes, d in x.factors
@@ -218,7 +223,7 @@ def rev(interpreter: Interpreter, eqn: JaxprEqn, others: Operands, x: Scaled) ->
 
 
 @moves_factors
-def all_gather(interpreter: Interpreter, eqn: JaxprEqn, others: Operands, x: Scaled) -> Moved:
+def all_gather(interpreter: Interpreter, eqn: JaxprEqn, others: Arrays, x: Scaled) -> Moved:
     axis = eqn.params["all_gather_dimension"]
     if not eqn.params["tiled"]:
         return None
@@ -234,8 +239,9 @@ def all_gather(interpreter: Interpreter, eqn: JaxprEqn, others: Operands, x: Sca
 
 
 def split(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> list[Value]:
-    """One weight cut in several along an axis: each piece takes its part of the vectors."""
+    """A weight split along an axis: each piece takes its part of the vectors."""
     [x] = operands
+    assert isinstance(x, Scaled)
     axis, sizes = eqn.params["axis"], eqn.params["sizes"]
     cuts = np.cumsum(sizes)[:-1].tolist()
     pieces = [
@@ -268,7 +274,7 @@ def concatenate(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> 
     joined = eqn.params["axis" if new else "dimension"]
     sizes = [1 if new else value_of(x).shape[joined] for x in operands]
 
-    def moved(axes):
+    def shifted(axes: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(axis + (new and axis >= joined) for axis in axes)
 
     first = operands[0] if len(scaled) == len(operands) else None
@@ -278,7 +284,7 @@ def concatenate(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> 
         if (new or joined not in axes)
         and all(any(a == axes and d is delta for a, d in x.factors) for x in scaled)
     ]
-    factors = [(moved(axes), delta) for axes, delta in shared]
+    factors = [(shifted(axes), delta) for axes, delta in shared]
 
     # For each set of axes, what each operand has there: a column of this table is a new vector.
     columns: dict[tuple[tuple[int, ...], int], dict[int, jax.Array]] = {}
@@ -288,7 +294,7 @@ def concatenate(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> 
         for axes, delta in factors_of(x):
             if any(a == axes and d is delta for a, d in shared):
                 continue
-            spans = tuple(sorted({*moved(axes), joined}))
+            spans = tuple(sorted({*shifted(axes), joined}))
             if new or joined not in axes:
                 delta = jnp.expand_dims(delta, spans.index(joined))
                 repeated |= {spans} if sizes[i] > 1 else set()
@@ -342,7 +348,9 @@ def overwrite(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Re
     """Zeros written into a weight, as into a padding token's row of a table."""
     x, *others = operands
     at = 1 if jax_versions.name_of(eqn) == "scatter" else 0  # the indices come first there
-    if any(isinstance(o, Scaled) for o in others) or not interpreter.is_zero(others[at]):
+    if not isinstance(x, Scaled) or any(isinstance(other, Scaled) for other in others):
+        return None
+    if not interpreter.is_zero(others[at]):
         return None
     [y] = jax_versions.bind(eqn, x.value, *others)
     return [moved(x, y, x.factors)]

@@ -1,7 +1,7 @@
 """The rule of every primitive that lets a scaled weight pass.
 
 A rule gets the equation and its operands, of which at least one is a ``Scaled``, and returns the
-results; or it returns None where no factor can pass, and then the weight is materialised.
+results; or it returns None where no factor can pass, and then the weight is materialized.
 """
 
 from __future__ import annotations

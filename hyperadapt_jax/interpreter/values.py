@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -93,13 +94,11 @@ class Facts:
         if known := self._of(x):
             known.update(facts)
             return
+        ref: Callable[[], Any]
         try:
             ref = weakref.ref(x)
         except TypeError:  # a scalar of Python or NumPy
-
-            def ref(x=x):
-                return x
-
+            ref = functools.partial(_identity, x)
         self._known[id(x)] = ref, facts
 
     def get(self, x: Any, fact: str, default: Any = None) -> Any:
@@ -111,6 +110,10 @@ class Facts:
         return facts if ref is not None and ref() is x else {}
 
 
+def _identity(x: Any) -> Any:
+    return x
+
+
 def scale(x: jax.Array, factors: Factors, dtype: Any = None) -> jax.Array:
     """``x * prod(1 + delta)``, multiplied in float32 or wider and rounded once.
 
@@ -119,7 +122,7 @@ def scale(x: jax.Array, factors: Factors, dtype: Any = None) -> jax.Array:
     dtype = x.dtype if dtype is None else dtype
     wide = compute_dtype(dtype)
 
-    def product(x, *deltas):
+    def product(x: jax.Array, *deltas: jax.Array) -> jax.Array:
         y = x.astype(wide)
         for (axes, _), delta in zip(factors, deltas, strict=True):
             y = y * broadcast_scale(delta.astype(wide), axes, x.ndim)

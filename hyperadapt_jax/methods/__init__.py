@@ -1,6 +1,6 @@
-"""Ways to fine-tune: what trains, and what becomes of each weight; one file each.
+"""Fine-tuning methods, one file each: what trains, and how each weight changes.
 
-Another method is another file here, and its line in ``METHODS``.
+To add a method, add a file here and its entry in ``METHODS``.
 """
 
 from hyperadapt_jax.methods.bitfit import BitFit

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import jax
 
 from hyperadapt_jax.methods.method import Method
+from hyperadapt_jax.plan import Plan, init
 from hyperadapt_jax.scales import Scales
-from hyperadapt_jax.targets import Plan, init
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a method is, and what it makes of a model."""
+"""The method protocol, and a method set up on a model."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from typing import Any
 
 import jax
 
-from hyperadapt_jax import optim, paths
+from hyperadapt_jax import paths
 from hyperadapt_jax.adapt import adapt
+from hyperadapt_jax.plan import Plan
 from hyperadapt_jax.scales import Scales
-from hyperadapt_jax.targets import Plan
+from hyperadapt_jax.trainable import combine, split
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A way to fine-tune. A subclass says where it differs from this one, which trains nothing.
+    """A fine-tuning method. This base class trains nothing; a subclass overrides what differs.
 
-    Its fields are its options. What it trains of the weights is a pytree of float32 arrays, at
-    first such that the model is the base, bit for bit.
+    Its fields are its options. What it trains for the weights is a pytree of float32 arrays whose
+    initial values leave the model equal to the base, bit for bit.
     """
 
     @property
@@ -29,47 +30,47 @@ class Method:
         raise NotImplementedError
 
     def select(self, plan: Plan) -> Plan | None:
-        """The weights and sides that it adapts, of those that are targeted; None where none."""
+        """Returns the part of the plan that it adapts; None where it adapts no weight."""
         return None
 
     def init(self, key: jax.Array | None, plan: Plan, params: Any) -> Any:
-        """What trains of the weights, at its start.
+        """Returns the initial values of what trains for the weights.
 
         Args:
-          key: of random starts; None for a method that draws nothing.
+          key: for random initial values; None for a method without any.
           plan: what :meth:`select` gave.
           params: the frozen parameters, arrays or ``jax.ShapeDtypeStruct``.
         """
         return {}
 
     def scales(self, trained: Any, params: Any) -> Scales:
-        """What becomes of each weight, as `hyperadapt_jax.adapt` and `merge` take it."""
+        """Returns the scale vectors of each weight, for `hyperadapt_jax.adapt` and `merge`."""
         return trained
 
     def full(self, params: Mapping[str, Any], head: Callable[[str], bool]) -> Iterable[str]:
-        """Paths of the parameters that train fully.
+        """Returns the paths of the parameters that train fully.
 
         Args:
           params: all parameters by path.
-          head: whether a path is of the model's head.
+          head: whether a path belongs to the model's head.
         """
         return ()
 
     def labels(self, trained: Any) -> Any:
-        """A word for each trained array, for ``optax.partition``: the name of its field."""
+        """Returns each trained array's label, the name of its field, for ``optax.partition``."""
         return jax.tree_util.tree_map_with_path(lambda keys, _: keys[-1].name, trained)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tuning:
-    """A model as a trainer sees it.
+    """A method set up on a model, as a trainer uses it.
 
     Attributes:
       forward: ``forward(trainable, frozen, *args, **kwargs)``, the model's outputs.
-      trainable: what trains, float32: under ``"scales"`` what the method trains of the weights,
+      trainable: what trains, float32: under ``"scales"`` what the method trains for the weights,
         under ``"full"`` other parameters by path.
-      frozen: the rest; `hyperadapt_jax.optim.combine` puts both together.
-      labels: a word for each trainable array, for ``optax.partition``: the method's, or ``full``.
+      frozen: the rest; `hyperadapt_jax.trainable.combine` puts both together.
+      labels: a label for each trainable array, for ``optax.partition``: the method's, or ``full``.
       method: the method.
       plan: the weights that it adapts; None where it adapts none.
       axes: roles of the axes of each targeted weight, by path, whether or not it is adapted.
@@ -85,14 +86,14 @@ class Tuning:
 
     @property
     def count(self) -> int:
-        """How many parameters train."""
+        """The number of trainable parameters."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.trainable))
 
     def adapter(self, trainable: Any) -> tuple[Scales, dict[str, jax.Array]]:
-        """What an adapter holds: what becomes of each weight, and what trained fully."""
+        """Returns what an adapter holds: the scale vectors, and what trained fully, by path."""
         if self.plan is None:
             return {}, dict(trainable["full"])
-        params, trained = optim.combine(trainable, self.frozen)
+        params, trained = combine(trainable, self.frozen)
         return self.method.scales(trained, params), dict(trainable["full"])
 
 
@@ -106,17 +107,17 @@ def tune(
     head: paths.Pattern | None = None,
     key: jax.Array | None = None,
 ) -> Tuning:
-    """Sets a method up on a model, on arrays or on shapes alone.
+    """Sets up a method on a model, given arrays or only their shapes.
 
     Args:
       method: what trains.
       fn: ``fn(params, *args)``, as for `hyperadapt_jax.adapt`.
       params: the frozen parameters, any pytree of arrays or of ``jax.ShapeDtypeStruct``; of shapes,
         nothing is allocated.
-      plan: the weights that are targeted.
+      plan: the targeted weights.
       full: what else trains fully, a regular expression or suffixes of paths.
       head: which parameters are the model's head, likewise.
-      key: for methods that draw random starts.
+      key: for methods with random initial values.
 
     Raises:
       PlanError: a pattern that matches nothing; what trains fully is scaled, tied or an integer.
@@ -135,7 +136,7 @@ def tune(
 
     def start(params: Any) -> tuple[dict[str, Any], Any]:
         trained = method.init(key, selected, params) if selected else {}
-        return optim.split(params, trained, full="|".join(chosen) or None)
+        return split(params, trained, full="|".join(chosen) or None)
 
     shapes_alone = isinstance(next(iter(jax.tree.leaves(params)), None), jax.ShapeDtypeStruct)
     trainable, frozen = jax.eval_shape(start, params) if shapes_alone else start(params)
@@ -152,7 +153,7 @@ def _forward(method: Method, fn: Callable[..., Any], adapted: bool) -> Callable[
     transformed = adapt(fn) if adapted else None
 
     def forward(trainable: Any, frozen: Any, *args: Any, **kwargs: Any) -> Any:
-        params, trained = optim.combine(trainable, frozen)
+        params, trained = combine(trainable, frozen)
         if transformed is None:
             return fn(params, *args, **kwargs)
         return transformed(params, method.scales(trained, params), *args, **kwargs)

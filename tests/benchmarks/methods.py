@@ -69,7 +69,7 @@ def _adapter(
 ) -> Contender:
     """A method of the library, on the activations or with its weights multiplied out."""
     target = decoder.TARGET if config.scan else decoder.UNROLLED_TARGET
-    adapted = ha.adapt(base, materialise="error")
+    adapted = ha.adapt(base, materialize="error")
 
     def start(params):
         return method.init(None, method.select(ha.plan(params, target)), params)

@@ -156,7 +156,7 @@ def test_every_target_is_scaled_on_activations(scan, remat):
     report = ha.explain(forward, params, jax.eval_shape(lambda: ha.init(plan)), x)
     assert set(report.on_activations) == {weight.path for weight in plan.weights}
     assert len(plan.weights) == len(decoder.LINEARS) * (1 if scan else config.layers)
-    assert report.materialised == () and report.unused == ()
+    assert report.materialized == () and report.unused == ()
 
 
 def test_tracing_and_lowering_time():

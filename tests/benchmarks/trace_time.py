@@ -64,7 +64,7 @@ def pairs(config: decoder.Decoder) -> dict[str, dict[str, tuple[Callable, Any]]]
         return fn, (trained, jax.eval_shape(optimizer.init, trained), params, x, x)
 
     adapted = step("HyperAdapt, adapt")
-    forward = ha.adapt(base, materialise="error")
+    forward = ha.adapt(base, materialize="error")
     return {
         FORWARD: {BASE: (base, (params, x)), ADAPTED: (forward, (params, scales, x))},
         STEP: {BASE: step("full fine-tuning"), ADAPTED: adapted},

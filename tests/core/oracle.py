@@ -13,7 +13,7 @@ TOLERANCE = 1e-5  # relative, as a norm over each array
 
 
 def draw(seed, *shape, dtype=jnp.float32):
-    """Normal numbers, scaled as an initialiser would where there are two axes or more."""
+    """Normal numbers, scaled as an initializer would where there are two axes or more."""
     fan = shape[-2] if len(shape) > 1 else 1
     return (jax.random.normal(jax.random.key(seed), shape) / np.sqrt(fan)).astype(dtype)
 
@@ -64,7 +64,7 @@ def check_adapt(fn, params, targets, *args, differentiable=True, exact=True, tol
     scales = random_scales(zeros)
     # An Equinox module has leaves that are no arrays.
     arrays, build = paths.partition_arrays(params)
-    forward = ha.adapt(fn, materialise="allow")
+    forward = ha.adapt(fn, materialize="allow")
 
     def merged(scales, *args):
         return fn(ha.merge(params, scales), *args)

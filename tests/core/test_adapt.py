@@ -14,7 +14,7 @@ import hyperadapt_jax as ha
 from hyperadapt_jax.interpreter import jax_versions
 from tests.core.oracle import bits, check_adapt, draw, error, loss, random_scales
 
-pytestmark = pytest.mark.usefixtures("optimised")
+pytestmark = pytest.mark.usefixtures("optimized")
 
 X = draw(1, 5, 8)
 BTD = draw(2, 2, 5, 8)
@@ -26,13 +26,13 @@ STACKED = [("w", "stack in out")]
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A program, and the weights that may be materialised in it (none, unless it says so)."""
+    """A program, and the weights that may be materialized in it (none, unless it says so)."""
 
     fn: Any
     params: Any
     targets: Any
     args: tuple
-    materialised: tuple = ()
+    materialized: tuple = ()
     exact: bool = True
     differentiable: bool = True
 
@@ -196,7 +196,7 @@ CASES = {
         (X,),
     ),
     "weight times weight": Case(
-        lambda p, x: x @ (p["w"] @ p["w"]), SQUARE, IN_OUT, (X,), materialised=("w",)
+        lambda p, x: x @ (p["w"] @ p["w"]), SQUARE, IN_OUT, (X,), materialized=("w",)
     ),
     "dot_general with batch": Case(
         lambda p, x: lax.dot_general(p["w"], x, (((2,), (2,)), ((0,), (0,)))),
@@ -232,7 +232,7 @@ CASES = {
         SQUARE,
         IN_OUT,
         (X,),
-        materialised=("w",),
+        materialized=("w",),
     ),
     "slices": Case(lambda p, x: x[:, :6:2] @ p["w"][1:7:2, ::-1][:, 2:] + 0, SQUARE, IN_OUT, (X,)),
     "fused qkv": Case(qkv, {"w": draw(6, 8, 9)}, IN_OUT, (X,)),
@@ -262,7 +262,7 @@ CASES = {
         {"w": draw(6, 2, 4)},
         IN_OUT,
         (jnp.array([0, 1, 1]),),
-        materialised=("w",),
+        materialized=("w",),
     ),
     "embedding, norm, dense": Case(
         lambda p, t: rms(p["w"][t]) @ p["v"] + p["w"][t] @ p["u"],
@@ -283,7 +283,7 @@ CASES = {
         (X,),
     ),
     "cosine of a weight": Case(
-        lambda p, x: x @ jnp.cos(p["w"]), SQUARE, IN_OUT, (X,), materialised=("w",)
+        lambda p, x: x @ jnp.cos(p["w"]), SQUARE, IN_OUT, (X,), materialized=("w",)
     ),
     "norm scale": Case(lambda p, x: x * p["w"], {"w": draw(6, 8)}, [("w", "out")], (X,)),
     "convolution": Case(conv, {"w": draw(6, 3, 2, 8, 4)}, [("w", "- - in out")], (IMAGE,)),
@@ -303,7 +303,7 @@ CASES = {
         transposed_conv, {"w": draw(6, 2, 2, 8, 3)}, [("w", "- - in out")], (IMAGE,)
     ),
     "convolution over spatial in": Case(
-        conv, {"w": draw(6, 3, 2, 8, 4)}, [("w", "in - in out")], (IMAGE,), materialised=("w",)
+        conv, {"w": draw(6, 3, 2, 8, 4)}, [("w", "in - in out")], (IMAGE,), materialized=("w",)
     ),
     "reshaped depthwise kernel": Case(
         lambda p, x: conv({"w": p["w"].reshape(3, 3, 1, 8)}, x, feature_group_count=8),
@@ -405,7 +405,7 @@ CASES = {
         SQUARE,
         IN_OUT,
         (X,),
-        materialised=("w",),
+        materialized=("w",),
     ),
     "map by index": Case(
         lambda p, x: lax.map(lambda i: x @ p["w"][i], jnp.arange(4)), STACK, STACKED, (X,)
@@ -427,7 +427,7 @@ CASES = {
         SQUARE,
         IN_OUT,
         (X,),
-        materialised=("w",),
+        materialized=("w",),
     ),
     "vmap inside": Case(
         lambda p, x: jax.vmap(lambda w, x: x @ w)(p["w"][:2], x), STACK, STACKED, (BTD,)
@@ -437,13 +437,13 @@ CASES = {
     ),
     "grad inside": Case(score, SQUARE, IN_OUT, (X,)),
     "custom_jvp": Case(
-        lambda p, x: doubled_slope(x, p["w"]), SQUARE, IN_OUT, (X,), materialised=("w",)
+        lambda p, x: doubled_slope(x, p["w"]), SQUARE, IN_OUT, (X,), materialized=("w",)
     ),
     "custom_vjp": Case(
-        lambda p, x: straight_through(x, p["w"]), SQUARE, IN_OUT, (X,), materialised=("w",)
+        lambda p, x: straight_through(x, p["w"]), SQUARE, IN_OUT, (X,), materialized=("w",)
     ),
     "custom_jvp beside": Case(lambda p, x: jax.nn.relu(x @ p["w"]), SQUARE, IN_OUT, (X,)),
-    "returned": Case(lambda p, x: p["w"], SQUARE, IN_OUT, (X,), materialised=("w",)),
+    "returned": Case(lambda p, x: p["w"], SQUARE, IN_OUT, (X,), materialized=("w",)),
 }
 
 
@@ -458,9 +458,9 @@ def test_equals_the_merged_weights(name):
         exact=case.exact,
         differentiable=case.differentiable,
     )
-    assert found.materialised == case.materialised
+    assert found.materialized == case.materialized
     assert not found.unused
-    if not case.materialised:
+    if not case.materialized:
         assert found.on_activations == tuple(ha.init(ha.plan(case.params, *case.targets)))
 
 
@@ -517,7 +517,7 @@ def test_vmap_over_adapters_equals_one_by_one(name):
 def test_adapting_an_adapted_function_applies_both(name):
     case, forward, first = make(name)
     _, _, second = make(name, seed=9)
-    both = ha.adapt(forward, materialise="error")
+    both = ha.adapt(forward, materialize="error")
     got = jax.jit(both)(case.params, second, first, *case.args)
     want = jax.jit(forward)(case.params, ha.compose(first, second), *case.args)
     assert error(got, want) < 1e-5
@@ -540,7 +540,7 @@ def test_shards_of_size_one_are_gathered_with_their_vectors():
 
     params = {"w": draw(6, 8, 3)}
     scales = random_scales(ha.init(ha.plan(params, *IN_OUT)))
-    forward = jax.jit(ha.adapt(fn, materialise="error"))
+    forward = jax.jit(ha.adapt(fn, materialize="error"))
     assert error(forward(params, scales, X), fn(ha.merge(params, scales), X)) < 1e-5
 
 
@@ -575,7 +575,7 @@ def test_adapting_a_function_twice_compiles_it_once():
     for _ in range(2):
         run(ha.adapt(fn), SQUARE, scales, X)
     assert len(traces) == 1 and ha.adapt(fn) == ha.adapt(fn)
-    assert ha.adapt(fn) != ha.adapt(fn, materialise="allow")
+    assert ha.adapt(fn) != ha.adapt(fn, materialize="allow")
     assert ha.adapt(fn).__name__ == "adapt(fn)"
 
 
@@ -599,7 +599,7 @@ def test_layers_that_are_alike_are_traced_once():
     assert bodies(jax.make_jaxpr(ha.adapt(fn))(params, scales, X)) == (6, 1)
     found = ha.explain(ha.adapt(fn), params, scales, X)
     assert found.on_activations == tuple("012345")
-    with pytest.warns(ha.MaterialisedWarning, match="6 of 6 adapted weights"):
+    with pytest.warns(ha.MaterializedWarning, match="6 of 6 adapted weights"):
         cosine = jax.checkpoint(lambda x, w: x @ jnp.cos(w))
         ha.adapt(lambda params, x: [cosine(x, w) for w in params])(params, scales, X)
 
@@ -631,7 +631,7 @@ def test_the_next_checkpoint_keeps_what_its_policy_says(next_checkpoint, policy)
         return jax.checkpoint(body, policy=policy)(x)
 
     found = check_adapt(fn, params, [(".", "in out")], X)
-    assert not found.materialised
+    assert not found.materialized
 
     def saved(fn, over):
         shapes = [r.shape for r in jax.tree.leaves(jax.vjp(fn, over)[1])]
@@ -643,7 +643,7 @@ def test_the_next_checkpoint_keeps_what_its_policy_says(next_checkpoint, policy)
 
 
 def test_the_next_derivative_rules_are_kept():
-    """Under JAX's next flags too, a derivative rule of its own gets the multiplied-out weight."""
+    """Under JAX's next flags too, a custom derivative rule gets the multiplied-out weight."""
     flags = ("jax_custom_vjp3", "jax_custom_jvp3")
     if not all(hasattr(jax.config, flag) for flag in flags):
         pytest.skip("this JAX does not have them")
@@ -653,8 +653,8 @@ def test_the_next_derivative_rules_are_kept():
         for name in ("custom_jvp", "custom_vjp"):
             case = CASES[name]
             found = check_adapt(case.fn, case.params, case.targets, *case.args)
-            assert found.materialised == case.materialised
-            assert f"{name}_call" in str(found) and "a derivative rule of its own" in str(found)
+            assert found.materialized == case.materialized
+            assert f"{name}_call" in str(found) and "its custom derivative rule" in str(found)
     finally:
         for flag in flags:
             jax.config.update(flag, False)
@@ -686,7 +686,7 @@ def test_a_bfloat16_operand_is_kept_for_the_backward_pass_as_it_is():
     assert not wide
 
 
-def test_vectors_pass_a_dequantisation():
+def test_vectors_pass_a_dequantization():
     """The codes are the parameter, `codes.astype(x.dtype) * scale` the weight."""
     codes = jnp.arange(-32, 32, dtype=jnp.int8).reshape(8, 8)
     steps = jnp.abs(draw(8, 1, 8)) / 16
@@ -695,8 +695,8 @@ def test_vectors_pass_a_dequantisation():
         return params["codes"].astype(jnp.float32) * params["steps"]
 
     params = {"codes": codes, "steps": steps}
-    scales = random_scales(ha.init(ha.plan(params, ha.Target("codes", "in out", quantised=True))))
-    forward = ha.adapt(lambda p, x: x @ weight(p), materialise="error")
+    scales = random_scales(ha.init(ha.plan(params, ha.Target("codes", "in out", quantized=True))))
+    forward = ha.adapt(lambda p, x: x @ weight(p), materialize="error")
     vectors = scales["codes"]
     dense = weight(params) * (1 + vectors.row) * (1 + vectors.col)[:, None]
     assert error(jax.jit(forward)(params, scales, X), X @ dense) < 1e-5
@@ -706,7 +706,7 @@ def test_vectors_pass_a_dequantisation():
     assert error(grads["codes"], oracle["w"]) < 1e-5
 
 
-def test_integer_products_wait_for_the_dequantisation():
+def test_integer_products_wait_for_the_dequantization():
     """int8 x int8 -> int32: the row vector is applied once the sum is made floating."""
     codes = jnp.arange(-32, 32, dtype=jnp.int8).reshape(8, 8)
     x = (jnp.arange(40) % 7 - 3).astype(jnp.int8).reshape(5, 8)
@@ -718,30 +718,30 @@ def test_integer_products_wait_for_the_dequantisation():
         return total.astype(jnp.float32) * 0.01
 
     params = {"w": codes}
-    row = random_scales(ha.init(ha.plan(params, ha.Target("w", "- out", quantised=True))))
+    row = random_scales(ha.init(ha.plan(params, ha.Target("w", "- out", quantized=True))))
     want = fn(params, x) * (1 + row["w"].row)
-    assert error(ha.adapt(fn, materialise="error")(params, row, x), want) < 1e-6
-    both = ha.init(ha.plan(params, ha.Target("w", "in out", quantised=True)))
-    with pytest.raises(ha.MaterialisedError, match="w: integer codes cannot be scaled at `dot_gen"):
+    assert error(ha.adapt(fn, materialize="error")(params, row, x), want) < 1e-6
+    both = ha.init(ha.plan(params, ha.Target("w", "in out", quantized=True)))
+    with pytest.raises(ha.MaterializedError, match="w: integer codes cannot be scaled at `dot_gen"):
         ha.adapt(fn)(params, both, x)
 
 
-def test_materialise_says_what_where_and_why():
+def test_materialize_says_what_where_and_why():
     def fn(params, x):
         return x @ jnp.cos(params["w"])
 
     scales = ha.init(ha.plan(SQUARE, *IN_OUT))
-    with pytest.warns(ha.MaterialisedWarning) as caught:
+    with pytest.warns(ha.MaterializedWarning) as caught:
         ha.adapt(fn)(SQUARE, scales, X)
     message = str(caught[0].message)
     for part in ("1 of 1 adapted", "w  ", "cos", "test_adapt.py:", "no vector passes through"):
         assert part in message
     assert caught[0].filename == __file__
-    with pytest.raises(ha.MaterialisedError, match="cos"):
-        ha.adapt(fn, materialise="error")(SQUARE, scales, X)
+    with pytest.raises(ha.MaterializedError, match="cos"):
+        ha.adapt(fn, materialize="error")(SQUARE, scales, X)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ha.adapt(fn, materialise="allow")(SQUARE, scales, X)
+        ha.adapt(fn, materialize="allow")(SQUARE, scales, X)
 
 
 # An einsum, its sizes, the weight's roles, and whether scaling the activations costs less.
@@ -773,17 +773,17 @@ def test_a_weight_is_multiplied_out_only_where_that_costs_less(name):
         compiled = jax.jit(step).lower(scales, {"w": w}, x).compile()
         return compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
 
-    forward = ha.adapt(fn, materialise="allow")
+    forward = ha.adapt(fn, materialize="allow")
     ours = cost(forward)
     merged = cost(lambda params, scales, x: fn(ha.merge(params, scales), x))
     found = ha.explain(forward, {"w": w}, scales, x)
     if scaled:
         assert found.on_activations == ("w",) and ours[0] < merged[0]
     else:
-        assert found.materialised == ("w",) and all(u.reason for u in found.uses)
+        assert found.materialized == ("w",) and all(u.reason for u in found.uses)
         assert ours[0] <= 1.02 * merged[0] and ours[1] <= 1.02 * merged[1]
-        with pytest.raises(ha.MaterialisedError, match="scaling"):
-            jax.eval_shape(ha.adapt(fn, materialise="error"), {"w": w}, scales, x)
+        with pytest.raises(ha.MaterializedError, match="scaling"):
+            jax.eval_shape(ha.adapt(fn, materialize="error"), {"w": w}, scales, x)
 
 
 def test_explain_works_on_shapes_alone_and_names_what_is_not_used():
@@ -791,20 +791,20 @@ def test_explain_works_on_shapes_alone_and_names_what_is_not_used():
     params = {**shapes[0], "v": jax.ShapeDtypeStruct((3, 3), jnp.float32)}
     scales = jax.eval_shape(lambda: ha.init(ha.plan(params, ("w|v", "in out"))))
     found = ha.explain(ha.adapt(lambda p, x: x @ p["w"]), params, scales, shapes[1])
-    assert found.on_activations == ("w",) and found.unused == ("v",) and not found.materialised
+    assert found.on_activations == ("w",) and found.unused == ("v",) and not found.materialized
     assert "dot_general" in str(found) and "test_adapt.py" in str(found)
 
 
 def test_errors_at_the_border():
-    with pytest.raises(ValueError, match='materialise must be "allow", "warn" or "error"'):
-        ha.adapt(lambda p: p, materialise="never")
+    with pytest.raises(ValueError, match='materialize must be "allow", "warn" or "error"'):
+        ha.adapt(lambda p: p, materialize="never")
     with pytest.raises(TypeError, match="adapt takes a function"):
         ha.adapt({"w": 1})
     forward = ha.adapt(lambda p, x: x @ p["w"])
     scales = ha.init(ha.plan(SQUARE, *IN_OUT))
     with pytest.raises(TypeError, match="explain takes what adapt"):
         ha.explain(jax.jit(forward), SQUARE, scales, X)
-    with pytest.raises(ValueError, match="the adapter scales w, .* nearest: v"):
+    with pytest.raises(ValueError, match="w: is scaled by the adapter, .* nearest: v"):
         forward({"v": SQUARE["w"]}, scales, X)
     with pytest.raises(ValueError, match=r"row has shape \(8,\)"):
         forward({"w": draw(1, 8, 3)}, scales, X)

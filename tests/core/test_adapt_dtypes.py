@@ -8,7 +8,7 @@ from jax import lax
 import hyperadapt_jax as ha
 from tests.core.oracle import bits, draw, error, loss
 
-pytestmark = pytest.mark.usefixtures("optimised")
+pytestmark = pytest.mark.usefixtures("optimized")
 
 F32, BF16, F16, INT8 = jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
@@ -69,13 +69,13 @@ def test_a_scale_is_as_precise_as_the_result(op, x, w, result, tolerance):
         cast(data[0][:, : 24 if op is experts else None], x),
     )
     axes = "stack in out" if op is experts else axes
-    target = ha.Target("w", axes, quantised=w == INT8)
+    target = ha.Target("w", axes, quantized=w == INT8)
     zeros = ha.init(ha.plan(params, target))
     # A thousandth, of which bfloat16 keeps nothing.
     scales = jax.tree.map(
         lambda d: d + 1e-3 * jnp.arange(1.0, d.size + 1).reshape(d.shape) / d.size, zeros
     )
-    forward = ha.adapt(lambda p, x: op(x, p["w"], result), materialise="error")
+    forward = ha.adapt(lambda p, x: op(x, p["w"], result), materialize="error")
 
     def oracle(scales):
         dense = ha.merge({"w": params["w"].astype(F32)}, scales)["w"]
@@ -109,7 +109,7 @@ def test_an_activation_at_its_dtypes_maximum_does_not_overflow(dtype):
 def test_looked_up_rows_are_scaled_in_the_dtype_of_their_product():
     params = {"table": draw(5, 9, 8, dtype=BF16), "w": draw(6, 8, 3)}
     scales = jax.tree.map(lambda d: d + 1e-3, ha.init(ha.plan(params, ("table", "in out"))))
-    forward = ha.adapt(lambda p, t: p["table"][t] @ p["w"], materialise="error")
+    forward = ha.adapt(lambda p, t: p["table"][t] @ p["w"], materialize="error")
     rows = params["table"][:4].astype(F32) * 1.001**2
     assert error(forward(params, scales, jnp.arange(4)), rows @ params["w"]) < 1e-6
 
@@ -121,7 +121,7 @@ def test_a_weight_no_larger_than_its_vector_is_scaled_where_it_is_used(shape):
     scales = jax.tree.map(
         lambda d: d + 1e-3, ha.init(ha.plan(params, ("w", "in out"[: 4 * len(shape) - 1])))
     )
-    forward = ha.adapt(lambda p, x: x[:, :8] @ p["w"].astype(F32), materialise="error")
+    forward = ha.adapt(lambda p, x: x[:, :8] @ p["w"].astype(F32), materialize="error")
     want = X[:, :8] @ (params["w"].astype(F32) * 1.001 ** len(scales["w"].factors()))
     assert error(forward(params, scales, X), want) < 1e-6
 

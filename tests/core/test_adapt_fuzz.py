@@ -321,9 +321,9 @@ def distance(got, want):
 
 def check(program):
     params = {"w": program.weight}
-    target = ha.Target("w", program.roles, quantised=program.quantized)
+    target = ha.Target("w", program.roles, quantized=program.quantized)
     scales = random_scales(ha.init(ha.plan(params, target)))
-    forward = ha.adapt(lambda params, x: program.run(params["w"], x), materialise="allow")
+    forward = ha.adapt(lambda params, x: program.run(params["w"], x), materialize="allow")
 
     def oracle(params, scales, x):
         w = program.dequantize(params["w"]) if program.quantized else params["w"]

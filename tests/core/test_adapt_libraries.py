@@ -11,7 +11,7 @@ from jax import lax
 import hyperadapt_jax as ha
 from tests.core.oracle import check_adapt, draw
 
-pytestmark = pytest.mark.usefixtures("optimised")
+pytestmark = pytest.mark.usefixtures("optimized")
 
 X = draw(1, 2, 5, 8)
 IMAGE = draw(2, 2, 6, 5, 8)
@@ -22,7 +22,7 @@ KERNEL = [(".*/kernel", "in out")]
 def check(fn, params, targets, *args, **kwargs):
     """All targets on the activations, and equal to the merged weights."""
     found = check_adapt(fn, params, targets, *args, **kwargs)
-    assert not found.materialised and not found.unused
+    assert not found.materialized and not found.unused
     assert found.on_activations == tuple(sorted(ha.init(ha.plan(params, *targets))))
 
 

@@ -121,7 +121,7 @@ def sharding():
 def test_equals_the_scaled_dequantized_weight(name):
     codes, dequantize = DEQUANTIZE[name]
     params = {"codes": codes}
-    target = ha.Target("codes", "in out", quantised=True)
+    target = ha.Target("codes", "in out", quantized=True)
     scales = random_scales(ha.init(ha.plan(params, target)))
     forward = ha.adapt(lambda p, x: x @ floating(dequantize(p["codes"])) / 64)
 
@@ -141,8 +141,8 @@ def test_equals_the_scaled_dequantized_weight(name):
 
 
 def test_a_refusal_of_codes_says_what_they_meet_and_what_to_do():
-    scales = ha.init(ha.plan({"codes": SIGNED}, ha.Target("codes", "in out", quantised=True)))
-    with pytest.raises(ha.MaterialisedError, match="codes: integer codes .* `sort` .*dequantize"):
+    scales = ha.init(ha.plan({"codes": SIGNED}, ha.Target("codes", "in out", quantized=True)))
+    with pytest.raises(ha.MaterializedError, match="codes: integer codes .* `sort` .*dequantize"):
         ha.adapt(lambda p, x: x @ jnp.sort(p["codes"], 0))({"codes": SIGNED}, scales, X)
 
 
@@ -159,10 +159,10 @@ def test_an_embedding_may_meet_a_quantized_layer():
         )
         return product * STEP
 
-    plan = ha.plan(params, ("table", "in out"), ha.Target("codes", "in out", quantised=True))
+    plan = ha.plan(params, ("table", "in out"), ha.Target("codes", "in out", quantized=True))
     scales = random_scales(ha.init(plan))
     merged = ha.merge({**params, "codes": floating(SIGNED)}, scales)
-    forward = ha.adapt(fn, materialise="error")
+    forward = ha.adapt(fn, materialize="error")
     assert error(forward(params, scales, tokens), fn(merged, tokens)) < 1e-5
 
 
@@ -180,10 +180,10 @@ def test_a_quantized_embedding_takes_off_its_zero_points_and_not_what_is_added()
         rows = floating(params["codes"][tokens]) - floating(params["zero"])
         return jnp.tanh(scale * rows * params["rows"][tokens][:, None] / 50 + params["at"])
 
-    scales = random_scales(ha.init(ha.plan(params, ha.Target("codes", "in out", quantised=True))))
+    scales = random_scales(ha.init(ha.plan(params, ha.Target("codes", "in out", quantized=True))))
     vectors = scales["codes"]
     want = fn(params, tokens, (1 + vectors.col)[tokens][:, None] * (1 + vectors.row))
-    got = ha.adapt(fn, materialise="error")(params, scales, tokens)
+    got = ha.adapt(fn, materialize="error")(params, scales, tokens)
     assert error(got, want) < 1e-5
 
 
@@ -204,12 +204,12 @@ def test_a_zero_point_is_known_inside_of_inner_functions(nest):
         args = (x, params["codes"][0], params["zero"][0])
         return lax.cond(x[0, 0] < 9, layer, layer, *args) if nest == "cond" else nest(layer)(*args)
 
-    target = ha.Target("codes", "stack in out", quantised=True)
+    target = ha.Target("codes", "stack in out", quantized=True)
     scales = random_scales(ha.init(ha.plan(params, target)))
     weights = (floating(params["codes"]) - floating(params["zero"])[:, None]) * STEP
     weights = ha.merge({"codes": weights}, scales)["codes"]
     want = X @ (weights.sum(0) if nest == "scan" else weights[0]) / 9
-    assert error(ha.adapt(fn, materialise="error")(params, scales, X), want) < 1e-5
+    assert error(ha.adapt(fn, materialize="error")(params, scales, X), want) < 1e-5
 
 
 def test_what_is_added_to_activations_or_made_of_the_weight_is_no_zero_point():
@@ -224,9 +224,9 @@ def test_what_is_added_to_activations_or_made_of_the_weight_is_no_zero_point():
         return jnp.tanh(x[:, :, None] * w + 1.0).sum(1) + x @ (w - jnp.mean(w, 0))
 
     params = {"codes": SIGNED}
-    scales = random_scales(ha.init(ha.plan(params, ha.Target("codes", "in out", quantised=True))))
+    scales = random_scales(ha.init(ha.plan(params, ha.Target("codes", "in out", quantized=True))))
     want = oracle(ha.merge({"codes": floating(SIGNED) * STEP}, scales)["codes"], X)
-    assert error(ha.adapt(fn, materialise="allow")(params, scales, X), want) < 1e-5
+    assert error(ha.adapt(fn, materialize="allow")(params, scales, X), want) < 1e-5
 
 
 def test_codes_shared_by_weights_of_their_own_are_scaled_apart():
@@ -236,10 +236,10 @@ def test_codes_shared_by_weights_of_their_own_are_scaled_apart():
     def fn(params, x):
         return x @ (floating(params["first"]) * STEP + (floating(params["second"]) - 8) * STEP / 9)
 
-    scales = random_scales(ha.init(ha.plan(params, ha.Target(".*", "in out", quantised=True))))
+    scales = random_scales(ha.init(ha.plan(params, ha.Target(".*", "in out", quantized=True))))
     weights = {"first": floating(SIGNED) * STEP, "second": (floating(NIBBLES) - 8) * STEP / 9}
     want = X @ sum(ha.merge(weights, scales).values())
-    assert error(ha.adapt(fn, materialise="allow")(params, scales, X), want) < 1e-5
+    assert error(ha.adapt(fn, materialize="allow")(params, scales, X), want) < 1e-5
 
 
 def test_a_floating_weight_has_no_zero_point():
@@ -251,4 +251,4 @@ def test_a_floating_weight_has_no_zero_point():
 
     scales = random_scales(ha.init(ha.plan(params, ("w", "in out"))))
     want = fn(ha.merge(params, scales), X)
-    assert error(ha.adapt(fn, materialise="allow")(params, scales, X), want) < 1e-5
+    assert error(ha.adapt(fn, materialize="allow")(params, scales, X), want) < 1e-5

@@ -9,7 +9,7 @@ from jax import lax
 
 from tests.core.oracle import check_adapt, draw
 
-pytestmark = pytest.mark.usefixtures("optimised")
+pytestmark = pytest.mark.usefixtures("optimized")
 
 CHEAPER = ("scaling would repeat", "too few products")
 SIZES = st.sampled_from([1, 2, 3, 5])
@@ -63,7 +63,7 @@ def test_any_contraction(drawn):
         tolerance=1e-4,  # a gradient of one number may be a sum of canceling ones
     )
     # With axes as short as these, multiplying the weight out may cost less.
-    assert all(u.reason.startswith(CHEAPER) for u in found.uses if u.how == "materialised")
+    assert all(u.reason.startswith(CHEAPER) for u in found.uses if u.how == "materialized")
 
 
 def wrap_jit(body, depth):
@@ -108,7 +108,7 @@ WRAPPERS = [wrap_jit, wrap_remat, wrap_scan, wrap_fori, wrap_cond, wrap_vmap, wr
 def test_any_nest(nest, depth, n, stacked, axes):
     """A layer inside a random nest of transformations, scanned over stacked weights or not."""
     # vmap of a cond selects between copies of its operands, one weight an example: JAX itself
-    # materialises there.
+    # materializes there.
     assume(not (wrap_cond in nest and wrap_vmap in nest[nest.index(wrap_cond) :]))
 
     def body(x, w):
@@ -127,7 +127,7 @@ def test_any_nest(nest, depth, n, stacked, axes):
     # A scale of one changes no bit, but it does change what XLA fuses, and so, in programs as
     # small as these, which of its own approximations of tanh XLA picks.
     found = check_adapt(fn, params, [("w", roles)], draw(2, 2, n), exact=False)
-    assert not found.materialised
+    assert not found.materialized
 
 
 def test_any_reshape_regroups_the_same_numbers():

@@ -35,7 +35,7 @@ class Case:
     params: Any
     targets: Any
     args: tuple = (X,)
-    materialised: tuple = ()
+    materialized: tuple = ()
     differentiable: bool = True
 
 
@@ -130,7 +130,7 @@ JOINED = {
     ),
     "with itself": Case(lambda p, x: x @ jnp.concatenate([p["w"], 2 * p["w"]], 1), WEIGHT, IN_OUT),
     "two whole weights": Case(
-        lambda p, x: x @ jnp.concatenate([p["w"], p["v"]], 1), PAIR, BOTH, materialised=("v", "w")
+        lambda p, x: x @ jnp.concatenate([p["w"], p["v"]], 1), PAIR, BOTH, materialized=("v", "w")
     ),
     "stacks": Case(
         lambda p, x: jnp.einsum("td,edf->etf", x, jnp.concatenate([p["w"], p["v"][None]])),
@@ -162,7 +162,7 @@ JOINED = {
         lambda p, x: x @ jnp.pad(p["w"], ((0, 0), (1, 2)), constant_values=1),
         WEIGHT,
         IN_OUT,
-        materialised=("w",),
+        materialized=("w",),
     ),
     "pruned": Case(lambda p, x: x @ jnp.where(MASK, p["w"], 0), WEIGHT, IN_OUT),
     "pruned by an argument": Case(
@@ -179,7 +179,7 @@ JOINED = {
         lambda p, x: jax.checkpoint(lambda x, w: x @ jnp.tril(w))(x, p["w"]), WEIGHT, IN_OUT
     ),
     "pruned to ones": Case(
-        lambda p, x: x @ jnp.where(MASK, p["w"], 1), WEIGHT, IN_OUT, materialised=("w",)
+        lambda p, x: x @ jnp.where(MASK, p["w"], 1), WEIGHT, IN_OUT, materialized=("w",)
     ),
     "triangular stack": Case(
         lambda p, x: jnp.einsum("td,edf->etf", x, jax.vmap(jnp.triu)(p["w"])),
@@ -193,12 +193,12 @@ JOINED = {
         lambda p, x: x @ jnp.where(jnp.sum(x) > 0, p["w"], p["v"]),
         PAIR,
         BOTH,
-        materialised=("v", "w"),
+        materialized=("v", "w"),
     ),
     "zeros written": Case(
         lambda p, x, i: x @ p["w"].at[:, i].set(0), WEIGHT, IN_OUT, (X, jnp.array([3, 1]))
     ),
-    "ones written": Case(lambda p, x: x @ p["w"].at[2].set(1), WEIGHT, IN_OUT, materialised=("w",)),
+    "ones written": Case(lambda p, x: x @ p["w"].at[2].set(1), WEIGHT, IN_OUT, materialized=("w",)),
     "summed": Case(
         lambda p, x: x @ jnp.sum(p["w"], (0, 2)), {"w": draw(6, 2, 8, 3, 6)}, [("w", "- in - out")]
     ),
@@ -270,7 +270,7 @@ LOOKED_UP = {
         TABLE,
         IN_OUT,
         (jnp.array([0, 20]),),
-        materialised=("w",),
+        materialized=("w",),
     ),
 }
 
@@ -345,7 +345,7 @@ def test_equals_the_merged_weights(name):
         exact=name in EXACT,
         differentiable=case.differentiable,
     )
-    assert found.materialised == case.materialised
+    assert found.materialized == case.materialized
     assert not found.unused
 
 
@@ -366,8 +366,8 @@ ON_CODES = {
 @pytest.mark.parametrize("name", ON_CODES)
 def test_integer_codes_pass(name):
     fn = ON_CODES[name]
-    zeros = ha.init(ha.plan(CODES, ha.Target("w", "stack in out", quantised=True)))
-    forward = ha.adapt(lambda p: fn(p["w"]), materialise="allow")
+    zeros = ha.init(ha.plan(CODES, ha.Target("w", "stack in out", quantized=True)))
+    forward = ha.adapt(lambda p: fn(p["w"]), materialize="allow")
     scales = random_scales(zeros)
     dense = ha.merge({"w": CODES["w"].astype(jnp.float32)}, scales)
     assert error(jax.jit(forward)(CODES, scales), fn(dense["w"])) < 1e-5
@@ -384,11 +384,11 @@ def test_integer_images_meet_integer_kernels(result):
         return 0.01 * conv(x, w, preferred_element_type=result).astype(jnp.float32)
 
     for axes, fits in (("- - in out", result == jnp.float32), ("- - - out", True)):
-        target = ha.Target("w", axes, quantised=True)
+        target = ha.Target("w", axes, quantized=True)
         scales = random_scales(ha.init(ha.plan({"w": codes}, target)))
-        forward = ha.adapt(lambda p, x: fn(p["w"], x), materialise="allow")
+        forward = ha.adapt(lambda p, x: fn(p["w"], x), materialize="allow")
         if not fits:
-            with pytest.raises(ha.MaterialisedError, match="integer codes.*conv_general_dilated"):
+            with pytest.raises(ha.MaterializedError, match="integer codes.*conv_general_dilated"):
                 forward({"w": codes}, scales, images)
             continue
         dense = ha.merge({"w": codes.astype(jnp.float32)}, scales)["w"]
@@ -398,7 +398,7 @@ def test_integer_images_meet_integer_kernels(result):
 
 def test_zeros_are_known_outside_jit_too():
     scales = random_scales(ha.init(ha.plan(WEIGHT, *IN_OUT)))
-    forward = ha.adapt(CASES["joined: pruned"].fn, materialise="error")
+    forward = ha.adapt(CASES["joined: pruned"].fn, materialize="error")
     want = X @ jnp.where(MASK, ha.merge(WEIGHT, scales)["w"], 0)
     assert error(forward(WEIGHT, scales, X), want) < 1e-5
     with jax.checking_leaks():
@@ -429,12 +429,12 @@ COSTS = {
 }
 
 
-@pytest.mark.usefixtures("optimised")
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("name", COSTS)
 def test_a_step_costs_less_than_with_merged_weights(name):
     case = COSTS[name]
     scales = random_scales(ha.init(ha.plan(case.params, *case.targets)))
-    forward = ha.adapt(case.fn, materialise="error")
+    forward = ha.adapt(case.fn, materialize="error")
 
     def step(fn):
         return jax.value_and_grad(lambda scales: jnp.sum(fn(scales) ** 2))

@@ -108,7 +108,7 @@ def inputs():
 
 
 def step_of(fn):
-    forward = ha.adapt(fn, materialise="error")
+    forward = ha.adapt(fn, materialize="error")
     return jax.value_and_grad(lambda scales, params, x: forward(params, scales, x))
 
 
@@ -290,10 +290,10 @@ def test_shard_map(name, where):
         params, scales, x = place(layout, mesh, replicate=())
         base = jax.shard_map(local, in_specs=(specs, batch), out_specs=P())
         if where == "around":
-            forward = ha.adapt(base, materialise="error")
+            forward = ha.adapt(base, materialize="error")
         else:
             forward = jax.shard_map(
-                ha.adapt(local, materialise="error"),
+                ha.adapt(local, materialize="error"),
                 in_specs=(specs, vector_shardings(scales, specs), batch),
                 out_specs=P(),
             )

@@ -113,9 +113,9 @@ def test_what_each_method_trains():
 
 def test_what_cannot_be_meant_is_refused():
     fn, params, plan, _ = model()
-    with pytest.raises(ha.PlanError, match="leave nothing for sides='col'"):
+    with pytest.raises(ha.PlanError, match="leave nothing to scale with sides='col'"):
         tune(HyperAdapt("col"), fn, params, ha.plan(params, ("down/kernel", "- out")))
-    with pytest.raises(ha.PlanError, match="is scaled, and cannot also train fully"):
+    with pytest.raises(ha.PlanError, match="is scaled, so it cannot also train fully"):
         tune(HyperAdapt(), fn, params, plan, full="down/kernel")
     with pytest.raises(ha.PlanError, match="sides must be"):
         tune(HyperAdapt("left"), fn, params, plan)

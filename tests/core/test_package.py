@@ -1,9 +1,13 @@
 """The package as it is installed: its metadata, and what importing it costs."""
 
+import importlib
 import importlib.metadata
+import pickle
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 import hyperadapt_jax
 
@@ -23,3 +27,11 @@ def test_import_pulls_in_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize("name", ["adapt", "merge", "plan"])
+def test_a_function_keeps_its_name_where_its_module_has_the_same(name):
+    function = getattr(hyperadapt_jax, name)
+    module = importlib.import_module(f"hyperadapt_jax.{name}")  # as an import anywhere may do
+    assert getattr(hyperadapt_jax, name) is function is getattr(module, name)
+    assert pickle.loads(pickle.dumps(function)) is function

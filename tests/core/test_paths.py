@@ -48,7 +48,9 @@ def test_a_field_called_value_is_no_box():
 
 
 def test_keys_that_make_equal_paths_are_an_error():
-    with pytest.raises(ValueError, match="share a path: a/b; rename a key"):
+    with pytest.raises(
+        ValueError, match="a/b: two leaves of the tree have this path; rename a key"
+    ):
         paths.flatten({"a/b": 1, "a": {"b": 2}})
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import hyperadapt_jax as ha
 from hyperadapt_jax import rank
-from hyperadapt_jax.rank import Measures, analyse, bound, figure, measure
+from hyperadapt_jax.rank import Measures, analyze, bound, figure, measure
 
 RNG = np.random.default_rng(0)
 
@@ -90,7 +90,7 @@ def test_measures_are_ordered_and_do_not_depend_on_the_scale(values, scale):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_the_bound_is_attained(base, update, dtype):
     weight = low_rank(64, 64, base).astype(dtype)
-    found = analyse({"w": weight}, vectors(weight, "in out"))
+    found = analyze({"w": weight}, vectors(weight, "in out"))
     assert spectrum(found, "base").measures.numerical == base
     for source in ("hyperadapt", "random"):
         assert spectrum(found, source).measures.numerical == update
@@ -100,7 +100,7 @@ def test_the_bound_is_attained(base, update, dtype):
 @pytest.mark.parametrize("side", ["row", "col"])
 def test_one_side_alone_is_bounded_by_the_rank_of_the_weight(side):
     weight = low_rank(30, 20, 6).astype(np.float32)
-    found = spectrum(analyse({"w": weight}, vectors(weight, "in out", sides=side)))
+    found = spectrum(analyze({"w": weight}, vectors(weight, "in out", sides=side)))
     assert found.measures.numerical == found.bound == bound(6, (30, 20), sides=1) == 6
 
 
@@ -110,7 +110,7 @@ def test_no_update_exceeds_the_bound(n, m, r, both, data):
     weight = rng.normal(size=(n, min(r, n, m))) @ rng.normal(size=(min(r, n, m), m))
     row, col = (jnp.asarray(rng.normal(size=k), jnp.float32) for k in (m, n))
     scales = ha.ScaleVectors(row, col if both else None, "in out" if both else "- out")
-    found = spectrum(analyse({"w": weight}, {"w": scales}))
+    found = spectrum(analyze({"w": weight}, {"w": scales}))
     assert found.bound == min((1 + both) * min(r, n, m), n, m)
     # Far from the float64 tolerance: what lies between is neither noise nor rank.
     assert np.sum(found.singular_values > 1e-11 * np.linalg.norm(weight)) <= found.bound
@@ -125,7 +125,7 @@ def test_the_update_is_that_of_the_definition():
     scales = vectors(weight, "out in")
     a, b = (np.diag(1 + np.asarray(v, np.float64)) for v in (scales["w"].row, scales["w"].col))
     expected = np.linalg.svd(a @ weight @ b - weight, compute_uv=False)
-    found = spectrum(analyse({"w": weight}, scales))
+    found = spectrum(analyze({"w": weight}, scales))
     np.testing.assert_allclose(found.singular_values, expected, rtol=1e-12)
     assert found.shape == (6, 4) and found.singular_values.dtype == np.float64
     assert found.measures.norm == pytest.approx(np.linalg.norm(a @ weight @ b - weight))
@@ -135,14 +135,14 @@ def test_tiny_deltas_on_a_bf16_weight_are_not_rounding_noise():
     """A merged bf16 weight would not move at all, or would differ by noise of full rank."""
     weight = jnp.asarray(np.ones((32, 32)), jnp.bfloat16)
     row = jnp.full(32, 1e-6, jnp.float32).at[0].set(3e-6)
-    found = spectrum(analyse({"w": weight}, {"w": ha.ScaleVectors(row, None, "- out")}))
+    found = spectrum(analyze({"w": weight}, {"w": ha.ScaleVectors(row, None, "- out")}))
     assert found.measures.numerical == 1
     assert found.measures.norm == pytest.approx(np.linalg.norm(row) * 32**0.5, rel=1e-6)
 
 
 def test_rounding_a_low_rank_weight_to_bf16_adds_nothing_to_its_rank():
     weight = jnp.asarray(low_rank(128, 96, 5), jnp.bfloat16)
-    report = analyse({"w": weight}, vectors(weight, "in out"))
+    report = analyze({"w": weight}, vectors(weight, "in out"))
     assert spectrum(report, "base").measures.numerical == 5
     assert spectrum(report).measures.numerical == 10
 
@@ -150,7 +150,7 @@ def test_rounding_a_low_rank_weight_to_bf16_adds_nothing_to_its_rank():
 def test_a_stack_is_one_matrix_per_slice():
     weight = RNG.normal(size=(4, 2, 5, 3)).astype(np.float32)  # in, stack, out, stack
     scales = vectors(weight, "in stack out stack")
-    report = analyse({"w": weight}, scales)
+    report = analyze({"w": weight}, scales)
     assert len(report.spectra) == 3 * 6
     row, col = (np.asarray(v, np.float64) for v in (scales["w"].row, scales["w"].col))
     for i in range(2):
@@ -176,7 +176,7 @@ def test_a_stack_is_one_matrix_per_slice():
 def test_several_axes_are_flattened_to_a_matrix(sizes, axes, shape):
     weight = RNG.normal(size=sizes).astype(np.float32)
     scales = vectors(weight, axes)
-    found = spectrum(analyse({"w": weight}, scales))
+    found = spectrum(analyze({"w": weight}, scales))
     assert found.shape == shape and len(found.singular_values) == min(shape)
     update = np.asarray(ha.merge({"w": weight}, scales)["w"]) - weight
     assert found.measures.norm == pytest.approx(np.linalg.norm(update), rel=1e-5)
@@ -184,7 +184,7 @@ def test_several_axes_are_flattened_to_a_matrix(sizes, axes, shape):
 
 def test_no_training_no_rank():
     weight = RNG.normal(size=(3, 4)).astype(np.float32)
-    report = analyse({"w": weight}, ha.init(ha.plan({"w": weight}, ("w", "in out"))))
+    report = analyze({"w": weight}, ha.init(ha.plan({"w": weight}, ("w", "in out"))))
     assert spectrum(report).measures == spectrum(report, "random").measures == Measures()
     assert spectrum(report).bound == 3
     figure(report)
@@ -193,7 +193,7 @@ def test_no_training_no_rank():
 @pytest.mark.parametrize("shape", [(1, 1), (1, 5), (5, 1)])
 def test_one_row_one_column(shape):
     weight = np.ones(shape, np.float32)
-    report = analyse({"w": weight}, vectors(weight, "in out"))
+    report = analyze({"w": weight}, vectors(weight, "in out"))
     for source in ("hyperadapt", "random", "base"):
         found = spectrum(report, source)
         assert found.measures.numerical == found.measures.energy_99 == 1
@@ -210,7 +210,7 @@ def test_random_vectors_have_the_norm_of_the_trained_ones_and_the_seed_fixes_the
     scales = vectors(weight, "- out", scale=2.0)
 
     def random(seed):
-        return spectrum(analyse({"w": weight}, scales, seed=seed), "random").singular_values
+        return spectrum(analyze({"w": weight}, scales, seed=seed), "random").singular_values
 
     # Of an identity, the singular values of (A - I) I are the entries of a - 1.
     assert np.linalg.norm(random(0)) == pytest.approx(np.linalg.norm(scales["w"].row))
@@ -218,10 +218,10 @@ def test_random_vectors_have_the_norm_of_the_trained_ones_and_the_seed_fixes_the
     assert np.abs(random(0) - random(1)).max() > 1e-3
 
 
-def test_random_vectors_do_not_depend_on_what_else_is_analysed():
+def test_random_vectors_do_not_depend_on_what_else_is_analyzed():
     params = {"a": np.eye(3, dtype=np.float32), "b": np.eye(3, dtype=np.float32)}
     one = vectors(params["a"], "in out")["w"]
-    both, alone = analyse(params, {"a": one, "b": one}), analyse(params, {"b": one})
+    both, alone = analyze(params, {"a": one, "b": one}), analyze(params, {"b": one})
     first, second, third = (
         next(s for s in report.spectra if s.path == path and s.source == "random")
         for report, path in [(both, "b"), (alone, "b"), (both, "a")]
@@ -233,7 +233,7 @@ def test_random_vectors_do_not_depend_on_what_else_is_analysed():
 def test_dense_controls_stand_beside_the_update():
     weight = RNG.normal(size=(12, 8)).astype(np.float32)
     lora = jnp.asarray(low_rank(12, 8, 2), jnp.float32)
-    report = analyse(
+    report = analyze(
         {"w": weight, "v": weight}, {**vectors(weight, "in out")}, {"lora": {"w": lora}}
     )
     found = spectrum(report, "lora")
@@ -245,31 +245,31 @@ def test_dense_controls_stand_beside_the_update():
 # What is refused
 
 
-def test_analyse_says_what_is_wrong_and_where():
+def test_analyze_says_what_is_wrong_and_where():
     weight = np.ones((3, 4), np.float32)
     params, scales = {"dense": {"w": weight}}, {"dense/w": vectors(weight, "in out")["w"]}
-    with pytest.raises(ValueError, match="scales dense/w, which is none .*; nearest: dens/w"):
-        analyse({"dens": {"w": weight}}, scales)
-    with pytest.raises(ValueError, match="lora: dense is not adapted; nearest: dense/w"):
-        analyse(params, scales, {"lora": {"dense": weight}})
+    with pytest.raises(ValueError, match="dense/w: is scaled .* none .*; nearest: dens/w"):
+        analyze({"dens": {"w": weight}}, scales)
+    with pytest.raises(ValueError, match="lora: dense: is not adapted; nearest: dense/w"):
+        analyze(params, scales, {"lora": {"dense": weight}})
     with pytest.raises(
-        ValueError, match=r"lora: dense/w has shape \(4, 3\); the weight has \(3, 4\)"
+        ValueError, match=r"lora: dense/w: has shape \(4, 3\), but the weight has \(3, 4\)"
     ):
-        analyse(params, scales, {"lora": {"dense/w": weight.T}})
-    with pytest.raises(ValueError, match="cannot be called 'base'"):
-        analyse(params, scales, {"base": {}})
-    with pytest.raises(ValueError, match="dense/w has dtype int8, not a floating one"):
-        analyse({"dense": {"w": weight.astype(np.int8)}}, scales)
-    with pytest.raises(ValueError, match="dense/w has 3 axes, .* roles for 2: 'in out'"):
-        analyse({"dense": {"w": weight[None]}}, scales)
+        analyze(params, scales, {"lora": {"dense/w": weight.T}})
+    with pytest.raises(ValueError, match="base: is a name that the report uses itself"):
+        analyze(params, scales, {"base": {}})
+    with pytest.raises(ValueError, match="dense/w: has dtype int8, not a floating one"):
+        analyze({"dense": {"w": weight.astype(np.int8)}}, scales)
+    with pytest.raises(ValueError, match="dense/w: has 3 axes, .* roles for 2: 'in out'"):
+        analyze({"dense": {"w": weight[None]}}, scales)
     broken = weight.copy()
     broken[1, 1] = np.nan
-    with pytest.raises(ValueError, match="base: dense/w holds a NaN"):
-        analyse({"dense": {"w": broken}}, scales)
-    with pytest.raises(ValueError, match="row: dense/w holds a NaN"):
-        analyse(params, {"dense/w": ha.ScaleVectors(jnp.full(4, jnp.nan), None, "- out")})
-    with pytest.raises(ValueError, match="lora: dense/w holds a NaN"):
-        analyse(params, scales, {"lora": {"dense/w": broken}})
+    with pytest.raises(ValueError, match="base: dense/w: has a NaN"):
+        analyze({"dense": {"w": broken}}, scales)
+    with pytest.raises(ValueError, match="row: dense/w: has a NaN"):
+        analyze(params, {"dense/w": ha.ScaleVectors(jnp.full(4, jnp.nan), None, "- out")})
+    with pytest.raises(ValueError, match="lora: dense/w: has a NaN"):
+        analyze(params, scales, {"lora": {"dense/w": broken}})
 
 
 # The report
@@ -283,7 +283,7 @@ def report():
     }
     scales = {f"layers/{i}/q": vectors(params["layers"][i]["q"], "in out")["w"] for i in range(3)}
     scales["low"] = vectors(params["low"], "in out")["w"]
-    return analyse(params, scales, {"LoRA": {"layers/1/q": low_rank(6, 6, 1)}})
+    return analyze(params, scales, {"LoRA": {"layers/1/q": low_rank(6, 6, 1)}})
 
 
 def test_the_table_has_the_medians_of_each_kind(report):
@@ -336,7 +336,7 @@ def test_the_figure_has_a_panel_per_kind_and_a_legend_inside_the_page(report, tm
 
 def test_the_figure_of_nothing_is_an_error():
     with pytest.raises(ValueError, match="report is empty"):
-        figure(analyse({"w": np.ones((2, 2))}, {}))
+        figure(analyze({"w": np.ones((2, 2))}, {}))
 
 
 def test_without_matplotlib_the_figure_says_how_to_get_it_and_the_rest_works():
@@ -346,7 +346,7 @@ sys.modules["matplotlib"] = sys.modules["matplotlib.figure"] = None
 import numpy as np
 import hyperadapt_jax as ha
 row = np.ones(2, np.float32)
-report = ha.rank.analyse({"w": np.eye(2)}, {"w": ha.ScaleVectors(row, None, "- out")})
+report = ha.rank.analyze({"w": np.eye(2)}, {"w": ha.ScaleVectors(row, None, "- out")})
 print(report)
 try:
     ha.rank.figure(report)

@@ -20,8 +20,8 @@ def test_code_blocks_run_as_written(capsys):
         for number, block in enumerate(blocks):
             exec(compile(block, f"README block {number}", "exec"), names)  # our own file
     printed = capsys.readouterr().out
-    assert "7 weights, 4,880 numbers to train" in printed
-    assert printed.count("on activations") == 7 and "materialised" not in printed
+    assert "7 weights, 4,880 trainable parameters" in printed
+    assert printed.count("on activations") == 7 and "materialized" not in printed
     ha, scales = names["ha"], names["scales"]
     forward, params, batch = names["forward"], names["params"], names["batch"]
     np.testing.assert_allclose(

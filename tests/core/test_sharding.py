@@ -156,13 +156,13 @@ def test_errors():
     params = {"w": jax.device_put(jnp.ones((8, 6)), NamedSharding(mesh, P("data", "model")))}
     scales = ha.init(ha.plan(params, ("w", "in out")))
     for replicate in (["batch"], "data"):
-        with pytest.raises(ValueError, match=r"axes of the mesh \('data', 'model'\), not"):
+        with pytest.raises(ValueError, match=r"axes of the mesh \('data', 'model'\)"):
             vector_shardings(scales, params, replicate)
-        with pytest.raises(ValueError, match=r"axes of the mesh \('data', 'model'\), not"):
+        with pytest.raises(ValueError, match=r"axes of the mesh \('data', 'model'\)"):
             ha.plan(params, ("w", "in out"), replicate=replicate)
-    with pytest.raises(ValueError, match="known for w, which is not there.*nearest: v"):
+    with pytest.raises(ValueError, match="w: is not in the tree; .*nearest: v"):
         vector_shardings(scales, {"v": P()})
-    with pytest.raises(ValueError, match="known for w, which is of type NoneType.*NamedSharding"):
+    with pytest.raises(ValueError, match="w: has a sharding of type NoneType; .*NamedSharding"):
         vector_shardings(scales, {"w": jax.ShapeDtypeStruct((8, 6), jnp.float32)})
 
 

@@ -36,7 +36,7 @@ def test_trap_scanned_layers_are_adapted_layer_by_layer_and_not_copied():
 
     scales = ha.init(ha.plan(params, ("layers/kernel", "stack in out")))
     scales = jax.tree.map(lambda d: d + jnp.arange(1.0, length + 1)[:, None] / 10, scales)
-    forward = ha.adapt(fn, materialise="error")
+    forward = ha.adapt(fn, materialize="error")
     want = x
     for layer in range(length):  # vectors of its own for each layer, applied by hand
         by = 1 + (layer + 1) / 10

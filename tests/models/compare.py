@@ -20,7 +20,7 @@ def check(config: models.Config, recorded: dict[str, dict[str, np.ndarray]]) -> 
     inputs, probes = recorded["inputs"], recorded["probes"]
     fn, wanted = models.functional(models.abstract(config))
     assert jax.tree.map(np.shape, params) == jax.tree.map(lambda leaf: leaf.shape, wanted)
-    forward = ha.adapt(fn, materialise="error")
+    forward = ha.adapt(fn, materialize="error")
 
     def run(scales):
         output = forward(params, scales, inputs["tokens"], mask=inputs["mask"])

@@ -46,7 +46,7 @@ def test_merged_parameters_are_written_in_place_of_the_models(tmp_path: pathlib.
     fn_again, params_again = models.functional(models.load(tmp_path / "out"))
     assert fn_again == fn
     tokens = cases.batch(model.config, "none")["tokens"]
-    adapted = cases.jit(ha.adapt(fn, materialise="error"))(params, scales, tokens)
+    adapted = cases.jit(ha.adapt(fn, materialize="error"))(params, scales, tokens)
     np.testing.assert_allclose(cases.jit(fn)(params_again, tokens), adapted, atol=1e-3)
 
 

@@ -1,4 +1,4 @@
-"""Decoders: masks, packing, the cache, dtypes, rematerialisation and compile time."""
+"""Decoders: masks, packing, the cache, dtypes, rematerialization and compile time."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_a_window_hides_what_is_further_back() -> None:
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
-def test_rematerialisation_changes_no_gradient(remat: str) -> None:
+def test_rematerialization_changes_no_gradient(remat: str) -> None:
     config, plain, params = make("qwen2")
     fn, _ = models.functional(models.abstract(config, remat=remat))
     tokens = cases.batch(config, "none")["tokens"]

@@ -93,7 +93,7 @@ def test_every_target_is_scaled_on_activations_in_training(name: str) -> None:
     tokens = cases.batch(config, "none")["tokens"]
     explanation = ha.explain(ha.adapt(fn), params, scales, tokens, rng=jax.random.key(0))
     assert set(explanation.on_activations) == set(scales)
-    assert explanation.materialised == explanation.unused == ()
+    assert explanation.materialized == explanation.unused == ()
 
 
 def test_dropout_keeps_the_mean_and_the_share() -> None:

@@ -82,7 +82,7 @@ def test_an_adapted_longrope_text_goes_on_beyond_the_first_frequencies() -> None
     adapted, merged = (
         models.generate(*model, prompts=PROMPTS, max_new_tokens=15)
         for model in (
-            (ha.adapt(fn, materialise="error"), params, scales),
+            (ha.adapt(fn, materialize="error"), params, scales),
             (fn, ha.merge(params, scales)),
         )
     )
@@ -101,7 +101,7 @@ def test_a_dynamic_text_does_not_depend_on_the_most_new_tokens() -> None:
 def test_an_adapted_function_continues_as_merged_weights_do(name: str) -> None:
     config, fn, params = make(name)
     scales = cases.random_scales(config, params)
-    forward = ha.adapt(fn, materialise="error")
+    forward = ha.adapt(fn, materialize="error")
     base, adapted, merged = (
         models.generate(*model, prompts=PROMPTS, max_new_tokens=12)
         for model in ((fn, params), (forward, params, scales), (fn, ha.merge(params, scales)))
@@ -126,7 +126,7 @@ def test_every_target_is_scaled_on_activations_in_training_and_in_the_loop(name:
         ha.explain(forward, params, scales, tokens, cache=models.open_cache(*tokens.shape)),
     ):
         assert set(explanation.on_activations) == set(scales)
-        assert explanation.materialised == explanation.unused == ()
+        assert explanation.materialized == explanation.unused == ()
 
 
 def test_a_whole_generation_is_adapted_as_one_function() -> None:
@@ -137,7 +137,7 @@ def test_a_whole_generation_is_adapted_as_one_function() -> None:
     def whole(params, tokens, mask):
         return models.decode(fn, (params,), tokens, mask, slots=6)
 
-    adapted = cases.jit(ha.adapt(whole, materialise="error"))(params, scales, tokens, mask)
+    adapted = cases.jit(ha.adapt(whole, materialize="error"))(params, scales, tokens, mask)
     merged = cases.jit(whole)(ha.merge(params, scales), tokens, mask)
     jax.tree.map(np.testing.assert_array_equal, adapted, merged)
 

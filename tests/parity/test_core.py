@@ -27,7 +27,7 @@ def compare(fn, params, roles, x, reference, to_torch):
     scales = jax.tree.map(lambda d: jnp.asarray(0.3 * normal(*d.shape)), ha.init(plan))
 
     def loss(scales):
-        y = ha.adapt(fn, materialise="error")(params, scales, x)
+        y = ha.adapt(fn, materialize="error")(params, scales, x)
         return jnp.mean(jnp.sin(y)), y
 
     (_, y), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(scales)

@@ -17,7 +17,7 @@ from train.run.log import read_metrics
 from train.tasks.arithmetic import exam, problems
 from train.tasks.arithmetic.task import OneStep, TwoSteps
 
-pytestmark = pytest.mark.usefixtures("optimised")
+pytestmark = pytest.mark.usefixtures("optimized")
 
 TINY = demo.TINY
 SHORT = "demo --steps 4 --eval-every 2 --texts 64 --problems 3 --quiet --folder"

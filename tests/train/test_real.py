@@ -8,7 +8,7 @@ import pytest
 from train.__main__ import main
 from train.run import log
 
-pytestmark = pytest.mark.usefixtures("optimised")
+pytestmark = pytest.mark.usefixtures("optimized")
 
 
 @pytest.mark.slow

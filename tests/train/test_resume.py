@@ -19,6 +19,7 @@ from train.run.folder import ADAPTER
 from train.trainer import loop
 from train.trainer.checkpoints import Checkpoints
 from train.trainer.optimizer import make_optimizer
+from train.trainer.signals import Signals
 from train.trainer.step import start
 
 STEPS = 60
@@ -117,7 +118,7 @@ def test_a_second_signal_kills_at_once():
 
 
 def _hang(ready) -> None:
-    with loop._Signals() as signals:
+    with Signals() as signals:
         ready.set()
         while True:
             time.sleep(0.05 if signals.received else 0.01)

@@ -66,7 +66,7 @@ def test_the_update_is_the_mean_gradient_of_the_merged_model():
     fn = models.functional(models.create(models.config_from_dict(tiny.CONFIG)))[0]
 
     def merged_loss(trainable):
-        params, scales = ha.optim.combine(trainable, tuned.frozen)
+        params, scales = ha.trainable.combine(trainable, tuned.frozen)
         logits = fn(ha.merge(params, scales), batch["tokens"], mask=batch["mask"])
         chosen = jnp.take_along_axis(
             jax.nn.log_softmax(logits), batch["labels"].clip(0)[..., None], axis=-1
@@ -279,7 +279,7 @@ def test_the_learning_rates_that_are_in_use():
             )
 
 
-@pytest.mark.usefixtures("optimised")
+@pytest.mark.usefixtures("optimized")
 def test_a_full_step_needs_room_for_the_gradient_alone():
     """And a part of the updates, beside the state that it reuses, by XLA's own account."""
     sizes = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=4)

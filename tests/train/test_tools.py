@@ -80,7 +80,7 @@ def test_plan_of_llama_3_8b_needs_its_configuration_alone(tmp_path, capsys):
         assert main(["plan", "--model", str(tmp_path), "--targets", preset]) == 0
         shown = capsys.readouterr().out
         assert counts[preset] == f"{32 * sum(widths[name] for name in names.split()):,}"
-        assert f"{counts[preset]} numbers to train" in shown and "8,030,261,248" in shown
+        assert f"{counts[preset]} trainable parameters" in shown and "8,030,261,248" in shown
     assert main(["plan", "--model", str(tmp_path), "--dtype", "bfloat16"]) == 0
     shown = capsys.readouterr().out
     assert f"{2 * 8030261248 / 1e6:,.1f} MB" in shown  # of frozen weights
@@ -274,7 +274,7 @@ def test_rank_is_that_of_the_library(stored, tmp_path, capsys):
     model, scales, where = stored
     args = ["rank", "--adapter", str(where / "run"), "--folder", str(tmp_path / "rank")]
     assert main(args) == 0
-    expected = ha.rank.analyse(models.functional(model)[1], scales)
+    expected = ha.rank.analyze(models.functional(model)[1], scales)
     assert capsys.readouterr().out.startswith(str(expected))
     rows = json.loads((tmp_path / "rank" / rank.TABLE).read_text())
     for row, spectrum in zip(rows, expected.spectra, strict=True):
@@ -294,7 +294,7 @@ def test_rank_of_some_weights_and_layers(decoder, capsys, limit, layers):
     rows = json.loads((where / "run" / rank.TABLE).read_text())  # beside the adapter
     whole = {
         (s.path, *s.index): s.measures.stable
-        for s in ha.rank.analyse(models.functional(model)[1], scales).spectra
+        for s in ha.rank.analyze(models.functional(model)[1], scales).spectra
         if s.source == "hyperadapt"
     }
     found = {(r["path"], *r["index"]): r["stable"] for r in rows if r["source"] == "hyperadapt"}

@@ -78,7 +78,7 @@ def run(options: Options) -> None:
         result = made.fit(loaded, tuning, folder, options.optimizer, config)
         after = final.generations(tuning.forward, result.trainable, tuning.frozen)
         if scales := result.trainable["scales"]:
-            draw(folder / RANK, rank.figure(rank.analyse(loaded.params, scales)))
+            draw(folder / RANK, rank.figure(rank.analyze(loaded.params, scales)))
 
         header, rows = _rows(options.task, final, before, after)
         answers = _answers(final, before, after, options.show)

@@ -75,7 +75,7 @@ def run(options: Options) -> None:
         made = assemble(options.task, options.model, options.adapter, options.run)
         loaded, tuning = made.load()
         result = made.fit(loaded, tuning, folder, options.optimizer, config)
-        params, _ = ha.optim.combine(result.trainable, tuning.frozen)
+        params, _ = ha.trainable.combine(result.trainable, tuning.frozen)
         kinds = options.task.kinds
         rows = [[kinds[kind], f"{share:.1%}"] for kind, share in result.best.items()]
         write_model(folder / MODEL, options.model, params, rows)

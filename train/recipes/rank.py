@@ -68,10 +68,10 @@ def run(options: Options) -> RankReport:
     folder = options.folder or options.trained.adapter
     with files.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    options = _choose(trained, options.weights)
+    weights = _choose(trained, options.weights)
     spectra: list[Spectrum] = []
-    for path in tqdm(options, desc="decomposing", disable=options.quiet or None, delay=2):
-        spectra += analyse(trained, path, options.limit, options.seed)
+    for path in tqdm(weights, desc="decomposing", disable=options.quiet or None, delay=2):
+        spectra += analyze(trained, path, options.limit, options.seed)
     found = RankReport(tuple(spectra))
     files.write(folder / TABLE, json.dumps([_as_json(s) for s in spectra], indent=1) + "\n")
     plots.draw(folder / FIGURE, ha.rank.figure(found))
@@ -81,10 +81,10 @@ def run(options: Options) -> RankReport:
     return found
 
 
-def analyse(
+def analyze(
     trained: Trained, path: str, limit: int | None = None, seed: int = 0
 ) -> Iterator[Spectrum]:
-    """The spectra of one weight, as `hyperadapt_jax.rank.analyse` gives them, of some layers.
+    """The spectra of one weight, as `hyperadapt_jax.rank.analyze` gives them, of some layers.
 
     Args:
       trained: the adapter and its base.
@@ -98,7 +98,7 @@ def analyse(
         layers = np.unique(np.linspace(0, len(weight) - 1, min(limit, len(weight))).round())
         layers = layers.astype(int)
         weight, vectors = jax.tree.map(lambda x: x[layers], (weight, vectors))
-    for spectrum in ha.rank.analyse({path: weight}, {path: vectors}, seed=seed).spectra:
+    for spectrum in ha.rank.analyze({path: weight}, {path: vectors}, seed=seed).spectra:
         first, *rest = spectrum.index or (0,)
         index = (int(layers[first]), *rest) if spectrum.index else ()
         yield dataclasses.replace(spectrum, index=index)

@@ -12,7 +12,7 @@ import jax
 
 import hyperadapt_jax as ha
 from hyperadapt_jax import models, paths
-from hyperadapt_jax.adapter_io import CONFIG
+from hyperadapt_jax.adapter import CONFIG
 from hyperadapt_jax.models.checkpoint import hub, reading
 
 from ..base import Base, load_abstract

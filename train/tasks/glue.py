@@ -104,7 +104,7 @@ def metrics(task: GlueTask, found: Mapping[str, tuple[np.ndarray, np.ndarray]]) 
     Returns:
       Metrics by name; where there are two splits, the name ends with the split's.
 
-    >>> metrics(TASKS["mrpc"], {"dev": (np.array([1, 1, 0]), np.array([1, 0, 0]))})
+    >>> metrics(glue.TASKS["mrpc"], {"dev": (np.array([1, 1, 0]), np.array([1, 0, 0]))})
     {'accuracy': 0.666..., 'f1': 0.666...}
     """
     return {

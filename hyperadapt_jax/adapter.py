@@ -1,8 +1,8 @@
-"""Adapters on disk: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+"""Adapters, and their files: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-The numbers are float32 tensors named ``<path>.row``, ``<path>.col`` and, for parameters that
+The arrays are float32 tensors named ``<path>.row``, ``<path>.col`` and, for parameters that
 trained fully, ``<path>.full``. The configuration says which weights and which base they belong to,
-and carries the SHA-256 of the numbers and of itself: a changed byte is an error, never another
+and carries the SHA-256 of the arrays and of itself: a changed byte is an error, never another
 adapter.
 """
 
@@ -26,11 +26,11 @@ import numpy as np
 import safetensors.numpy
 
 from hyperadapt_jax import paths
+from hyperadapt_jax.plan import Target
 from hyperadapt_jax.scales import SIDES, Scales, ScaleVectors, side_axes, side_shape
 from hyperadapt_jax.scales import check as check_scales
 from hyperadapt_jax.sharding import vector_sharding
 from hyperadapt_jax.tables import first_few
-from hyperadapt_jax.targets import Target
 from hyperadapt_jax.version import __version__
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -42,19 +42,19 @@ _LOADING = {"dtype", "torch_dtype", "param_dtype", "transformers_version", "_nam
 
 
 class AdapterError(ValueError):
-    """An adapter that cannot be saved, or files that are not what they claim to be."""
+    """An adapter that cannot be saved, does not fit its base, or whose files are damaged."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Adapter:
-    """All that was trained, and the base that it belongs to.
+    """Everything that was trained, and the base that it belongs to.
 
     Attributes:
       scales: the scale vectors, float32, ``{path: ScaleVectors}``.
       full: what else was trained, such as a new head: float32 arrays by path.
       base_model: the base's name.
       base_config: the base's configuration, as JSON; None where it was not saved.
-      metadata: what else was kept.
+      metadata: anything else, as JSON.
       base_weights: shapes of the base's other parameters by path; None where it was not read from
         a folder.
 
@@ -68,7 +68,7 @@ class Adapter:
     """
 
     scales: Scales
-    full: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
+    full: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     base_model: str | None = None
     base_config: Mapping[str, Any] | None = None
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -89,7 +89,7 @@ class Adapter:
         """
         if base_config is not None:
             if self.base_config is None:
-                raise AdapterError("the adapter was saved without base_config: load it without")
+                raise AdapterError("base_config: was not saved with the adapter; load it without")
             _compare(_identity(self.base_config), _identity(base_config), "base_config")
         if params is None:
             return
@@ -105,7 +105,7 @@ class Adapter:
             check_scales(self.scales, paths.arrays(params))
 
     def apply(self, params: Any) -> tuple[Any, Scales]:
-        """The parameters with those that were trained fully in their places, and the vectors.
+        """Puts the fully trained parameters in their places, and returns them with the vectors.
 
         Args:
           params: the base parameters, any pytree of arrays, with a place for each of ``full``.
@@ -132,13 +132,13 @@ class Adapter:
             return jax.device_put(x, like and vector_sharding(like, axes))
 
         def both(path: str, vectors: ScaleVectors) -> ScaleVectors:
-            sides = {side: getattr(vectors, side) for side in SIDES}
-            put_sides = {
+            deltas = {side: getattr(vectors, side) for side in SIDES}
+            placed: dict[str, Any] = {
                 side: put(delta, path, side_axes(vectors.axes, side))
-                for side, delta in sides.items()
+                for side, delta in deltas.items()
                 if delta is not None
             }
-            return dataclasses.replace(vectors, **put_sides)
+            return dataclasses.replace(vectors, **placed)
 
         scales = {path: both(path, vectors) for path, vectors in self.scales.items()}
         full = {path: put(leaf, path, range(leaf.ndim)) for path, leaf in self.full.items()}
@@ -155,15 +155,16 @@ def save(
     base_config: Any = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes an adapter to a new folder, whole or not at all. Of several processes, one calls it.
+    """Writes an adapter to a new folder, atomically. Of several processes, one calls it.
 
     Args:
-      folder: the folder to create; an empty one will do.
-      adapter: an :class:`Adapter`, or its scale vectors alone, float32, with what belongs to them
-        as the keywords say. Sharded ones are gathered.
+      folder: the folder to create; an empty one is accepted.
+      adapter: an :class:`Adapter`, or its scale vectors alone, float32, with the rest given as
+        keywords. Sharded arrays are gathered.
       params: the base parameters, arrays or ``jax.ShapeDtypeStruct``, with or without those of
         ``full``: their paths and shapes are recorded.
-      full: fully trained parameters by path, float32, such as a new head (see ``optim.split``).
+      full: fully trained parameters by path, float32, such as a new head: what
+        :func:`hyperadapt_jax.trainable.split` splits off.
       base_model: the base's name, for people and tools.
       base_config: the base's configuration, a mapping or a dataclass, for :func:`load` to compare.
       metadata: anything else to keep, as JSON.
@@ -185,18 +186,21 @@ def save(
     if not isinstance(adapter, Adapter):
         adapter = Adapter(adapter, full or {}, base_model, base_config, metadata or {})
     elif not full is base_model is base_config is metadata is None:
-        raise AdapterError("an Adapter has these of its own: give it alone, or dataclasses.replace")
+        raise AdapterError(
+            "an Adapter holds full, base_model, base_config and metadata itself; set them with"
+            " dataclasses.replace"
+        )
     scales, full = adapter.scales, dict(adapter.full)
     shapes = _shapes(params, scales)
     for path in scales:
         if path not in shapes:
-            raise AdapterError(f"the base holds no {path!r}; {paths.suggest(path, shapes)}")
+            raise AdapterError(f"{path}: is missing from the base; {paths.suggest(path, shapes)}")
         if path in full:
-            raise AdapterError(f"{path} is scaled and fully trained: leave out one of the two")
+            raise AdapterError(f"{path}: is scaled and fully trained; leave out one of the two")
     trained = {path: list(np.shape(leaf)) for path, leaf in full.items()}
     for path, shape in trained.items():
         if shapes.get(path, shape) != shape:
-            raise AdapterError(f"{path} has shape {shape} in full and {shapes[path]} in the base")
+            raise AdapterError(f"{path}: has shape {shape} in full, but {shapes[path]} in the base")
     tensors = {f"{path}.full": _on_host(leaf, path) for path, leaf in full.items()}
     for path, vectors in scales.items():
         for side in SIDES:
@@ -238,19 +242,25 @@ def load(folder: str | os.PathLike, params: Any = None, *, base_config: Any = No
 
     Raises:
       AdapterError: a file that is missing, truncated, altered, linked from elsewhere or written by
-        a newer version; a vector missing or too many, a wrong shape or dtype, a number that is not
-        finite; another base. Each names what, where and what to do.
+        a newer version; a missing or unexpected vector, a wrong shape or dtype, a value that is not
+        finite; another base. The message says what is wrong, where, and what to do.
     """
     folder = Path(folder)
     config, data = _read(folder)
     with _refuse(f"{folder} is malformed (save it anew)"):
         if hashlib.sha256(data).hexdigest() != config["tensors_sha256"]:
-            raise AdapterError(f"{folder / TENSORS} is truncated or altered: copy the folder again")
+            raise AdapterError(
+                f"{folder / TENSORS}: is truncated or altered; copy the folder again"
+            )
         tensors = safetensors.numpy.load(data)
         _check(config, tensors, folder / TENSORS)
         adapter = Adapter(
             scales={
-                path: ScaleVectors(*(tensors.get(f"{path}.{s}") for s in SIDES), target["axes"])
+                path: ScaleVectors(
+                    row=tensors.get(f"{path}.row"),
+                    col=tensors.get(f"{path}.col"),
+                    axes=target["axes"],
+                )
                 for path, target in config["targets"].items()
             },
             full={path: tensors[f"{path}.full"] for path in config["full"]},
@@ -268,7 +278,7 @@ def load(folder: str | os.PathLike, params: Any = None, *, base_config: Any = No
 
 @contextlib.contextmanager
 def _refuse(what: str) -> Iterator[None]:
-    """Whatever goes wrong inside is an AdapterError; one that is raised there says enough."""
+    """Turns any exception raised inside into an AdapterError; an AdapterError passes as it is."""
     try:
         yield
     except AdapterError:
@@ -285,23 +295,25 @@ def _check(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], where: 
         with _refuse(path):
             Target([path], roles)
         if len(roles.split()) != len(shape):
-            raise AdapterError(f"{path} has the shape {shape}, and the axis roles {roles!r}")
+            raise AdapterError(f"{path}: has shape {shape}, but the axis roles {roles!r}")
         for side in SIDES:
             if (needs := side_shape(shape, roles, side)) is not None:
                 shapes[f"{path}.{side}"] = needs
     for name in {**shapes, **tensors}:
         array, shape = tensors.get(name), shapes.get(name)
         if array is None:
-            problem = f" is missing; it has the shape {shape}"
+            problem = f": is missing; expected shape {shape}"
         elif shape is None:
-            problem = " is one too many: the targets have no such vector"
+            problem = ": is unexpected; the targets have no such vector"
         elif array.shape != shape:
-            problem = f" has shape {array.shape}, not {shape}"
+            problem = f": has shape {array.shape}, not {shape}"
         elif array.dtype != np.float32:
-            problem = f" has dtype {array.dtype}, not float32"
+            problem = f": has dtype {array.dtype}, not float32"
         elif not np.isfinite(array).all():
             index = np.argwhere(~np.isfinite(array))[0].tolist()
-            problem = f"{index} is {array[tuple(index)]}: go back to before the training diverged"
+            problem = (
+                f"{index}: is {array[tuple(index)]}; take a checkpoint from before it diverged"
+            )
         else:
             continue
         raise AdapterError(f"{where}: {name}{problem}")
@@ -316,7 +328,7 @@ def _compare(saved: Mapping[str, Any], given: Mapping[str, Any], what: str) -> N
     ]
     if differ:
         shown = first_few(differ, 5, "; ")
-        raise AdapterError(f"{what} does not match, {shown}. Give the base that it was trained on")
+        raise AdapterError(f"{what}: does not match, {shown}; give the base that it was trained on")
 
 
 def _shapes(params: Any, also: Mapping[str, Any]) -> dict[str, list[int]]:
@@ -330,10 +342,10 @@ def _shapes(params: Any, also: Mapping[str, Any]) -> dict[str, list[int]]:
 
 def _on_host(leaf: Any, what: str) -> np.ndarray:
     if isinstance(leaf, jax.core.Tracer):
-        raise AdapterError(f"{what} is traced: save outside of jit")
+        raise AdapterError(f"{what}: is traced; save outside of jit")
     if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
         raise AdapterError(
-            f"{what} is spread over several processes: gather the adapter on all of them, with"
+            f"{what}: is spread over several processes; gather the adapter on all of them, with"
             " jax.experimental.multihost_utils.process_allgather(scales, tiled=True)"
         )
     return np.array(leaf, order="C")
@@ -341,11 +353,11 @@ def _on_host(leaf: Any, what: str) -> np.ndarray:
 
 def _identity(base_config: Any) -> dict[str, Any]:
     """A base's configuration as JSON, without what only says how it was loaded."""
-    if dataclasses.is_dataclass(base_config):
+    if dataclasses.is_dataclass(base_config) and not isinstance(base_config, type):
         base_config = dataclasses.asdict(base_config)
     if not isinstance(base_config, Mapping):
         what = type(base_config).__name__
-        raise AdapterError(f"base_config is a {what}: give a mapping or a dataclass")
+        raise AdapterError(f"base_config: is a {what}; give a mapping or a dataclass")
     kept = {k: v for k, v in base_config.items() if v is not None and k not in _LOADING}
     return _as_json(kept, "base_config")
 
@@ -370,12 +382,12 @@ def _read(folder: Path) -> tuple[dict[str, Any], bytes]:
     for file in (folder / CONFIG, folder / TENSORS):
         with _refuse(f"{file} cannot be read"):
             if not folder.is_dir():
-                raise AdapterError(f"there is no folder {folder}")
+                raise AdapterError(f"{folder}: there is no such folder")
             if file.resolve().parent != folder.resolve():
-                raise AdapterError(f"{file} is a link to {file.resolve()}, outside the folder")
+                raise AdapterError(f"{file}: is a link to {file.resolve()}, outside the folder")
             if not file.is_file():
                 raise AdapterError(
-                    f"{folder} holds no file {file.name}: no adapter, or half a copy"
+                    f"{folder}: holds no file {file.name}; it is no adapter, or an incomplete copy"
                 )
             files[file.name] = file.read_bytes()
     file = folder / CONFIG
@@ -384,24 +396,26 @@ def _read(folder: Path) -> tuple[dict[str, Any], bytes]:
         checksum = dict.pop(config, "checksum", None)
         digest = _digest(config)
     if config.get("peft_type") != PEFT_TYPE:
-        raise AdapterError(f"{file} does not say peft_type {PEFT_TYPE!r}: not such an adapter")
+        raise AdapterError(
+            f"{file}: does not say peft_type {PEFT_TYPE!r}; it is another kind of adapter"
+        )
     version = config.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise AdapterError(
-            f"{file} has format_version {version}, and this hyperadapt-jax reads {FORMAT_VERSION}:"
-            f" upgrade it, to {config.get('library_version')} or newer"
+            f"{file}: has format_version {version}, but this hyperadapt-jax reads"
+            f" {FORMAT_VERSION}; upgrade it to {config.get('library_version')} or newer"
         )
     if version != FORMAT_VERSION or digest != checksum:
-        raise AdapterError(f"{file} was altered after it was saved: copy the folder again")
+        raise AdapterError(f"{file}: was altered after it was saved; copy the folder again")
     return config, files[TENSORS]
 
 
 def _write(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Writes files beside a folder and renames them into place: nobody ever sees half of them."""
+    """Writes a folder of files atomically: under a temporary name next to it, then renamed."""
     if folder.is_file():
-        raise AdapterError(f"{folder} is a file: choose another name")
+        raise AdapterError(f"{folder}: is a file; choose another name")
     if folder.exists() and any(folder.iterdir()):
-        raise AdapterError(f"{folder} is not empty: choose another folder, or remove this one")
+        raise AdapterError(f"{folder}: is not empty; choose another folder, or remove this one")
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.new")
     new.mkdir()

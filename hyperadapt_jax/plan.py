@@ -1,4 +1,4 @@
-"""Which weights are adapted: targets, the plan that they make of a tree, and where it starts."""
+"""Which weights are adapted: the targets, the plan made from them, and the initial vectors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hyperadapt_jax.tables import table
 
 
 class PlanError(ValueError):
-    """A selection of weights that cannot be what was meant."""
+    """A selection of weights that is ambiguous, empty or cannot be adapted."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,14 +29,14 @@ class Target:
         (``["q/kernel", "v/kernel"]``).
       axes: one role per axis of the weight, in order: ``in`` (input features, scaled by ``col``),
         ``out`` (output features, scaled by ``row``), ``stack`` (layers or experts, each with
-        vectors of its own) or ``-`` (unscaled). ``"in out"`` is a Dense kernel, ``"out in"`` an
+        separate vectors) or ``-`` (unscaled). ``"in out"`` is a Dense kernel, ``"out in"`` an
         Equinox one, ``"stack in out"`` a scanned one, ``"in out out"`` a query projection
         (D, N, H), ``"- - in out"`` a convolution. Without ``in`` there is no ``col``, without
         ``out`` no ``row``: ``"- out"`` is (IA)^3.
-      quantised: the weight holds integer codes which the model's function dequantizes itself. What
-        is scaled is the weight that comes of them: their zero point and step, which must be among
-        the parameters or constants, a code book, shifts and masks may all come first. Vectors have
-        the codes' shape: where one code holds several numbers, its scale is theirs.
+      quantized: the weight holds integer codes which the model's function dequantizes itself. What
+        is scaled is the dequantized weight: a zero point and a step, which must be among the
+        parameters or constants, a code book, shifts and masks may all come first. Vectors have the
+        shape of the codes: where one code packs several values, they share its scale.
 
     Raises:
       PlanError: an unknown role, no ``in`` and no ``out``, or a pattern that is no regex.
@@ -44,20 +44,20 @@ class Target:
 
     pattern: paths.Pattern
     axes: str
-    quantised: bool = False
+    quantized: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.pattern, str):
             object.__setattr__(self, "pattern", tuple(self.pattern))
         roles = self.axes.split()
         unknown = [role for role in roles if role not in ROLES]
         if unknown:
             raise PlanError(
-                f"unknown axis role {unknown[0]!r} in {self.axes!r}: use {', '.join(ROLES)}"
+                f"unknown axis role {unknown[0]!r} in {self.axes!r}; use {', '.join(ROLES)}"
             )
         if not {"in", "out"} & set(roles):
             raise PlanError(
-                f"the roles {self.axes!r} name no 'in' and no 'out' axis: nothing to scale"
+                f"the roles {self.axes!r} have no 'in' and no 'out' axis: nothing would be scaled"
             )
         try:
             paths.matcher(self.pattern)
@@ -66,7 +66,7 @@ class Target:
 
 
 @dataclasses.dataclass(frozen=True)
-class Weight:
+class PlannedWeight:
     """One adapted weight in a plan: its place, its shape and what its axes mean."""
 
     path: str
@@ -91,29 +91,29 @@ class Weight:
 
     @property
     def count(self) -> int:
-        """How many numbers this weight's vectors hold."""
+        """The number of trainable parameters in this weight's vectors."""
         return sum(int(np.prod(shape)) for shape in (self.row_shape, self.col_shape) if shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The weights that an adapter scales. Printed, it is a table.
+    """The weights that an adapter scales; it prints as a table.
 
     Attributes:
       weights: the adapted weights, in the tree's order.
-      total: how many numbers the whole parameter tree holds.
+      total: the number of parameters in the whole tree.
     """
 
-    weights: tuple[Weight, ...]
+    weights: tuple[PlannedWeight, ...]
     total: int
 
     @property
     def count(self) -> int:
-        """How many numbers train."""
+        """The number of trainable parameters."""
         return sum(weight.count for weight in self.weights)
 
     def restrict(self, sides: Literal["both", "row", "col"]) -> Plan:
-        """The same weights, of which one side alone is scaled.
+        """Returns the plan with only one side of each weight scaled.
 
         Raises:
           PlanError: ``sides`` is none of the three, or a weight has no such side.
@@ -126,14 +126,15 @@ class Plan:
             axes = " ".join("-" if role == drop else role for role in weight.axes.split())
             if not {"in", "out"} & set(axes.split()):
                 raise PlanError(
-                    f"{weight.path}: roles {weight.axes!r} leave nothing for sides={sides!r}"
+                    f"{weight.path}: the roles {weight.axes!r} leave nothing to scale with"
+                    f" sides={sides!r}; exclude it"
                 )
             weights.append(dataclasses.replace(weight, axes=axes))
         return dataclasses.replace(self, weights=tuple(weights))
 
     def __str__(self) -> str:
         sharded = any(weight.sharding is not None for weight in self.weights)
-        header = ["weight", "shape", "dtype", "roles", "row", "col", "numbers"]
+        header = ["weight", "shape", "dtype", "roles", "row", "col", "parameters"]
         rows = [
             [w.path, _shape(w.shape), jnp.dtype(w.dtype).name, w.axes, _shape(w.row_shape)]
             + [_shape(w.col_shape), f"{w.count:,}"]
@@ -144,8 +145,8 @@ class Plan:
             for row, weight in zip(rows, self.weights, strict=True):
                 row += [_spec(weight.row_sharding), _spec(weight.col_sharding)]
         return (
-            f"{table(header, rows, right='numbers')}\n"
-            f"{len(self.weights)} weights, {self.count:,} numbers to train, "
+            f"{table(header, rows, right='parameters')}\n"
+            f"{len(self.weights)} weights, {self.count:,} trainable parameters, "
             f"{self.count / max(self.total, 1):.3%} of the model's {self.total:,}; "
             f"{_bytes(4 * self.count)} in float32, {_bytes(12 * self.count)} with Adam's state"
         )
@@ -162,11 +163,11 @@ def plan(
 
     Args:
       params: the frozen parameters, any pytree of arrays or ``jax.ShapeDtypeStruct``.
-      *targets: which weights, with their axis roles; ``(pattern, axes)`` pairs will do.
+      *targets: which weights, with their axis roles; ``(pattern, axes)`` pairs are accepted.
       exclude: a regular expression, or suffixes, of paths to leave out.
       sides: ``"row"`` or ``"col"`` trains that one side of every target alone.
       replicate: mesh axes along which the vectors of sharded weights are kept whole: those that
-        shard the batch, under FSDP (:mod:`hyperadapt_jax.sharding` says why).
+        shard the batch, under FSDP (see :mod:`hyperadapt_jax.sharding`).
 
     Returns:
       A :class:`Plan`, for :func:`hyperadapt_jax.init`. ``print`` it before training.
@@ -174,7 +175,7 @@ def plan(
     Raises:
       PlanError: no target given; a target or ``exclude`` that matches nothing; a weight matched by
         two targets; roles that do not fit the number of axes; a weight that is integer (and not
-        declared quantised), has no numbers, or is tied to another. Each names the path and, where
+        declared quantized), is empty, or is tied to another. Each names the path and, where
         nothing matched, the nearest ones.
       ValueError: ``replicate`` names an axis that a sharded weight's mesh does not have.
 
@@ -184,23 +185,23 @@ def plan(
     8
     """
     if not targets:
-        raise PlanError("give at least one target: which weights, and the roles of their axes")
-    targets = tuple(t if isinstance(t, Target) else Target(*t) for t in targets)
+        raise PlanError("no targets; give at least one: which weights, and the roles of their axes")
+    given = [target if isinstance(target, Target) else Target(*target) for target in targets]
     arrays = paths.arrays(params)
     excluded = matches(exclude, arrays, "exclude") if exclude else set()
 
     chosen: dict[str, Target] = {}
-    for target in targets:
+    for target in given:
         matched = matches(target.pattern, arrays, "the target")
         if matched <= excluded:
             raise PlanError(
-                f"every weight that {target.pattern!r} matches is excluded by {exclude!r}"
+                f"the target {target.pattern!r} matches nothing that {exclude!r} does not exclude"
             )
         for path in sorted(matched - excluded):
             if path in chosen:
                 raise PlanError(
-                    f"{path} is matched by two targets, {chosen[path].pattern!r} and"
-                    f" {target.pattern!r}: narrow one of them"
+                    f"{path}: matched by two targets, {chosen[path].pattern!r} and"
+                    f" {target.pattern!r}; narrow one of them"
                 )
             chosen[path] = target
             _check(path, arrays[path], target)
@@ -212,13 +213,13 @@ def plan(
         if (sharding := paths.named_sharding(leaf)) is not None:
             check_axes(sharding.mesh, replicate)
         shape, whole = tuple(leaf.shape), tuple(replicate)
-        weights.append(Weight(path, shape, leaf.dtype, chosen[path].axes, sharding, whole))
+        weights.append(PlannedWeight(path, shape, leaf.dtype, chosen[path].axes, sharding, whole))
     total = sum(int(np.prod(leaf.shape)) for leaf in arrays.values())
     return Plan(tuple(weights), total).restrict(sides)
 
 
 def init(plan: Plan) -> Scales:
-    """Scale vectors for a plan: all zero, so the adapted model equals the base, bit for bit.
+    """Returns zero scale vectors for a plan: the adapted model equals the base, bit for bit.
 
     Args:
       plan: what :func:`plan` returned.
@@ -236,8 +237,8 @@ def init(plan: Plan) -> Scales:
     scales = {}
     for w in plan.weights:
         sides = [(w.row_shape, w.row_sharding), (w.col_shape, w.col_sharding)]
-        zeros = [s and jnp.zeros(s, jnp.float32, device=sharding) for s, sharding in sides]
-        scales[w.path] = ScaleVectors(*zeros, w.axes)
+        row, col = [s and jnp.zeros(s, jnp.float32, device=sharding) for s, sharding in sides]
+        scales[w.path] = ScaleVectors(row, col, w.axes)
     return scales
 
 
@@ -257,20 +258,20 @@ def _check(path: str, leaf: Any, target: Target) -> None:
     roles = target.axes.split()
     if len(leaf.shape) != len(roles):
         raise PlanError(
-            f"{path} has {len(leaf.shape)} axes, shape {_shape(leaf.shape)}, and the target"
+            f"{path}: has {len(leaf.shape)} axes, shape {_shape(leaf.shape)}, but the target"
             f" {target.pattern!r} gives roles for {len(roles)}: {target.axes!r}"
         )
     if 0 in leaf.shape:
-        raise PlanError(f"{path} has shape {_shape(leaf.shape)}: no numbers to scale")
-    if not jnp.issubdtype(leaf.dtype, jnp.inexact) and not target.quantised:
+        raise PlanError(f"{path}: is empty, shape {_shape(leaf.shape)}; exclude it")
+    if not jnp.issubdtype(leaf.dtype, jnp.inexact) and not target.quantized:
         raise PlanError(
-            f"{path} has dtype {leaf.dtype}, which cannot be scaled; if these are codes that the"
-            " function dequantises itself, say Target(..., quantised=True)"
+            f"{path}: has dtype {leaf.dtype}, which cannot be scaled; if these are codes that the"
+            " function dequantizes itself, pass Target(..., quantized=True)"
         )
 
 
 def check_tied(chosen: dict[str, Target], arrays: dict[str, Any]) -> None:
-    """Two leaves that are one array: scaling one of them would silently untie them."""
+    """Raises PlanError for a chosen leaf that is also another leaf: scaling would untie them."""
     owner: dict[int, str] = {}
     for path, leaf in arrays.items():
         if isinstance(leaf, jax.ShapeDtypeStruct):
@@ -278,8 +279,8 @@ def check_tied(chosen: dict[str, Target], arrays: dict[str, Any]) -> None:
         other = owner.setdefault(id(leaf), path)
         if other != path and (path in chosen or other in chosen):
             raise PlanError(
-                f"{path} is tied to {other}: one array in two places. Keep it in one place of the"
-                " tree, or copy it to adapt the two apart"
+                f"{path}: is tied to {other}, one array in two places; keep it in one place of the"
+                " tree, or copy it to adapt the two separately"
             )
 
 

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import hyperadapt_jax as ha
-from hyperadapt_jax import optim
+from hyperadapt_jax.trainable import combine, labels, split
 
 WEIGHT = (6, 4)
 
@@ -45,32 +45,32 @@ def shapes(tree):
 
 
 def test_trap_masked_passes_raw_gradients_to_frozen_weights(tree):
-    mask = optim.mask(tree)
-    trapped, _ = step(optax.masked(optax.adam(1e-2), mask), tree)
+    frozen = jax.tree.map(lambda label: label == "frozen", labels(tree))
+    trains = jax.tree.map(lambda freezes: not freezes, frozen)
+    trapped, _ = step(optax.masked(optax.adam(1e-2), trains), tree)
     raw = jax.grad(of_one_tree)(tree)["params"]["kernel"]
     np.testing.assert_allclose(
         trapped["params"]["kernel"] - tree["params"]["kernel"], raw, atol=1e-6
     )
     assert np.any(raw)
 
-    ours, _ = step(optim.freeze(optax.adam(1e-2), mask), tree)
+    ours, _ = step(optax.selective_transform(optax.adam(1e-2), freeze_mask=frozen), tree)
     for name, before in tree["params"].items():
         np.testing.assert_array_equal(ours["params"][name], before)
     assert np.any(ours["scales"]["kernel"].row) and np.any(ours["scales"]["kernel"].col)
 
 
 def test_trap_masked_set_to_zero_allocates_state_for_frozen_weights(tree):
-    mask = optim.mask(tree)
-    frozen = jax.tree.map(lambda trains: not trains, mask)
+    frozen = jax.tree.map(lambda label: label == "frozen", labels(tree))
     chained = optax.chain(optax.adam(1e-2), optax.masked(optax.set_to_zero(), frozen))
     after, state = step(chained, tree)
     np.testing.assert_array_equal(after["params"]["kernel"], tree["params"]["kernel"])
     assert shapes(state).count(WEIGHT) == 2
 
     vectors = ha.count(tree["scales"])
-    _, state = step(optim.freeze(optax.adam(1e-2), mask), tree)
+    _, state = step(optax.selective_transform(optax.adam(1e-2), freeze_mask=frozen), tree)
     assert state_size(state) == 2 * vectors + 1
-    trainable, _ = optim.split(tree["params"], tree["scales"])
+    trainable, _ = split(tree["params"], tree["scales"])
     assert state_size(optax.adam(1e-2).init(trainable)) == 2 * vectors + 1
 
 
@@ -81,8 +81,8 @@ def test_trap_stop_gradient_still_returns_a_gradient_of_full_size(tree):
     grads = jax.jit(jax.grad(stopped))(tree)
     assert shapes(grads).count(WEIGHT) == 1 and not np.any(grads["params"]["kernel"])
 
-    trainable, frozen = optim.split(tree["params"], tree["scales"])
-    ours = jax.jit(jax.grad(lambda t, f: loss(*optim.combine(t, f))))
+    trainable, frozen = split(tree["params"], tree["scales"])
+    ours = jax.jit(jax.grad(lambda t, f: loss(*combine(t, f))))
     assert shapes(ours(trainable, frozen)) == shapes(tree["scales"])
     text = ours.lower(trainable, frozen).as_text()
     results = text[text.index("func.func public @main") :].split("->", 1)[1].split("{\n", 1)[0]

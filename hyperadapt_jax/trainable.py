@@ -1,4 +1,4 @@
-"""What trains and what stays frozen: the trainable tree, and labels and masks of it for optax.
+"""Trainable and frozen parameters: how to split them, and their labels for optax.
 
 Split the parameters, differentiate with respect to the trainable tree alone, and give the
 optimizer that tree alone::
@@ -21,7 +21,20 @@ keep one tree of everything need more care:
 * ``jax.lax.stop_gradient`` makes a weight's gradient zero, not absent: ``jax.grad`` with respect to
   a tree that holds the weight still returns an array of the weight's size.
 
-:func:`freeze` avoids the first two; the third, only a gradient with respect to ``trainable`` alone.
+Of one tree, ``optax.selective_transform`` updates what is not frozen and keeps no state for the
+rest (of several optimizers, ``optax.partition`` with ``optax.set_to_zero()`` for ``"frozen"``):
+
+>>> import optax
+>>> tree = {"params": {"body": jnp.ones(3), "head": jnp.ones(2)}, "scales": {}}
+>>> freeze_mask = jax.tree.map(lambda label: label == "frozen", labels(tree, full="head"))
+>>> freeze_mask
+{'params': {'body': True, 'head': False}, 'scales': {}}
+>>> optimizer = optax.selective_transform(optax.sgd(1.0), freeze_mask=freeze_mask)
+>>> updates, _ = optimizer.update(tree, optimizer.init(tree), tree)
+>>> updates["params"]["body"], updates["params"]["head"]
+(Array([0., 0., 0.], dtype=float32), Array([-1., -1.], dtype=float32))
+
+The gradient of a frozen weight is still computed there: only :func:`split` avoids that.
 """
 
 from __future__ import annotations
@@ -32,17 +45,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from hyperadapt_jax import paths
+from hyperadapt_jax.plan import PlanError, check_tied, matches
 from hyperadapt_jax.scales import Scales, compute_dtype
-from hyperadapt_jax.targets import PlanError, check_tied, matches
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Placeholder:
-    """The place in a frozen tree of a parameter that trains: a node without leaves."""
+    """A node without leaves that stands in the frozen tree for a parameter that trains."""
 
     path: str
     dtype: Any
@@ -51,7 +63,7 @@ class Placeholder:
 def split(
     params: Any, scales: Scales, full: paths.Pattern | None = None
 ) -> tuple[dict[str, Any], Any]:
-    """Separates what trains from what is frozen.
+    """Splits off what trains from what is frozen.
 
     Args:
       params: the model's parameters, any pytree.
@@ -79,15 +91,15 @@ def split(
     """
     chosen = _full(params, scales, full)
     wide = {path: leaf.astype(compute_dtype(leaf.dtype)) for path, leaf in chosen.items()}
-    holes = {path: Placeholder(path, leaf.dtype) for path, leaf in chosen.items()}
-    return {"scales": scales, "full": wide}, paths.replace(params, holes)
+    placeholders = {path: Placeholder(path, leaf.dtype) for path, leaf in chosen.items()}
+    return {"scales": scales, "full": wide}, paths.replace(params, placeholders)
 
 
 def combine(trainable: Mapping[str, Any], frozen: Any) -> tuple[Any, Scales]:
-    """Undoes :func:`split`: ``(params, scales)``, each parameter in the dtype that the model has.
+    """Undoes :func:`split`: returns ``(params, scales)``, each parameter in the model's dtype.
 
     Raises:
-      ValueError: the two do not belong together: a hole that nothing fills, or an array too many.
+      ValueError: the two trees do not match: a parameter is missing from, or left over in, either.
 
     >>> frozen = {"head": Placeholder("head", jnp.bfloat16)}
     >>> combine({"scales": {}, "full": {"head": jnp.ones(2)}}, frozen)
@@ -95,16 +107,20 @@ def combine(trainable: Mapping[str, Any], frozen: Any) -> tuple[Any, Scales]:
     """
     full = dict(trainable["full"])
 
-    def fill(leaf):
+    def fill(leaf: Any) -> Any:
         if not isinstance(leaf, Placeholder):
             return leaf
         if leaf.path not in full:
-            raise ValueError(f"{leaf.path} is in neither tree: it was split off the frozen one")
+            raise ValueError(
+                f"{leaf.path}: is missing from the trainable tree; give the two that split returned"
+            )
         return full.pop(leaf.path).astype(leaf.dtype)
 
     params = jax.tree.map(fill, frozen, is_leaf=lambda leaf: isinstance(leaf, Placeholder))
     if full:
-        raise ValueError(f"{min(full)} is trainable, and the frozen tree has no hole for it")
+        raise ValueError(
+            f"{min(full)}: has no place in the frozen tree; give the two that split returned"
+        )
     return params, trainable["scales"]
 
 
@@ -118,50 +134,30 @@ def labels(tree: Mapping[str, Any], full: paths.Pattern | None = None) -> dict[s
     Returns:
       A tree of the same structure, of strings.
 
+    >>> import optax
     >>> from hyperadapt_jax import ScaleVectors
     >>> tree = {"scales": {"w": ScaleVectors(jnp.zeros(5), jnp.zeros(3), "in out")}, "full": {}}
-    >>> marks = labels(tree)
-    >>> marks["scales"]["w"]
+    >>> leaf_labels = labels(tree)
+    >>> leaf_labels["scales"]["w"]
     ScaleVectors(row='row', col='col', axes='in out')
-    >>> optimizer = optax.partition({"row": optax.adam(3e-3), "col": optax.adam(1e-3)}, marks)
+    >>> optimizer = optax.partition({"row": optax.adam(3e-3), "col": optax.adam(1e-3)}, leaf_labels)
     """
     if unknown := sorted(set(tree) - {"params", "scales", "full"}):
-        raise ValueError(f"give params and scales, or a trainable tree; this has {unknown[0]!r}")
-    marks = {
+        raise ValueError(
+            f"the tree has a key {unknown[0]!r}; give params and scales, or what split returned"
+        )
+    leaf_labels = {
         "scales": jax.tree_util.tree_map_with_path(lambda keys, _: keys[-1].name, tree["scales"])
     }
     if "full" in tree:
-        marks["full"] = dict.fromkeys(tree["full"], "full")
+        leaf_labels["full"] = dict.fromkeys(tree["full"], "full")
     if "params" in tree:
         chosen = _full(tree["params"], tree["scales"], full)
         names, _, treedef = paths.flatten(tree["params"])
-        marks["params"] = treedef.unflatten(["full" if n in chosen else "frozen" for n in names])
-    return marks
-
-
-def mask(tree: Mapping[str, Any], full: paths.Pattern | None = None) -> dict[str, Any]:
-    """Which leaves of ``{"params": ..., "scales": ...}`` train, for :func:`freeze`: booleans.
-
-    >>> mask({"params": {"body": jnp.ones(3), "head": jnp.ones(2)}, "scales": {}}, full="head")
-    {'params': {'body': False, 'head': True}, 'scales': {}}
-    """
-    return jax.tree.map(lambda label: label != "frozen", labels(tree, full))
-
-
-def freeze(optimizer: optax.GradientTransformation, mask: Any) -> optax.GradientTransformation:
-    """The optimizer where ``mask`` is true; elsewhere updates of exactly zero, and no state.
-
-    For several optimizers, give ``optax.partition`` the :func:`labels` of the tree, and
-    ``optax.set_to_zero()`` for ``"frozen"``.
-
-    >>> tree = {"params": jnp.ones(3), "scales": {}}
-    >>> optimizer = freeze(optax.adam(1e-3), mask(tree))
-    >>> updates, state = optimizer.update(tree, optimizer.init(tree), tree)
-    >>> updates["params"]
-    Array([0., 0., 0.], dtype=float32)
-    """
-    frozen = jax.tree.map(lambda trains: not trains, mask)
-    return optax.selective_transform(optimizer, freeze_mask=frozen)
+        leaf_labels["params"] = treedef.unflatten(
+            ["full" if n in chosen else "frozen" for n in names]
+        )
+    return leaf_labels
 
 
 def _full(params: Any, scales: Scales, full: paths.Pattern | None) -> dict[str, Any]:
@@ -172,8 +168,8 @@ def _full(params: Any, scales: Scales, full: paths.Pattern | None) -> dict[str, 
     chosen = {path: arrays[path] for path in sorted(matches(full, arrays, "full"))}
     for path, leaf in chosen.items():
         if path in scales:
-            raise PlanError(f"{path} is scaled, and cannot also train fully: select it once")
+            raise PlanError(f"{path}: is scaled, so it cannot also train fully; select it once")
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-            raise PlanError(f"{path} has dtype {leaf.dtype}, which no gradient trains")
+            raise PlanError(f"{path}: has dtype {leaf.dtype}, which has no gradient; leave it out")
     check_tied(chosen, arrays)
     return chosen
