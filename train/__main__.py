@@ -32,7 +32,7 @@ def main(args: Sequence[str] | None = None) -> int:
     for stream in ("stdout", "stderr"):
         if getattr(sys, stream) is None:  # closed before the program began
             setattr(sys, stream, open(os.devnull, "w"))
-    # A run that is told to end before it can save anything tidies up as after Ctrl-C.
+    # A run that has to end before it can save anything tidies up as after Ctrl-C.
     before = signal.getsignal(signal.SIGTERM)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)
@@ -98,7 +98,7 @@ def _main(args: list[str]) -> int:
         words = [word for word in rest if word not in ("--resume", "--no-resume")]
         command = shlex.join([*PROGRAM.split(), name, *words, "--resume"])
         name = signal.Signals(stopped.number).name
-        print(f"{name}: {stopped}; go on with: {command}", file=sys.stderr)
+        print(f"{name}: {stopped}; resume with: {command}", file=sys.stderr)
         return 128 + stopped.number
     except refusals as error:
         return _refused(str(error))
@@ -143,7 +143,7 @@ def _unraisable(found: Any) -> None:
     """What becomes of an exception that Python drops.
 
     One by which a signal ends the program, dropped in a callback of the garbage collector, is asked
-    for again. One that comes of a failed checkpoint, beside the error that is told, is left out:
+    for again. One that comes of a failed checkpoint, after the error that is shown, is left out:
     when one of its arrays cannot be written, the writes of the others still report to the event
     loop that Orbax has closed by then.
     """

@@ -59,7 +59,7 @@ class Assembly:
 
     @property
     def sources(self) -> dict[str, str]:
-        """Digests of what the run is made of, beside the base; none where it makes its own data."""
+        """Digests of what the run is made of, except the base; none where it makes its own data."""
         digests = {**self.training.sources, **self.evaluation.sources}
         return {"tokenizer": identity(self.setting.tokenizer), **digests} if digests else {}
 
@@ -172,7 +172,7 @@ class _Chosen(_Settings):
 
 
 def fit(model: str | Path, method: str, task: Task, **given: Any) -> Result:
-    """Fine-tunes from Python: what the recipes do, with a task and data of one's own.
+    """Fine-tunes from Python: what the recipes do, with your own task and data.
 
     Args:
       model: a Hugging Face folder, or a repository of the hub.

@@ -67,12 +67,12 @@ def table(base: Base, tuning: Tuning) -> str:
     if full:
         numbers = sum(leaf.size for leaf in full.values())
         some = ", ".join(list(full)[:4]) + (f" and {len(full) - 4} more" if len(full) > 4 else "")
-        lines.append(f"{numbers:,} numbers train fully: {some}")
+        lines.append(f"{numbers:,} parameters train fully: {some}")
     return "\n".join(
         [
             *lines,
-            f"{tuning.count:,} numbers train of {total:,}: {12 * tuning.count / 1e6:,.2f} MB with"
-            f" Adam's state, beside {held / 1e6:,.1f} MB of frozen weights",
+            f"{tuning.count:,} trainable parameters of {total:,}: {12 * tuning.count / 1e6:,.2f} MB"
+            f" with Adam's state, next to {held / 1e6:,.1f} MB of frozen weights",
         ]
     )
 

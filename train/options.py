@@ -78,8 +78,8 @@ class AdapterOptions:
     exclude: tuple[str, ...] = ()
     """Suffixes of paths that stay unscaled although a target matches them."""
     full: str | None = None
-    """Parameters that train fully beside the vectors: a regular expression of whole paths. A
-    classifier's head, and what the checkpoint lacked, always do."""
+    """Parameters that train fully, together with the vectors: a regular expression of whole paths.
+    A classifier's head, and what the checkpoint lacked, always do."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -241,7 +241,7 @@ def read_config(file: str | Path) -> dict[str, Any]:
     """The options in a YAML file, a flat mapping.
 
     Raises:
-      InputError: there is no such file, or it is no YAML mapping.
+      InputError: there is no such file, or it is not a valid YAML mapping.
     """
     try:
         found = yaml.load(Path(file).read_text(encoding="utf-8"), _UniqueKeys)
@@ -249,9 +249,9 @@ def read_config(file: str | Path) -> dict[str, Any]:
         raise InputError(f"{file} cannot be read: {error.strerror or error}") from error
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"{file} is no YAML: {reason}") from error
+        raise InputError(f"{file} is not valid YAML: {reason}") from error
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
-        raise InputError(f"{file} is no list of options: write lines such as 'lr: 0.01'")
+        raise InputError(f"{file} holds no options: write lines such as 'lr: 0.01'")
     return {name.replace("-", "_"): value for name, value in found.items()}
 
 

@@ -149,4 +149,4 @@ def test_what_is_no_option_of_the_task_is_refused(command, tmp_path, capsys):
     message = "--questions: a run of classify has no such thing to change"
     assert message in refused(capsys, *words, "--questions", "3")
     assert "--rows: the run held out rows of its own" in refused(capsys, *words, "--rows", "3")
-    assert "has no answers of the model's own" in refused(capsys, *words, "--predictions", "x")
+    assert "generates no answers" in refused(capsys, *words, "--predictions", "x")

@@ -87,7 +87,7 @@ def test_a_run_of_glue(command, tmp_path, capsys):
     """Plan first, table last; all files are there; again it is refused, elsewhere equal."""
     assert main(command) == 0
     shown = capsys.readouterr()
-    assert shown.out.index("numbers train of") < shown.out.index("best after step")
+    assert shown.out.index("trainable parameters of") < shown.out.index("best after step")
     assert "train: 8 rows, 0 dropped, 0 cut" in shown.out
     run = tmp_path / "run"
     made = {path.name for path in run.iterdir() if not path.name.startswith(".")}
@@ -160,7 +160,7 @@ def test_long_rows_are_cut_and_counted(command, capsys, tmp_path):
     rows = ["the cat sat on the mat\t1", "the dog\t0"]
     data = write_glue(tmp_path / "long", rows)
     assert main([*command, "--data", str(data), "--max-length", "6"]) == 0
-    assert "train: 2 rows, 0 dropped, 1 cut to 6 tokens" in capsys.readouterr().out
+    assert "train: 2 rows, 0 dropped, 1 truncated to 6 tokens" in capsys.readouterr().out
 
 
 def test_a_decoder_has_no_head_for_glue(command, capsys, tmp_path):
@@ -331,7 +331,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(command, tmp_path):
     last = shown.strip().splitlines()[-1]
     assert process.returncode == 130, shown
     assert last.startswith("SIGINT: saved after step ")
-    said = last.partition("; go on with: ")[2]
+    said = last.partition("; resume with: ")[2]
     assert shlex.split(said) == ["python", "-m", "train", *words, "--resume"]
     assert "Traceback" not in shown, shown
 

@@ -128,7 +128,7 @@ def test_other_methods_run_too(tmp_path, capsys, method, numbers):
     command = "demo --steps 1 --texts 32 --problems 2 --lr 1e-3 --method"
     assert main(words(command, method, "--folder", tmp_path / "run")) == 0
     shown = capsys.readouterr().out
-    assert "two-step problems" in shown and f"{numbers:,} of 904,576 numbers trained" in shown
+    assert "two-step problems" in shown and f"{numbers:,} of 904,576 trainable parameters" in shown
     assert not (tmp_path / "run" / "rank.png").exists()  # no vectors, no rank
 
 

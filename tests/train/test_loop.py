@@ -308,7 +308,7 @@ def test_a_folder_is_claimed_once(tmp_path):
             with claim(tmp_path / "a/b/run", resume=True):
                 pass
         begin(folder)
-    with pytest.raises(InputError, match="holds a run already: go on with it by --resume"):
+    with pytest.raises(InputError, match="holds a run already: resume it with --resume"):
         with claim(tmp_path / "a/b/run"):
             pass
     with claim(tmp_path / "a/b/run", resume=True):

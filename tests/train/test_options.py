@@ -74,10 +74,10 @@ def test_the_command_line_wins_over_the_file(tmp_path):
         ("learning_rate: 3", r"some.yaml: recipe has no option 'learning_rate'; nearest: "),
         ("recipe: glue", r"has options of 'glue': give it to `python -m train glue`"),
         ("optimizer: {lr: 3}", r"optimizer holds options"),
-        ("- lr", r"is no list of options: write lines such as"),
-        ("lr: [", r"is no YAML"),
-        ("1: 2", r"is no list of options"),
-        ("", r"is no list of options"),
+        ("- lr", r"holds no options: write lines such as"),
+        ("lr: [", r"is not valid YAML"),
+        ("1: 2", r"holds no options"),
+        ("", r"holds no options"),
     ],
 )
 def test_files_that_are_refused(tmp_path, text, message):
@@ -86,7 +86,7 @@ def test_files_that_are_refused(tmp_path, text, message):
 
 
 def test_a_file_makes_no_objects(tmp_path):
-    with pytest.raises(InputError, match="is no YAML"):
+    with pytest.raises(InputError, match="is not valid YAML"):
         parse(*NEEDED, *config(tmp_path, "lr: !!python/object/apply:os.getcwd []"))
 
 
@@ -159,7 +159,7 @@ def test_the_home_folder_is_found(monkeypatch):
         ("lr: .nan", "--lr nan: give a finite number"),
         ("lr: 1\nlr: 2", "lr comes twice"),
         ("lr: 1\nrow-lr: 2\nrow_lr: 3", "row_lr comes twice"),
-        ("lr:\t1\n\tclip: 2", "is no YAML"),
+        ("lr:\t1\n\tclip: 2", "is not valid YAML"),
         ("steps: 4.5", "steps 4.5: give a whole number"),
         ("steps: {a: 1}", "steps holds options"),
         ("model: 12", "model 12: give text, in quotes"),
@@ -170,11 +170,11 @@ def test_the_home_folder_is_found(monkeypatch):
         ("clip: &a [*a]", "clip is one value, not a list"),
         ("folder: ~nobody-of-that-name/x", "there is no such user"),
         ("a: &a [1, 1]\nb: &b [*a, *a]\nlr: *b", "recipe has no option 'a'"),
-        ("? [1]\n: 2", "is no YAML|is no list of options"),
-        ("lr: " + "[" * 5000, "is no YAML"),
-        ("lr: 1\n---\nlr: 2", "is no YAML"),
-        ("lr: !!python/name:os.getcwd", "is no YAML"),
-        ("lr: \x00", "is no YAML"),
+        ("? [1]\n: 2", "is not valid YAML|holds no options"),
+        ("lr: " + "[" * 5000, "is not valid YAML"),
+        ("lr: 1\n---\nlr: 2", "is not valid YAML"),
+        ("lr: !!python/name:os.getcwd", "is not valid YAML"),
+        ("lr: \x00", "is not valid YAML"),
     ],
 )
 def test_values_of_a_file_that_are_refused(tmp_path, text, message):
@@ -187,7 +187,7 @@ def test_a_folder_or_bytes_for_a_file(tmp_path):
     with pytest.raises(InputError, match="cannot be read: Is a directory"):
         parse(*NEEDED, "--config", str(tmp_path))
     (tmp_path / "some.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InputError, match="is no YAML"):
+    with pytest.raises(InputError, match="is not valid YAML"):
         parse(*NEEDED, "--config", str(tmp_path / "some.yaml"))
 
 

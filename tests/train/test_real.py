@@ -21,7 +21,7 @@ def test_minilm_begins_to_learn_mrpc(shared, tmp_path, capsys):
     ]  # fmt: skip
     assert main(words) == 0
     shown = capsys.readouterr().out
-    assert "42,242 numbers train of 22,713,986" in shown
+    assert "42,242 trainable parameters of 22,713,986" in shown
     assert "train: 3,667 rows" in shown and "dev: 408 rows" in shown
     rows = log.read_metrics(folder / log.METRICS)
     losses = [row["loss"] for row in rows if "loss" in row]

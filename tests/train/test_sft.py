@@ -342,8 +342,10 @@ def test_what_is_lost_is_told(model, tmp_path, capsys):
     options = dict(eval_data=held_out, questions=0, steps=1, batch_size=4096, accumulate=4)
     assert train(model, data, tmp_path / "run", **options) == 0
     shown = capsys.readouterr()
-    assert "training rows: 31 rows, 0 dropped, 0 cut to 24 tokens, 1 empty answers" in shown.out
-    assert "warning: held-out rows: 10 rows, 9 dropped, 0 cut to 24 tokens" in shown.err
+    assert (
+        "training rows: 31 rows, 0 dropped, 0 truncated to 24 tokens, 1 empty answers" in shown.out
+    )
+    assert "warning: held-out rows: 10 rows, 9 dropped, 0 truncated to 24 tokens" in shown.err
     assert "--batch-size 4096: there are no more than 31" in shown.out
     assert main(["evaluate", *words_of(folder=tmp_path / "run", quiet=True)]) == 0
     assert "warning: held-out rows: 10 rows, 9 dropped" in capsys.readouterr().err

@@ -96,7 +96,7 @@ def test_plan_of_other_methods(tmp_path, capsys):
     for method, count in counts.items():
         args = ["plan", "--model", str(tmp_path), "--method", method, "--labels", "3"]
         assert main(args) == 0
-        assert f"\n{count:,} numbers train of" in f"\n{capsys.readouterr().out}"
+        assert f"\n{count:,} trainable parameters of" in f"\n{capsys.readouterr().out}"
 
 
 def test_plan_fetches_the_configuration_alone(tmp_path, monkeypatch, capsys):

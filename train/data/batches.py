@@ -42,14 +42,14 @@ class Batches(Sequence):
       batch_size: rows of a batch, B.
       lengths: the lengths T that batches may have: for each there is a compiled program. If not
         given, `length_buckets` up to the longest example.
-      pack: put several examples into each row of this length, as tight as they go.
+      pack: put several examples into each row of this length, by best-fit packing.
       seed: of the order.
       shuffle: draw a new order for each epoch. Without, rows come in the examples' order, but for
         those of similar length being gathered.
       epochs: how often each example comes.
       shard: ``(index, count)``: of each batch, the index-th of ``count`` equal parts.
       divisor: of the rows of a batch, for each shard.
-      places: where the row of each example stands, to be told of it.
+      places: where the row of each example stands, for error messages.
 
     No batch is larger than the data: ``batch_size`` is then as many rows as there are, and as many
     more as ``count`` and ``divisor`` need.
@@ -96,7 +96,7 @@ class Batches(Sequence):
         if longest > lengths[-1]:
             raise InputError(
                 f"{self.where([sizes.argmax()])} has {longest} tokens and must fit into"
-                f" {lengths[-1]}: cut it"
+                f" {lengths[-1]}: truncate it"
             )
         self.seed, self.shuffle, self.epochs = seed, shuffle, epochs
         self.packed = bool(pack)
@@ -198,7 +198,8 @@ def stream(batches: Batches, state: Mapping[str, Any] | None = None) -> grain.Da
 
     Args:
       batches: what to read.
-      state: what ``get_state()`` of such an iterator gave, a dict that JSON can hold: go on there.
+      state: what ``get_state()`` of such an iterator gave, a dict that JSON can hold, to continue
+        there.
 
     Returns:
       An iterator with ``get_state()`` and ``set_state(state)``.

@@ -1,9 +1,9 @@
 """Prompts and answers as tokens and labels: what a decoder reads, and what it is to say.
 
-A row becomes pieces of text, some of which are answers. Each piece is tokenised on its own, so that
+A row becomes segments of text, some of which are answers. Each is tokenized on its own, so that
 a prompt has in training the very tokens that it has when the model is asked, whatever the answer
-begins with. A piece that goes on is tokenised as text after a line break, which is then taken away,
-so that no tokenizer puts the space before it with which it begins a text.
+begins with. A segment that continues a text is tokenized as text after a line break, which is then
+taken away, so that no tokenizer puts the space before it with which it begins a text.
 
 What stands in a row is text, even where it spells a token that ends an answer or begins a turn:
 there it is taken apart. The same token in a prompt, or in a chat template, is that token.
@@ -154,7 +154,7 @@ def examples(
     """Make examples of rows, whose labels are the answers' tokens alone.
 
     The end-of-text token follows an answer, unless the chat template has put it there. An example
-    that is too long is cut at its end; where that leaves no label, the row is dropped.
+    that is too long is truncated at its end; where that leaves no label, the row is dropped.
 
     Args:
       rows: with the form's columns.

@@ -21,7 +21,7 @@ class Examples(NamedTuple):
 
     Attributes:
       data: the examples, in numpy's format.
-      truncated: how many were cut to the largest length.
+      truncated: how many were truncated to the largest length.
       dropped: how many rows became no example.
       counts: how often something else befell an example, by what it is.
       places: where the row of each example stands; None if that is not known.
@@ -38,11 +38,11 @@ class Examples(NamedTuple):
     ) -> str:
         """Says in a line what came of a split's rows; as a warning where one in twenty was lost.
 
-        What is cut does not count: that is what a largest length is for.
+        Truncated rows do not count: that is what a largest length is for.
 
         Args:
           name: of the split.
-          max_length: to which examples were cut.
+          max_length: to which examples were truncated.
           log: shows what is no warning.
           dropped: rows that were left out before.
 
@@ -51,9 +51,7 @@ class Examples(NamedTuple):
         """
         rows, lost = len(self.data) + self.dropped, self.dropped + dropped
         more = "".join(f", {count:,} {what}" for what, count in self.counts.items() if count)
-        text = (
-            f"{rows:,} rows, {lost:,} dropped, {self.truncated:,} cut to {max_length} tokens{more}"
-        )
+        text = f"{rows:,} rows, {lost:,} dropped, {self.truncated:,} truncated to {max_length} tokens{more}"
         if max(lost, *self.counts.values(), 0) > 0.05 * (rows + dropped):
             warn(f"{name}: {text}")
         else:
@@ -68,16 +66,16 @@ def build_examples(
     key: Any,
     counted: Sequence[str] = (),
 ) -> Examples:
-    """Make examples of rows, once: they are kept beside the rows in the cache.
+    """Make examples of rows, once: they are kept with the rows in the cache.
 
     Args:
       data: the rows.
       function: from columns of some rows to columns of their examples, ``truncated`` among them:
-        whether the example was cut. It may leave rows out. Where rows have a column `PLACE`, so do
-        the examples that it gives.
+        whether the example was truncated. It may leave rows out. Where rows have a column `PLACE`,
+        so do the examples that it gives.
       features: what the examples' columns hold, without ``truncated``.
-      key: all that the function depends on beside the rows; its ``repr`` tells one from another.
-      counted: columns of numbers, beside ``features``, whose sums are `Examples.counts`.
+      key: all that the function depends on besides the rows; its ``repr`` tells one from another.
+      counted: columns of numbers, besides ``features``, whose sums are `Examples.counts`.
 
     Raises:
       InputError: no row became an example, or the cache cannot be written.

@@ -1,7 +1,7 @@
 """Rows from files and from the hub, each checked before anything trains on it.
 
 `read` gives a `datasets.Dataset` of the columns asked for and nothing else, on disk in its cache;
-`tokenise` makes examples of it, cached too. What is wrong with a row is said with its file and
+`tokenize` makes examples of it, cached too. What is wrong with a row is said with its file and
 line.
 """
 

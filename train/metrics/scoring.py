@@ -24,7 +24,7 @@ def score(
         first is its own; ``none``: answers are not scored.
       answers: what was answered.
       references: the correct answers.
-      choices: what an answer could name beside the references, for ``first-match``.
+      choices: what an answer could name other than the references, for ``first-match``.
 
     Raises:
       InputError: a reference has no number, or is empty.

@@ -36,8 +36,8 @@ RANK = "rank.png"
 class Options:
     """Adapt an embedded model to a new task, and show that it learned: two minutes on a CPU.
 
-    The model, a Llama of 0.9 million parameters that lies beside this recipe, knows equations and
-    word problems of one step. It learns to answer problems of two steps, told in another way, by
+    The model, a Llama of 0.9 million parameters that comes with this recipe, knows equations and
+    word problems of one step. It learns to answer problems of two steps, in another wording, by
     two equations. Every accuracy is of problems whose number families no training used.
 
     Examples:
@@ -82,7 +82,7 @@ def run(options: Options) -> None:
 
         header, rows = _rows(options.task, final, before, after)
         answers = _answers(final, before, after, options.show)
-        learned = f"{tuning.count:,} of {total:,} numbers trained ({tuning.count / total:.1%})"
+        learned = f"{tuning.count:,} of {total:,} trainable parameters ({tuning.count / total:.1%})"
         report.write_text(folder, REPORT.format(
             method=options.adapter.method, learned=learned, step=result.step, answers=answers,
             table=markdown_table(header, rows, "before after"),

@@ -30,7 +30,7 @@ from . import RECIPES
 class Options:
     """Measure a run's best adapter again, as the run did, on its held-out data or on other.
 
-    What the run was told, its config.yaml says; if nothing is changed, its numbers come again.
+    The options are those of the run's config.yaml; unchanged, they give the same metrics again.
 
     Examples:
       python -m train evaluate --folder runs/sft
@@ -82,7 +82,7 @@ def run(options: Options) -> None:
     task.check(setting.base.config)
     evaluation = task.evaluation(setting)
     if options.predictions is not None and evaluation.generate is None:
-        raise InputError(f"--predictions: a run of {task.name} has no answers of the model's own")
+        raise InputError(f"--predictions: a run of {task.name} generates no answers")
     same = options.data is options.split is options.rows is None
     tuning, trained = _restore(options, theirs, setting, evaluation, same)
     metrics = evaluation.on(tuning)(trained)

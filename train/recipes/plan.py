@@ -18,7 +18,7 @@ class Options:
 
     Reads the model's config.json and no weights, so that it takes seconds for a model of any size;
     of a repository of the hub, nothing else is fetched. What the weights turn out to lack, such as
-    a pooler, a run trains fully beside it.
+    a pooler, a run trains fully as well.
 
     Examples:
       python -m train plan --model Qwen/Qwen2.5-0.5B
@@ -57,8 +57,8 @@ def _config_alone(options: ModelOptions) -> ModelOptions:
         )
     except Exception as error:  # the client's own, the network's, the file system's: one answer
         raise InputError(
-            f"--model {options.model} is no folder, and its config.json is not to be had from the"
-            f" hub: {first_line(error)} Check the name, the network (HF_HUB_OFFLINE) and, for a"
+            f"--model {options.model} is no folder, and its config.json could not be downloaded from"
+            f" the hub: {first_line(error)} Check the name, the network (HF_HUB_OFFLINE) and, for a"
             " gated repository, the login (HF_TOKEN)"
         ) from error
     return dataclasses.replace(options, model=str(Path(file).parent))

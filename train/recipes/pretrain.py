@@ -1,4 +1,4 @@
-"""Make the demo's embedded model: a small Llama that knows arithmetic of one step, from nothing."""
+"""Make the demo's embedded model: a small Llama that knows one-step arithmetic, from scratch."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Options:
 
     @property
     def adapter(self) -> AdapterOptions:
-        """All of it trains. Muon takes matrices alone; what it is told here are their axes."""
+        """Every parameter trains; the targets name the axes of the matrices, for Muon."""
         matrices = ("all-linear", "embed/.*=in out", "head/.*=in out")
         return AdapterOptions(method="full", targets=matrices)
 
@@ -151,7 +151,7 @@ pipeline_tag: text-generation
 
 # A tiny Llama that knows arithmetic of one step
 
-Made by this project for its demo, from scratch and from nothing but synthetic text:
+Made by this project for its demo, from scratch, on synthetic text alone:
 
     python -m train pretrain
 

@@ -26,7 +26,7 @@ TABLE, FIGURE = "rank.json", "rank.png"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Measure the rank of an adapter's updates, beside the frozen weights and random vectors.
+    """Measure the rank of an adapter's updates, next to the frozen weights and random vectors.
 
     Prints a table of medians, and writes rank.json (every matrix) and rank.png (singular values).
     A decomposition of n x m takes n m min(n, m) operations: of a large model, choose some weights

@@ -32,7 +32,7 @@ def open_run(folder: Path, config: dict[str, Any], *, resume: bool) -> Iterator[
     Args:
       folder: new, empty, or, to resume, of a run of the same configuration.
       config: what `options.flat` gave.
-      resume: go on with the run that is there, if there is one.
+      resume: continue the run that is there, if there is one.
 
     Raises:
       InputError: the folder is in use, cannot be written, or holds something else; or the
@@ -71,7 +71,7 @@ def _open(folder: Path, config: dict[str, Any], resume: bool) -> None:
     elif _began(folder):
         if not resume:
             raise InputError(
-                f"--folder {folder} holds a run already: go on with it by --resume, or choose"
+                f"--folder {folder} holds a run already: resume it with --resume, or choose"
                 " another folder"
             )
         if difference := options.changed(options.read_config(file), config):

@@ -2,7 +2,7 @@
 
 ``metrics.jsonl`` holds what a run computed, and nothing that depends on the clock: a run that was
 stopped and resumed writes the same file as one that was not. Wall-clock figures go to the screen
-and, beside the metrics, to TensorBoard.
+and, with the metrics, to TensorBoard.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ class Log:
     Args:
       folder: the run folder, which exists.
       total_steps: how many optimizer steps the whole run has.
-      start_step: the step of the checkpoint from which the run goes on: rows beyond it, which a
-        killed run left, are cut away.
+      start_step: the step of the checkpoint from which the run is resumed: rows beyond it, which a
+        killed run left, are removed.
       quiet: show warnings alone.
       label: what the bar and the lines begin with, such as ``cola``.
 
     Attributes:
-      best: the best step so far, to be marked in the curves; the caller sets it.
+      best: the best step so far, to be shown in the curves; the caller sets it.
 
     Raises:
       InputError: a file cannot be written, or ``metrics.jsonl`` cannot be read.
@@ -209,7 +209,7 @@ def read_metrics(file: str | os.PathLike[str]) -> list[dict[str, float]]:
             rows[-1]["step"]
         except (ValueError, AttributeError, TypeError, KeyError):
             raise InputError(
-                f"{file}, line {number} is no row of metrics: remove that line to go on"
+                f"{file}, line {number} is no row of metrics: remove that line"
             ) from None
     return rows
 

@@ -30,7 +30,7 @@ class Classification(Task):
     """One text or two, to a class or a number."""
 
     max_length: int = 128
-    """Most tokens of a row; longer texts are cut, and counted."""
+    """Most tokens of a row; longer texts are truncated, and counted."""
     dropout: bool = True
     """Train with the dropout that the model's config.json asks for."""
     eval_batch_size: int = 128

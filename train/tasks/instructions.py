@@ -57,13 +57,13 @@ class Instructions(Task):
     chat: bool = False
     """Show prompt and answer as turns of a chat, by the tokenizer's chat template."""
     max_length: int = 512
-    """Most tokens of an example; longer ones are cut, and counted."""
+    """Most tokens of an example; longer ones are truncated, and counted."""
     pack: bool = False
     """Fill rows of --max-length tokens with several examples, which do not see one another."""
     eval_batch_size: int = 32
     """Rows that are evaluated at once."""
     score: Score = "none"
-    """How the model's own answers are marked at each evaluation: the same text, the last number, or
+    """How generated answers are scored at each evaluation: the same text, the last number, or
     the first of all references that is named. The best step is then the one with most of them."""
     reference: str | None = None
     """What is right, as --answer; that itself if not given."""
@@ -214,8 +214,8 @@ class Instructions(Task):
         """A function from what trains to the metrics of the held-out rows.
 
         ``loss`` is the mean over the answers' tokens, in nats, ``perplexity`` its exponential, and
-        ``accuracy`` the share of right answers among the model's own, where they are marked. Rows
-        and answers whose outputs are not finite are counted, as ``nonfinite`` and
+        ``accuracy`` the share of correct answers among the generated ones, where they are scored.
+        Rows and answers whose outputs are not finite are counted, as ``nonfinite`` and
         ``nonfinite_answers``; the function raises InputError where all are.
         """
         batches = Batches(examples.data, self.eval_batch_size, shuffle=False)

@@ -1,4 +1,4 @@
-"""What a task is: examples, a loss, a measure, and the metric that selects."""
+"""What a task is: examples, a loss, an evaluation, and the metric that selects the best step."""
 
 from __future__ import annotations
 

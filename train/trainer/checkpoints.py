@@ -27,7 +27,7 @@ _REMOVED = ".removed"
 
 
 class CheckpointMetadata(NamedTuple):
-    """What a checkpoint says beside its arrays.
+    """What a checkpoint holds besides its arrays.
 
     Attributes:
       data: the state of the iterator over the training data.

@@ -19,7 +19,7 @@ Loss = Callable[[Any, Any, Batch, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 class State(NamedTuple):
-    """All that a step changes, and all of a run that a checkpoint holds beside the data's place.
+    """All that a step changes; a checkpoint holds it, and the place in the data.
 
     Attributes:
       step: how many steps are done, int32.
