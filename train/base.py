@@ -93,7 +93,7 @@ def load(
         fn, params, report = models.load_functional(
             folder,
             config=config,
-            labels=labels,
+            num_labels=labels,
             seed=seed,
             progress=not quiet,
             **_settings(options),
@@ -207,7 +207,7 @@ def _described(options: ModelOptions, labels: int | None) -> tuple[Path, models.
         raise InputError(
             f"--model {options.model} is a decoder, {config.family}: this recipe needs an encoder"
         )
-    return folder, dataclasses.replace(config, labels=labels)
+    return folder, dataclasses.replace(config, num_labels=labels)
 
 
 def _folder(options: ModelOptions) -> Path:

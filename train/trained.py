@@ -104,6 +104,6 @@ def find(options: TrainedOptions) -> Trained:
 def _labels(base_config: Mapping[str, Any], folder: Path) -> int | None:
     """How many outputs the head had that the adapter was trained with; None without a head."""
     try:
-        return getattr(models.config_from_dict(base_config), "labels", None)
+        return getattr(models.config_from_dict(base_config), "num_labels", None)
     except ValueError as error:
         raise InputError(f"{folder / CONFIG}: its base_config cannot be used: {error}") from error

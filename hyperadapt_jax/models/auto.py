@@ -147,7 +147,7 @@ class NewParametersWarning(UserWarning):
 def load(
     path_or_name: str | os.PathLike[str],
     *,
-    labels: int | None = None,
+    num_labels: int | None = None,
     mesh: Mesh | None = None,
     rules: Sequence[tuple[str, PartitionSpec]] = (),
     revision: str | None = None,
@@ -160,7 +160,7 @@ def load(
 
     Args:
       path_or_name: a folder, or a repository of the hub such as ``Qwen/Qwen2.5-0.5B``.
-      labels: give an encoder a classification head with this many outputs (1 for regression),
+      num_labels: give an encoder a classification head with this many outputs (1 for regression),
         whether or not the checkpoint has one.
       mesh: devices to spread the parameters over; all on the default device if not given.
       rules: ``(pattern, PartitionSpec)`` pairs: how a parameter whose path matches is spread.
@@ -182,7 +182,13 @@ def load(
     """
     folder = hub.resolve(path_or_name, revision=revision, cache_dir=cache_dir)
     fn, params, report = load_functional(
-        folder, labels=labels, mesh=mesh, rules=rules, seed=seed, progress=progress, **options
+        folder,
+        num_labels=num_labels,
+        mesh=mesh,
+        rules=rules,
+        seed=seed,
+        progress=progress,
+        **options,
     )
     if report.initialised:
         warnings.warn(NewParametersWarning(folder, report.initialised), stacklevel=2)
@@ -193,7 +199,7 @@ def load_functional(
     path_or_name: str | os.PathLike[str],
     *,
     config: Config | None = None,
-    labels: int | None = None,
+    num_labels: int | None = None,
     mesh: Mesh | None = None,
     rules: Sequence[tuple[str, PartitionSpec]] = (),
     revision: str | None = None,
@@ -207,7 +213,7 @@ def load_functional(
     Args:
       path_or_name: as for `load`.
       config: the architecture, as `describe` gives it, where it is known already.
-      labels, mesh, rules, revision, cache_dir, seed, progress: as for `load`.
+      num_labels, mesh, rules, revision, cache_dir, seed, progress: as for `load`.
       **options: as for `create`.
 
     Returns:
@@ -224,7 +230,7 @@ def load_functional(
     ...     intermediate_size=16, num_hidden_layers=2, num_attention_heads=2))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     _ = models.export(folder, models.create(config))
-    ...     fn, params, report = models.load_functional(folder, labels=3)
+    ...     fn, params, report = models.load_functional(folder, num_labels=3)
     >>> report.initialised
     ('classifier/out/bias', 'classifier/out/kernel')
     """
@@ -233,13 +239,13 @@ def load_functional(
     if config is None:
         config = _describe(checkpoint)
     renewed: tuple[str, ...] = ()
-    if labels is not None:
-        if not isinstance(config, EncoderConfig) or labels < 1:
+    if num_labels is not None:
+        if not isinstance(config, EncoderConfig) or num_labels < 1:
             raise ValueError(
-                f"labels={labels}: expected a positive number, and an encoder; "
+                f"num_labels={num_labels}: expected a positive number, and an encoder; "
                 f"{folder} is {config.family}"
             )
-        config = dataclasses.replace(config, labels=labels)
+        config = dataclasses.replace(config, num_labels=num_labels)
         renewed = _other_labels(config, checkpoint)
     fn, abstract_params = functional(abstract(config, **options))
 
@@ -295,7 +301,7 @@ def _other_labels(config: EncoderConfig, checkpoint: Checkpoint) -> tuple[str, .
     """The parameters of the head that the checkpoint has for another number of labels."""
     last = [row for row in tensors(config) if row.path.startswith("classifier/out/")]
     stored = [checkpoint.tensors[row.name] for row in last if row.name in checkpoint.tensors]
-    fits = all(tensor.shape[:1] == (config.labels,) for tensor in stored)
+    fits = all(tensor.shape[:1] == (config.num_labels,) for tensor in stored)
     return () if fits else tuple(row.path for row in last)
 
 
@@ -341,7 +347,7 @@ def export(
         checkpoint = Checkpoint(source)
         described, theirs = _describe(checkpoint), hub.read_json(source, "config.json")
         raw = _config_of_export(config, described, theirs)
-        if isinstance(config, EncoderConfig) and config == described and config.labels is None:
+        if isinstance(config, EncoderConfig) and config == described and config.num_labels is None:
             carried = _other_heads(config, checkpoint, theirs)
             if _lacks_head(config, raw.get("architectures") or (), carried):
                 raw |= {"architectures": config_to_dict(config)["architectures"]}
@@ -369,8 +375,8 @@ def _config_of_export(
     dropped, own = {"auto_map"}, set()
     if isinstance(config, DecoderConfig):
         own = {"tie_word_embeddings"} & theirs.keys()
-    elif isinstance(described, EncoderConfig) and config.labels != described.labels:
-        described = dataclasses.replace(described, labels=config.labels)
+    elif isinstance(described, EncoderConfig) and config.num_labels != described.num_labels:
+        described = dataclasses.replace(described, num_labels=config.num_labels)
         own = {"architectures", "id2label", "label2id"}
         dropped |= {*own, "num_labels", "_num_labels", "problem_type", "finetuning_task"}
     if config != described:

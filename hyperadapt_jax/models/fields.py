@@ -232,7 +232,7 @@ class Fields:
             raise self.error(name, value, "expected a token number or a list of them")
         return tuple(values)
 
-    def layers(self, name: str = "num_hidden_layers") -> int:
+    def num_layers(self, name: str = "num_hidden_layers") -> int:
         """The number of layers, which is bounded."""
         layers = self.positive(name)
         if layers > _MOST_LAYERS:

@@ -82,20 +82,22 @@ class Linear(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """A table of vectors ``embedding: [rows, width]``."""
+    """A table of vectors ``embedding: [V, D]``."""
 
-    def __init__(self, rows: int, width: int, *, param_dtype: jnp.dtype, rngs: nnx.Rngs):
-        draw = jax.random.normal(rngs.params(), (rows, width), jnp.float32)
+    def __init__(
+        self, num_embeddings: int, features: int, *, param_dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
+        draw = jax.random.normal(rngs.params(), (num_embeddings, features), jnp.float32)
         self.embedding = nnx.Param((_INIT_STDDEV * draw).astype(param_dtype))
 
     def __call__(self, ids: Array, dtype: jnp.dtype) -> Array:
-        """Rows of the table, ``[..., width]``; a number outside it gives NaN, not a wrong row."""
+        """Rows of the table, ``[..., D]``; a number outside it gives NaN, not a wrong row."""
         table = jnp.asarray(self.embedding[...])
         rows = table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         return rows.astype(dtype)
 
     def attend(self, x: Array) -> Array:
-        """Products of ``x: [..., width]`` with every row in float32, ``[..., rows]``."""
+        """Products of ``x: [..., D]`` with every row in float32, ``[..., V]``."""
         return jnp.einsum(
             "...d,vd->...v",
             x,
@@ -108,10 +110,15 @@ class RMSNorm(nnx.Module):
     """``x / sqrt(mean(x^2) + epsilon) * scale``, computed in float32 (arXiv 1910.07467)."""
 
     def __init__(
-        self, width: int, epsilon: float, *, stack: tuple[int, ...] = (), param_dtype: jnp.dtype
+        self,
+        num_features: int,
+        epsilon: float,
+        *,
+        stack: tuple[int, ...] = (),
+        param_dtype: jnp.dtype,
     ):
         self.epsilon = epsilon
-        self.scale = nnx.Param(jnp.ones((*stack, width), param_dtype))
+        self.scale = nnx.Param(jnp.ones((*stack, num_features), param_dtype))
 
     def __call__(self, x: Array) -> Array:
         y = x.astype(jnp.float32)
@@ -123,11 +130,16 @@ class LayerNorm(nnx.Module):
     """``(x - mean) / sqrt(variance + epsilon) * scale + bias``, computed in float32."""
 
     def __init__(
-        self, width: int, epsilon: float, *, stack: tuple[int, ...] = (), param_dtype: jnp.dtype
+        self,
+        num_features: int,
+        epsilon: float,
+        *,
+        stack: tuple[int, ...] = (),
+        param_dtype: jnp.dtype,
     ):
         self.epsilon = epsilon
-        self.scale = nnx.Param(jnp.ones((*stack, width), param_dtype))
-        self.bias = nnx.Param(jnp.zeros((*stack, width), param_dtype))
+        self.scale = nnx.Param(jnp.ones((*stack, num_features), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((*stack, num_features), param_dtype))
 
     def __call__(self, x: Array) -> Array:
         y = x.astype(jnp.float32)

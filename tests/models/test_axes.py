@@ -12,24 +12,24 @@ from hyperadapt_jax.models.registry import FAMILIES
 from tests.models import cases
 
 COMMON = {
-    "layers": lambda c: c.layers,
+    "layers": lambda c: c.num_layers,
     "vocab": lambda c: c.vocab_size,
-    "embed": lambda c: c.width,
-    "norm": lambda c: c.width,
-    "heads": lambda c: c.heads * c.head_dim,
-    "mlp": lambda c: c.mlp_width,
+    "embed": lambda c: c.embed_dim,
+    "norm": lambda c: c.embed_dim,
+    "heads": lambda c: c.num_heads * c.head_dim,
+    "mlp": lambda c: c.mlp_dim,
 }
 DECODER = COMMON | {
-    "kv_heads": lambda c: c.kv_heads * c.head_dim,
-    "qkv": lambda c: (c.heads + 2 * c.kv_heads) * c.head_dim,
+    "kv_heads": lambda c: c.num_kv_heads * c.head_dim,
+    "qkv": lambda c: (c.num_heads + 2 * c.num_kv_heads) * c.head_dim,
     "head_dim": lambda c: c.head_dim,
-    "gate_up": lambda c: 2 * c.mlp_width,
+    "gate_up": lambda c: 2 * c.mlp_dim,
 }
 ENCODER = COMMON | {
-    "positions": lambda c: c.positions,
-    "types": lambda c: c.token_types,
-    "pooled": lambda c: c.width,
-    "labels": lambda c: c.labels,
+    "positions": lambda c: c.num_positions,
+    "types": lambda c: c.num_token_types,
+    "pooled": lambda c: c.embed_dim,
+    "labels": lambda c: c.num_labels,
 }
 
 
@@ -37,8 +37,8 @@ def variants(name: str) -> list[models.Config]:
     """A case with and without its head."""
     config = models.config_from_dict(cases.CASES[name].config)
     if isinstance(config, models.DecoderConfig):
-        return [dataclasses.replace(config, tied=tied) for tied in (True, False)]
-    return [dataclasses.replace(config, labels=labels) for labels in (None, 1, 5)]
+        return [dataclasses.replace(config, tie_embeddings=tied) for tied in (True, False)]
+    return [dataclasses.replace(config, num_labels=labels) for labels in (None, 1, 5)]
 
 
 @pytest.mark.parametrize("name", cases.CASES)

@@ -121,14 +121,14 @@ def test_a_token_that_there_is_not_may_be_called_minus_one() -> None:
 
 def test_labels_give_a_head_only_to_a_classifier() -> None:
     raw = cases.CASES["bert-classifier"].config
-    assert models.config_from_dict(raw).labels == 3
-    assert models.config_from_dict(raw | {"architectures": ["BertModel"]}).labels is None
-    assert models.config_from_dict(raw | {"architectures": ["BertForMaskedLM"]}).labels is None
+    assert models.config_from_dict(raw).num_labels == 3
+    assert models.config_from_dict(raw | {"architectures": ["BertModel"]}).num_labels is None
+    assert models.config_from_dict(raw | {"architectures": ["BertForMaskedLM"]}).num_labels is None
     short = {name: value for name, value in raw.items() if name not in ("id2label", "label2id")}
-    assert models.config_from_dict(short).labels == 2
-    assert models.config_from_dict(short | {"num_labels": 4}).labels == 4
+    assert models.config_from_dict(short).num_labels == 2
+    assert models.config_from_dict(short | {"num_labels": 4}).num_labels == 4
     # As in the reference, the names count.
-    assert models.config_from_dict(raw | {"num_labels": 4, "_num_labels": 5}).labels == 3
+    assert models.config_from_dict(raw | {"num_labels": 4, "_num_labels": 5}).num_labels == 3
 
 
 @pytest.mark.parametrize(("case", "name"), [("bert", "Bert"), ("roberta", "Roberta")])
@@ -218,8 +218,8 @@ def test_a_field_that_is_left_out_is_the_familys_default(
     left_out = ("num_key_value_heads", "max_position_embeddings")
     short = {key: value for key, value in raw.items() if key not in left_out}
     config = models.config_from_dict(short)
-    assert (config.kv_heads, config.max_length) == (kv_heads, length)
-    assert models.config_from_dict(raw | {"num_key_value_heads": None}).kv_heads == 64
+    assert (config.num_kv_heads, config.max_length) == (kv_heads, length)
+    assert models.config_from_dict(raw | {"num_key_value_heads": None}).num_kv_heads == 64
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3"])

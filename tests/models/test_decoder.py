@@ -42,7 +42,7 @@ def test_a_cache_changes_no_logits(name: str, blocks: str, monkeypatch) -> None:
     logits, cache = run(params, tokens[:, -1:], cache=cache)
     np.testing.assert_allclose(logits[:, 0], full[:, -1], atol=2e-5)
     assert cache.length == tokens.shape[1]
-    assert cache.keys.shape[:4] == (config.layers, *tokens.shape, config.kv_heads)
+    assert cache.keys.shape[:4] == (config.num_layers, *tokens.shape, config.num_kv_heads)
 
 
 def test_the_memory_of_a_long_prompt_is_linear() -> None:
@@ -56,7 +56,7 @@ def test_the_memory_of_a_long_prompt_is_linear() -> None:
         compiled = cases.jit(prefill).lower(params, tokens).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    assert scratch(4096) < 2.5 * scratch(2048) < 4 * config.heads * 2048**2
+    assert scratch(4096) < 2.5 * scratch(2048) < 4 * config.num_heads * 2048**2
 
 
 @pytest.mark.parametrize("name", ["phi4-mini-short", "llama-dynamic"])
@@ -107,7 +107,7 @@ def test_padding_changes_no_logits(name: str) -> None:
 
 def test_a_window_hides_what_is_further_back() -> None:
     config, fn, params = make("mistral")
-    one = dataclasses.replace(config, layers=1, windows=(4,))
+    one = dataclasses.replace(config, num_layers=1, windows=(4,))
     fn, _ = models.functional(models.abstract(one))
     params = cases.random_params(one)
     tokens = cases.batch(config, "none")["tokens"]
@@ -264,7 +264,7 @@ def test_compile_time_does_not_grow_with_depth() -> None:
     tokens = jax.ShapeDtypeStruct((2, 64), jnp.int32)
 
     def seconds(layers: int) -> float:
-        config = dataclasses.replace(base, layers=layers, windows=(None,) * layers)
+        config = dataclasses.replace(base, num_layers=layers, windows=(None,) * layers)
         fn, params = models.functional(models.abstract(config, remat="dots"))
         gradient = jax.grad(lambda p, t: jnp.sum(fn(p, t)))
         start = time.process_time()

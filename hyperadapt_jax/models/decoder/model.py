@@ -96,30 +96,30 @@ class Layer(nnx.Module):
     ):
         self.config = config
         self.attention = attention
-        queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         shared = {"stack": stack, "param_dtype": param_dtype}
 
         def linear(inputs: int, outputs: int, bias: bool) -> Linear:
             return Linear(inputs, outputs, bias=bias, rngs=rngs, **shared)
 
-        self.attn_norm = RMSNorm(config.width, config.norm_epsilon, **shared)
+        self.attn_norm = RMSNorm(config.embed_dim, config.norm_epsilon, **shared)
         if config.fused:
-            self.qkv = linear(config.width, queries + 2 * keys, config.qkv_bias)
+            self.qkv = linear(config.embed_dim, queries + 2 * keys, config.qkv_bias)
         else:
-            self.q = linear(config.width, queries, config.qkv_bias)
-            self.k = linear(config.width, keys, config.qkv_bias)
-            self.v = linear(config.width, keys, config.qkv_bias)
+            self.q = linear(config.embed_dim, queries, config.qkv_bias)
+            self.k = linear(config.embed_dim, keys, config.qkv_bias)
+            self.v = linear(config.embed_dim, keys, config.qkv_bias)
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.norm_epsilon, **shared)
             self.k_norm = RMSNorm(config.head_dim, config.norm_epsilon, **shared)
-        self.o = linear(queries, config.width, config.out_bias)
-        self.mlp_norm = RMSNorm(config.width, config.norm_epsilon, **shared)
+        self.o = linear(queries, config.embed_dim, config.out_bias)
+        self.mlp_norm = RMSNorm(config.embed_dim, config.norm_epsilon, **shared)
         if config.fused:
-            self.gate_up = linear(config.width, 2 * config.mlp_width, config.mlp_bias)
+            self.gate_up = linear(config.embed_dim, 2 * config.mlp_dim, config.mlp_bias)
         else:
-            self.gate = linear(config.width, config.mlp_width, config.mlp_bias)
-            self.up = linear(config.width, config.mlp_width, config.mlp_bias)
-        self.down = linear(config.mlp_width, config.width, config.mlp_bias)
+            self.gate = linear(config.embed_dim, config.mlp_dim, config.mlp_bias)
+            self.up = linear(config.embed_dim, config.mlp_dim, config.mlp_bias)
+        self.down = linear(config.mlp_dim, config.embed_dim, config.mlp_bias)
 
     def __call__(
         self,
@@ -183,7 +183,10 @@ class Layer(nnx.Module):
         """Queries ``[B, T, N, H]``, keys and values ``[B, T, K, H]``."""
         config = self.config
         if config.fused:
-            queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
+            queries, keys = (
+                config.num_heads * config.head_dim,
+                config.num_kv_heads * config.head_dim,
+            )
             q, k, v = jnp.split(self.qkv(x), (queries, queries + keys), axis=-1)
         else:
             q, k, v = self.q(x), self.k(x), self.v(x)
@@ -229,13 +232,13 @@ class Decoder(nnx.Module):
         self.dtype = jnp.dtype(dtype)
         self.remat = remat
         shared = {"param_dtype": jnp.dtype(dtype if param_dtype is None else param_dtype)}
-        self.embed = Embedding(config.vocab_size, config.width, rngs=rngs, **shared)
+        self.embed = Embedding(config.vocab_size, config.embed_dim, rngs=rngs, **shared)
         self.layers = Layer(
-            config, stack=(config.layers,), attention=attention, rngs=rngs, **shared
+            config, stack=(config.num_layers,), attention=attention, rngs=rngs, **shared
         )
-        self.norm = RMSNorm(config.width, config.norm_epsilon, **shared)
-        if not config.tied:
-            self.head = Linear(config.width, config.vocab_size, bias=False, rngs=rngs, **shared)
+        self.norm = RMSNorm(config.embed_dim, config.norm_epsilon, **shared)
+        if not config.tie_embeddings:
+            self.head = Linear(config.embed_dim, config.vocab_size, bias=False, rngs=rngs, **shared)
 
     def __call__(
         self,
@@ -291,7 +294,7 @@ class Decoder(nnx.Module):
 
     def _logits(self, x: Array) -> Array:
         x = self.norm(x)
-        return self.embed.attend(x) if self.config.tied else self.head(x, precise=True)
+        return self.embed.attend(x) if self.config.tie_embeddings else self.head(x, precise=True)
 
     def _run(
         self, x: Array, context: _AttentionInputs, kv: tuple[Array, Array] | None
@@ -311,7 +314,7 @@ class Decoder(nnx.Module):
             window = shared if window is None else window
             return nnx.merge(graph, params)(x, context, window, index, kv), None
 
-        numbers = jnp.arange(self.config.layers, dtype=jnp.int32)
+        numbers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
         carry, _ = jax.lax.scan(REMAT[self.remat](layer), (x, kv), (params, numbers, mixed))
         return carry
 
@@ -356,7 +359,7 @@ class Decoder(nnx.Module):
         )
         if fresh:
             empty = jnp.zeros(
-                (config.layers, batch, slots, config.kv_heads, config.head_dim), self.dtype
+                (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim), self.dtype
             )
             cache = cache._replace(keys=empty, values=empty)
             if config.rope.recomputes:

@@ -44,11 +44,11 @@ class Embeddings(nnx.Module):
     def __init__(self, config: EncoderConfig, *, param_dtype: jnp.dtype, rngs: nnx.Rngs):
         self.config = config
         shared = {"param_dtype": param_dtype, "rngs": rngs}
-        self.words = Embedding(config.vocab_size, config.width, **shared)
-        self.positions = Embedding(config.positions, config.width, **shared)
-        if config.token_types:
-            self.types = Embedding(config.token_types, config.width, **shared)
-        self.norm = LayerNorm(config.width, config.norm_epsilon, param_dtype=param_dtype)
+        self.words = Embedding(config.vocab_size, config.embed_dim, **shared)
+        self.positions = Embedding(config.num_positions, config.embed_dim, **shared)
+        if config.num_token_types:
+            self.types = Embedding(config.num_token_types, config.embed_dim, **shared)
+        self.norm = LayerNorm(config.embed_dim, config.norm_epsilon, param_dtype=param_dtype)
 
     def __call__(
         self, tokens: Array, token_types: Array | None, positions: Array | None, dtype: jnp.dtype
@@ -56,7 +56,7 @@ class Embeddings(nnx.Module):
         if positions is None:
             positions = self._count(tokens)
         x = self.words(tokens, dtype)
-        if self.config.token_types:
+        if self.config.num_token_types:
             types = jnp.zeros_like(tokens) if token_types is None else token_types
             x = x + self.types(types, dtype)
         return self.norm(x + self.positions(positions, dtype))
@@ -85,7 +85,7 @@ class Layer(nnx.Module):
         self.config = config
         self.attention = attention
         shared = {"stack": stack, "param_dtype": param_dtype}
-        width, hidden = config.width, config.mlp_width
+        width, hidden = config.embed_dim, config.mlp_dim
         self.q = Linear(width, width, rngs=rngs, **shared)
         self.k = Linear(width, width, rngs=rngs, **shared)
         self.v = Linear(width, width, rngs=rngs, **shared)
@@ -102,7 +102,7 @@ class Layer(nnx.Module):
             (None,) * 3 if rng is None else jax.random.split(rng, 3)
         )
         q, k, v = (
-            y.reshape(*y.shape[:2], config.heads, config.head_dim)
+            y.reshape(*y.shape[:2], config.num_heads, config.head_dim)
             for y in (self.q(x), self.k(x), self.v(x))
         )
         if for_weights is None or config.attention_dropout == 0.0:
@@ -123,8 +123,8 @@ class Classifier(nnx.Module):
         self.config = config
         shared = {"param_dtype": param_dtype, "rngs": rngs}
         if config.head != "pooled":
-            self.dense = Linear(config.width, config.width, **shared)
-        self.out = Linear(config.width, config.labels, **shared)
+            self.dense = Linear(config.embed_dim, config.embed_dim, **shared)
+        self.out = Linear(config.embed_dim, config.num_labels, **shared)
 
     def __call__(self, x: Array, rng: Array | None) -> Array:
         before, between = (None, None) if rng is None else jax.random.split(rng)
@@ -177,10 +177,10 @@ class Encoder(nnx.Module):
             "rngs": rngs,
         }
         self.embed = Embeddings(config, **shared)
-        self.layers = Layer(config, stack=(config.layers,), attention=attention, **shared)
+        self.layers = Layer(config, stack=(config.num_layers,), attention=attention, **shared)
         if config.pooler:
-            self.pooler = Linear(config.width, config.width, **shared)
-        if config.labels is not None:
+            self.pooler = Linear(config.embed_dim, config.embed_dim, **shared)
+        if config.num_labels is not None:
             self.classifier = Classifier(config, **shared)
 
     def __call__(
@@ -233,18 +233,18 @@ class Encoder(nnx.Module):
             raise ValueError(f"tokens: {tokens.shape[1]} in a row, the position table holds {room}")
         check_range("tokens", tokens, config.vocab_size)
         if positions is not None:
-            check_range("positions", positions, config.positions)
+            check_range("positions", positions, config.num_positions)
         if token_types is not None:
-            if not config.token_types:
+            if not config.num_token_types:
                 raise ValueError("token_types: this model has none; leave them out")
-            check_range("token_types", token_types, config.token_types)
+            check_range("token_types", token_types, config.num_token_types)
         for_embed, for_layers, for_head = (None,) * 3 if rng is None else jax.random.split(rng, 3)
         x = self.embed(tokens, token_types, positions, self.dtype)
         x = dropout(x, config.dropout, for_embed)
         x = self._run(x, _visible(mask, segment_ids), for_layers)
         pooled = jnp.tanh(self.pooler(x[:, 0])) if config.pooler else None
         logits = None
-        if config.labels is not None:
+        if config.num_labels is not None:
             logits = self.classifier(x[:, 0] if pooled is None else pooled, for_head)
         return EncoderOutput(x, pooled, logits)
 
@@ -256,7 +256,7 @@ class Encoder(nnx.Module):
             params, rng = slices
             return nnx.merge(graph, params)(x, mask, rng), None
 
-        rngs = None if rng is None else jax.random.split(rng, self.config.layers)
+        rngs = None if rng is None else jax.random.split(rng, self.config.num_layers)
         return jax.lax.scan(REMAT[self.remat](layer), x, (params, rngs))[0]
 
 
