@@ -99,7 +99,7 @@ def assemble(task: Task, model: ModelOptions, adapter: AdapterOptions, run: RunO
       InputError: the model, the data or an option cannot be used.
     """
     tell: Callable[[str], None] = (lambda text: None) if run.quiet else print
-    setting = Setting(base.describe(model, task.labels), model, run.seed, tell)
+    setting = Setting(base.load_abstract(model, task.labels), model, run.seed, tell)
     task.check(setting.base.config)
     plan = methods.table(setting.base, methods.tune(setting.base, adapter))
     tell(plan)

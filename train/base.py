@@ -51,7 +51,7 @@ class Base:
     folder: Path
 
 
-def describe(options: ModelOptions, labels: int | None = None) -> Base:
+def load_abstract(options: ModelOptions, labels: int | None = None) -> Base:
     """The model without its weights: nothing is allocated.
 
     Args:
@@ -81,8 +81,8 @@ def load(
       A :class:`Base`.
 
     Raises:
-      InputError: as :func:`describe`, a file that is missing or damaged, or an attention that this
-        machine cannot compute.
+      InputError: as :func:`load_abstract`, a file that is missing or damaged, or an attention that
+        this machine cannot compute.
     """
     folder, config = _described(options, labels)
     try:
@@ -100,7 +100,7 @@ def load(
         )
     except (ValueError, OSError) as error:
         raise InputError(f"--model {options.model}: {error}") from error
-    return Base(options.model, config, fn, params, report.initialised, folder)
+    return Base(options.model, config, fn, params, report.initialized, folder)
 
 
 def tokenizer(options: ModelOptions) -> Any:
@@ -198,7 +198,7 @@ def _described(options: ModelOptions, labels: int | None) -> tuple[Path, models.
     """The model's folder and its architecture, with the head that is asked for."""
     folder = _folder(options)
     try:
-        config = models.describe(folder)
+        config = models.load_config(folder)
     except (ValueError, OSError) as error:
         raise InputError(f"--model {options.model}: {error}") from error
     if labels is None:

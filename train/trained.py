@@ -15,7 +15,7 @@ from hyperadapt_jax import models, paths
 from hyperadapt_jax.adapter_io import CONFIG
 from hyperadapt_jax.models.checkpoint import hub, reading
 
-from .base import Base, describe
+from .base import Base, load_abstract
 from .errors import InputError
 from .options import ModelOptions, Place
 from .runs import ADAPTER
@@ -93,7 +93,7 @@ def find(options: TrainedOptions) -> Trained:
         raise InputError(f"{folder} does not name its base model: give it with --model")
     known = adapter.base_config
     labels = None if known is None else _labels(known, folder)
-    base = describe(ModelOptions(model=model, revision=options.revision), labels)
+    base = load_abstract(ModelOptions(model=model, revision=options.revision), labels)
     try:
         adapter.check(base.params, None if known is None else models.config_to_dict(base.config))
     except ha.AdapterError as error:

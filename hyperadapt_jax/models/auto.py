@@ -106,7 +106,7 @@ def functional(model: Model) -> tuple[Function, Params]:
     return Function(graph), nnx.to_pure_dict(state)
 
 
-def with_params(config: Config, params: Params, **options: Any) -> Model:
+def from_params(config: Config, params: Params, **options: Any) -> Model:
     """Make a model of given parameters.
 
     Args:
@@ -190,8 +190,8 @@ def load(
         progress=progress,
         **options,
     )
-    if report.initialised:
-        warnings.warn(NewParametersWarning(folder, report.initialised), stacklevel=2)
+    if report.initialized:
+        warnings.warn(NewParametersWarning(folder, report.initialized), stacklevel=2)
     return nnx.merge(fn.graph, params)
 
 
@@ -212,7 +212,7 @@ def load_functional(
 
     Args:
       path_or_name: as for `load`.
-      config: the architecture, as `describe` gives it, where it is known already.
+      config: the architecture, as `load_config` gives it, where it is known already.
       num_labels, mesh, rules, revision, cache_dir, seed, progress: as for `load`.
       **options: as for `create`.
 
@@ -231,13 +231,13 @@ def load_functional(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     _ = models.export(folder, models.create(config))
     ...     fn, params, report = models.load_functional(folder, num_labels=3)
-    >>> report.initialised
+    >>> report.initialized
     ('classifier/out/bias', 'classifier/out/kernel')
     """
     folder = hub.resolve(path_or_name, revision=revision, cache_dir=cache_dir)
     checkpoint = Checkpoint(folder)
     if config is None:
-        config = _describe(checkpoint)
+        config = _config_of(checkpoint)
     renewed: tuple[str, ...] = ()
     if num_labels is not None:
         if not isinstance(config, EncoderConfig) or num_labels < 1:
@@ -272,7 +272,7 @@ def load_functional(
     return fn, params, report
 
 
-def describe(folder: str | os.PathLike[str]) -> Config:
+def load_config(folder: str | os.PathLike[str]) -> Config:
     """Read the configuration of a folder's model: its ``config.json``, as the weights have it.
 
     A head that is stored together with the embedding is the head, whatever ``tie_word_embeddings``
@@ -289,10 +289,10 @@ def describe(folder: str | os.PathLike[str]) -> Config:
       FileNotFoundError: there is no ``config.json``.
       ValueError: the configuration or the weights are not those of a model known here.
     """
-    return _describe(Checkpoint(Path(folder)))
+    return _config_of(Checkpoint(Path(folder)))
 
 
-def _describe(checkpoint: Checkpoint) -> Config:
+def _config_of(checkpoint: Checkpoint) -> Config:
     config = read_config(checkpoint.folder)
     return family_of(config).as_stored(config, checkpoint) if checkpoint.exists() else config
 
@@ -345,7 +345,7 @@ def export(
     if source is not None:
         source = hub.resolve(source)
         checkpoint = Checkpoint(source)
-        described, theirs = _describe(checkpoint), hub.read_json(source, "config.json")
+        described, theirs = _config_of(checkpoint), hub.read_json(source, "config.json")
         raw = _config_of_export(config, described, theirs)
         if isinstance(config, EncoderConfig) and config == described and config.num_labels is None:
             carried = _other_heads(config, checkpoint, theirs)

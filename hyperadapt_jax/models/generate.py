@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hyperadapt_jax.models.decoder.model import Cache, open_cache
+from hyperadapt_jax.models.decoder.model import Cache, init_cache
 from hyperadapt_jax.models.layers import check_range
 
 Array = jax.Array
@@ -132,7 +132,7 @@ def _prefill(
     fn: Callable[..., Any], trees: tuple[Any, ...], tokens: Array, mask: Array, *, slots: int
 ) -> tuple[Array, Cache]:
     """The last place's logits, and the cache after ``tokens: [B, T]``; traced once for a shape."""
-    return fn(*trees, tokens, mask=mask, cache=open_cache(tokens.shape[0], slots))
+    return fn(*trees, tokens, mask=mask, cache=init_cache(tokens.shape[0], slots))
 
 
 def decode(

@@ -22,7 +22,7 @@ from tests.models import cases
 
 def make(name: str) -> models.Decoder | models.Encoder:
     config = models.config_from_dict(cases.CASES[name].config)
-    return models.with_params(config, jax.tree.map(jax.numpy.asarray, cases.random_params(config)))
+    return models.from_params(config, jax.tree.map(jax.numpy.asarray, cases.random_params(config)))
 
 
 @pytest.mark.parametrize("name", cases.CASES)
@@ -87,7 +87,7 @@ def _with_labels(source: pathlib.Path, folder: pathlib.Path, labels: int) -> mod
     _, params = models.functional(model)
     headless = {name: tree for name, tree in params.items() if name != "classifier"}
     raw = models.config_to_dict(model.config) | {"architectures": ["BertModel"]}
-    models.export(folder, models.with_params(models.config_from_dict(raw), headless))
+    models.export(folder, models.from_params(models.config_from_dict(raw), headless))
     return models.load(folder, num_labels=labels)
 
 
@@ -113,12 +113,12 @@ def test_a_load_says_what_it_did_in_its_report(tmp_path: pathlib.Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # the report says it
         fn, params, report = models.load_functional(folder, num_labels=2, seed=1)
-    assert report.initialised == caught[0].message.paths
-    assert {*report.loaded, *report.initialised} == paths.arrays(params).keys()
+    assert report.initialized == caught[0].message.paths
+    assert {*report.loaded, *report.initialized} == paths.arrays(params).keys()
     assert fn == whole[0]
     jax.tree.map(np.testing.assert_array_equal, params, whole[1])
     # An architecture that is known need not be read again.
-    config = models.describe(folder)
+    config = models.load_config(folder)
     (folder / "config.json").unlink()
     again = models.load_functional(folder, config=config, num_labels=2, seed=1)
     assert (again[0], again[2]) == (fn, report)
@@ -139,10 +139,11 @@ def test_a_head_of_its_own_is_kept_whatever_the_flag_says(
     name: str, dtype: str, tmp_path: pathlib.Path
 ) -> None:
     config = dataclasses.replace(make(name).config, tie_embeddings=False)
-    model = models.with_params(config, cases.random_params(config))
+    model = models.from_params(config, cases.random_params(config))
     folder = models.export(tmp_path / "in", model, dtype=dtype)
     rewrite(folder, lambda tensors: tensors, tie_word_embeddings=True)
-    assert models.read_config(folder).tie_embeddings and not models.describe(folder).tie_embeddings
+    assert models.read_config(folder).tie_embeddings
+    assert not models.load_config(folder).tie_embeddings
     again = models.load(folder, param_dtype=dtype)
     assert again.config == config
     expected = jax.tree.map(lambda x: x.astype(dtype), models.functional(model)[1])
@@ -203,7 +204,7 @@ def test_an_encoder_has_a_pooler_if_the_checkpoint_has_one(tmp_path: pathlib.Pat
         headed = models.load(folder, num_labels=2)
     out = models.export(tmp_path / "headed", headed, source=folder)
     assert "bert.pooler.dense.weight" in load_file(out / "model.safetensors")
-    assert models.describe(out).num_labels == 2
+    assert models.load_config(out).num_labels == 2
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,7 @@ def test_parameters_hold_what_the_files_hold(tmp_path, route, shards, dtype):
     tree, report = reading.load(write(tmp_path, tensors, shards), TABLE, tree_of(dtype))
     assert_equal(tree, expected(tensors), dtype)
     assert sorted(report.loaded) == sorted(SHAPES)
-    assert report.initialised == report.ignored == ()
+    assert report.initialized == report.ignored == ()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -189,7 +189,7 @@ def test_a_tensor_may_stand_under_two_names_if_they_agree(tmp_path, route, dtype
         reading.load(write(tmp_path, both, 2), TABLE, tree_of())
 
 
-def test_optional_tensors_are_read_or_initialised_and_reported(tmp_path):
+def test_optional_tensors_are_read_or_initialized_and_reported(tmp_path):
     tensors = stored()
     abstract = tree_of(head=(8, 2))
     asked = []
@@ -199,13 +199,13 @@ def test_optional_tensors_are_read_or_initialised_and_reported(tmp_path):
         return jnp.full((8, 2), 7.0)
 
     tree, report = reading.load(write(tmp_path, tensors), HEAD, abstract, initial=initial)
-    assert asked == ["head"] and report.initialised == ("head",) and "head" not in report.loaded
+    assert asked == ["head"] and report.initialized == ("head",) and "head" not in report.loaded
     np.testing.assert_array_equal(tree["head"], np.full((8, 2), 7.0))
 
     head = np.arange(16, dtype=np.float32).reshape(2, 8)
     write(tmp_path, {**tensors, "head.weight": head})
     tree, report = reading.load(tmp_path, HEAD, abstract, initial=initial)
-    assert asked == ["head"] and report.initialised == ()
+    assert asked == ["head"] and report.initialized == ()
     np.testing.assert_array_equal(tree["head"], head.T)
 
 
@@ -218,7 +218,7 @@ def test_an_initial_value_is_checked_and_must_be_given(tmp_path):
         reading.load(tmp_path, HEAD, abstract, initial=lambda path: jnp.ones(3))
 
 
-def test_a_stack_is_never_initialised_in_part(tmp_path):
+def test_a_stack_is_never_initialized_in_part(tmp_path):
     table = (*TABLE, Tensor("gate.{layer}", "gate", optional=True))
     write(tmp_path, {**stored(), "gate.1": np.ones(4, np.float32)})
     with pytest.raises(CheckpointError, match=r"lacks gate\.0, gate\.2"):
@@ -241,7 +241,7 @@ def test_a_parameter_may_be_renewed_whatever_the_checkpoint_holds(tmp_path):
         initial=lambda path: jnp.full((8, 2), 7.0),
     )
     np.testing.assert_array_equal(tree["head"], np.full((8, 2), 7.0))
-    assert report.initialised == ("head",) and report.ignored == ("head.weight",)
+    assert report.initialized == ("head",) and report.ignored == ("head.weight",)
     with pytest.raises(CheckpointError, match=r"head\.weight has shape \(5, 8\)"):
         reading.load(tmp_path, HEAD, tree_of(head=(8, 2)))
 
@@ -1181,7 +1181,7 @@ def test_real_folders_make_a_round_trip(shared, tmp_path, name):
     table = family.tensors(config)
     _, abstract = models.functional(models.abstract(config))
     tree, report = reading.load(source, table, abstract, ignored=family.ignored(config))
-    assert report.initialised == ()
+    assert report.initialized == ()
     out = writing.export(
         tmp_path / "out",
         table,

@@ -123,7 +123,7 @@ def test_every_target_is_scaled_on_activations_in_training_and_in_the_loop(name:
         ha.explain(trained, params, scales, tokens),
         ha.explain(whole, params, scales, tokens, mask),
         ha.explain(forward, params, scales, tokens, mask=mask),
-        ha.explain(forward, params, scales, tokens, cache=models.open_cache(*tokens.shape)),
+        ha.explain(forward, params, scales, tokens, cache=models.init_cache(*tokens.shape)),
     ):
         assert set(explanation.on_activations) == set(scales)
         assert explanation.materialised == explanation.unused == ()

@@ -79,11 +79,11 @@ def test_a_base_is_described_as_its_weights_have_it(tmp_path):
     raw = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(raw | {"tie_word_embeddings": True}))
     options = ModelOptions(model=str(tmp_path))
-    described, loaded = base.describe(options), base.load(options, quiet=True)
+    described, loaded = base.load_abstract(options), base.load(options, quiet=True)
     assert described.config == loaded.config == config
     assert "head" in described.params and "head" in loaded.params
     file = tmp_path / "model.safetensors"
     tensors = load_file(file)
     save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].copy()}, file)
-    assert base.describe(options).config.tie_embeddings
+    assert base.load_abstract(options).config.tie_embeddings
     assert "head" not in base.load(options, quiet=True).params

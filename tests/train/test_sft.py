@@ -368,7 +368,7 @@ def test_a_name_that_no_question_has_can_be_named(model, tmp_path):
     which = ModelOptions(model=str(model))
     settings = dict(prompt="{question}", questions=1, score="first-match")
     task = Instructions(data=str(file), eval_data=str(file), **settings)
-    questions = task.ask(Setting(base.describe(which), which), task.rows(seed=0)[1])
+    questions = task.ask(Setting(base.load_abstract(which), which), task.rows(seed=0)[1])
     assert questions.accuracy(["no, not yes"]) == {"accuracy": 0.0}
 
 

@@ -76,7 +76,7 @@ def run(chosen: Options) -> None:
     if chosen.model is not None:
         model = dataclasses.replace(model, model=chosen.model)
     tell = (lambda text: None) if chosen.quiet else print
-    setting = Setting(base.describe(model, task.labels), model, theirs.run.seed, tell)
+    setting = Setting(base.load_abstract(model, task.labels), model, theirs.run.seed, tell)
     task.check(setting.base.config)
     evaluation = task.evaluation(setting)
     if chosen.predictions is not None and evaluation.generate is None:

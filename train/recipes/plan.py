@@ -43,7 +43,7 @@ def run(options: Options) -> None:
     """
     if options.labels is not None and options.labels < 1:
         raise InputError(f"--labels {options.labels}: give at least 1")
-    described = base.describe(_config_alone(options.model), options.labels)
+    described = base.load_abstract(_config_alone(options.model), options.labels)
     print(methods.table(described, methods.tune(described, options.adapter)))
 
 

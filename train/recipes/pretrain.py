@@ -118,10 +118,10 @@ def fresh(folder: Path, seed: int) -> Path:
 
 def write_model(folder: Path, model: ModelOptions, params: object, rows: list[list[str]]) -> None:
     """Writes the Hugging Face folder: weights in float16, tokenizer, and a model card."""
-    loaded = base.describe(model)
+    loaded = base.load_abstract(model)
     models.export(
         folder,
-        models.with_params(loaded.config, params),
+        models.from_params(loaded.config, params),
         source=loaded.folder,
         dtype="float16",
         overwrite=True,

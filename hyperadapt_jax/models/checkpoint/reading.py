@@ -189,7 +189,7 @@ def load(
             filled[tensor.path] = value if sharding is None else jax.device_put(value, sharding)
     report = Report(
         loaded=tuple(path for path in leaves if path in chosen),
-        initialised=tuple(path for path in leaves if path not in chosen),
+        initialized=tuple(path for path in leaves if path not in chosen),
         ignored=tuple(skipped),
     )
     return treedef.unflatten([filled[path] for path in paths]), report

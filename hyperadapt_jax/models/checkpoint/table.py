@@ -98,12 +98,12 @@ class Report:
 
     Attributes:
       loaded: paths of the parameters that the checkpoint filled.
-      initialised: paths of those that it lacked, which have new values.
+      initialized: paths of those that it lacked, which have new values.
       ignored: names in the checkpoint that are rightly no parameter.
     """
 
     loaded: tuple[str, ...]
-    initialised: tuple[str, ...]
+    initialized: tuple[str, ...]
     ignored: tuple[str, ...]
 
 

@@ -46,7 +46,7 @@ class Cache(NamedTuple):
     good_until: Array | None = None
 
 
-def open_cache(batch: int, slots: int) -> Cache:
+def init_cache(batch: int, slots: int) -> Cache:
     """An empty cache; the model allocates keys and values in its own dtype at the first call.
 
     Args:
@@ -260,7 +260,7 @@ class Decoder(nnx.Module):
             are packed in one row; a token sees its own alone.
           positions: place of each token in its sequence, ``[B, T]``; counted from ``mask`` and
             ``segment_ids`` if not given.
-          cache: keys and values of the tokens before these, from `open_cache` or an earlier call.
+          cache: keys and values of the tokens before these, from `init_cache` or an earlier call.
 
         Returns:
           Logits ``[B, T, V]`` in float32; with a cache, those of the last place alone,
