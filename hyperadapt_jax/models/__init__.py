@@ -11,6 +11,7 @@ from hyperadapt_jax.models.auto import (
     load_config,
     load_functional,
     logical_axes,
+    matrices,
     targets,
     tensors,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "load_config",
     "load_functional",
     "logical_axes",
+    "matrices",
     "read_config",
     "targets",
     "tensors",

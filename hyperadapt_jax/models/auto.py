@@ -441,6 +441,34 @@ def logical_axes(config: Config) -> dict[str, str]:
     return {tensor.path: tensor.axes for tensor in tensors(config)}
 
 
+def matrices(config: Config) -> dict[str, str]:
+    """Returns the roles of the axes of every matrix among a model's parameters.
+
+    Projections and embeddings are matrices, norms and biases are not. The matrices of the layers,
+    with a ``stack`` axis, are those that presets choose from and that Muon is meant for; the
+    embeddings, whose rows are the inputs, and the head are usually left to Adam.
+
+    Args:
+      config: the architecture.
+
+    Returns:
+      By the parameter's path, the role of each axis as `hyperadapt_jax.plan` takes them.
+
+    >>> from hyperadapt_jax import models
+    >>> config = models.config_from_dict(dict(model_type="phi3", vocab_size=9, hidden_size=8,
+    ...     intermediate_size=16, num_hidden_layers=2, num_attention_heads=2))
+    >>> roles = models.matrices(config)
+    >>> roles["layers/qkv/kernel"], roles["embed/embedding"], "norm/scale" in roles
+    ('stack in out', 'in out', False)
+    """
+    found = {}
+    for path, axes in logical_axes(config).items():
+        stacked = axes.startswith("layers ")
+        if len(axes.split()) == 2 + stacked:
+            found[path] = "stack in out" if stacked else "in out"
+    return found
+
+
 def targets(model: Model | Config, preset: str) -> tuple[tuple[str, str], ...]:
     """The weights that a preset adapts, as ``(pattern, axes)`` pairs.
 
@@ -464,12 +492,10 @@ def targets(model: Model | Config, preset: str) -> tuple[tuple[str, str], ...]:
     """
     if preset not in PRESETS:
         raise ValueError(f"preset {preset!r}: expected one of {', '.join(PRESETS)}")
-    config = getattr(model, "config", model)
+    config = model if isinstance(model, Config) else model.config
     wanted, names = PRESETS[preset], []
-    for path, axes in logical_axes(config).items():
-        # The matrices of the layers: their biases and norms have an axis less.
-        if axes.startswith("layers ") and len(axes.split()) == 3:
-            name = path.split("/")[-2]
-            if wanted is None or wanted & _FUSED.get(name, {name}):
-                names.append(name)
+    for path, roles in matrices(config).items():
+        name = path.split("/")[-2]
+        if roles == "stack in out" and (wanted is None or wanted & _FUSED.get(name, {name})):
+            names.append(name)
     return ((f".*/({'|'.join(names)})/kernel", "stack in out"),)

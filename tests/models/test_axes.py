@@ -64,11 +64,20 @@ def test_the_matrices_of_the_layers_are_the_targets_of_all_linear(name: str) -> 
     config = models.config_from_dict(cases.CASES[name].config)
     _, params = models.functional(models.abstract(config))
     plan = ha.plan(params, *models.targets(config, "all-linear"))
+    stacked = {p: roles for p, roles in models.matrices(config).items() if "stack" in roles}
+    assert {weight.path: weight.axes for weight in plan.weights} == stacked
     axes = models.logical_axes(config)
-    for weight in plan.weights:
-        stack, inputs, outputs = axes[weight.path].split()
-        assert weight.axes == "stack in out" and stack == "layers"
-        assert "embed" in (inputs, outputs)
-    left = axes.keys() - {weight.path for weight in plan.weights}
-    layers = [path for path in left if path.startswith("layers/")]
-    assert all(len(axes[path].split()) == 2 for path in layers)  # biases and norms
+    for path in stacked:
+        layers, inputs, outputs = axes[path].split()
+        assert layers == "layers" and "embed" in (inputs, outputs)
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_kernels_and_embeddings_are_the_matrices(name: str) -> None:
+    for config in variants(name):
+        params = paths.arrays(models.functional(models.abstract(config))[1])
+        found = models.matrices(config)
+        assert set(found) == {p for p in params if p.endswith(("/kernel", "/embedding"))}
+        for path, roles in found.items():
+            assert len(roles.split()) == params[path].ndim
+            assert ("stack" in roles) == path.startswith("layers/")
