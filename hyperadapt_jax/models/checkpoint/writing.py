@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from hyperadapt_jax.models.checkpoint.hub import (
     INDEX,
-    SINGLE,
     companions,
     expand_home,
     is_companion_folder,
@@ -277,26 +277,25 @@ class _File:
 
 def _files(entries: Mapping[str, tuple[tuple[int, ...], np.dtype]], limit: int) -> list[_File]:
     """Distribute tensors over files of at most `limit` bytes, in their order."""
-    groups: list[list[str]] = []
-    free = 0
+    room = limit - 256  # for the rest of a header
+    need: dict[str, int] = {}
     for name, (shape, dtype) in entries.items():
-        # A header's line holds name, dtype, sizes and two offsets; 256 bytes are for the rest.
+        # A header's line holds name, dtype, sizes and two offsets.
         line = len(json.dumps(name)) + 21 * (len(shape) + 2) + 64
-        need = math.prod(shape) * dtype.itemsize + line
-        if need > limit - 256:
+        need[name] = math.prod(shape) * dtype.itemsize + line
+        if need[name] > room:
             raise ValueError(
-                f"max_shard_size is {limit} bytes, but {name} alone takes {need + 256}"
+                f"max_shard_size is {limit} bytes, but {name} alone takes {need[name] + 256}"
             )
-        if need > free:
-            groups.append([])
-            free = limit - 256
-        groups[-1].append(name)
-        free -= need
-    total = len(groups)
-    names = [f"model-{i:05}-of-{total:05}.safetensors" for i in range(1, total + 1)]
+    split = huggingface_hub.split_state_dict_into_shards_factory(
+        need,
+        get_storage_size=lambda size: size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=room,
+    )
     return [
-        _file(name, {key: entries[key] for key in group})
-        for name, group in zip(names if total > 1 else [SINGLE], groups, strict=True)
+        _file(file, {name: entries[name] for name in names})
+        for file, names in split.filename_to_tensors.items()
     ]
 
 
