@@ -15,6 +15,7 @@ from hyperadapt_jax.models.auto import (
     targets,
     tensors,
 )
+from hyperadapt_jax.models.checkpoint.reading import Checkpoint
 from hyperadapt_jax.models.checkpoint.table import CheckpointError, Report, Tensor
 from hyperadapt_jax.models.decoder.config import DecoderConfig
 from hyperadapt_jax.models.decoder.model import Cache, Decoder, init_cache
@@ -26,6 +27,7 @@ from hyperadapt_jax.models.rope import Rope
 
 __all__ = [
     "Cache",
+    "Checkpoint",
     "CheckpointError",
     "Config",
     "Decoder",

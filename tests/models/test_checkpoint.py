@@ -209,6 +209,33 @@ def test_optional_tensors_are_read_or_initialized_and_reported(tmp_path):
     np.testing.assert_array_equal(tree["head"], head.T)
 
 
+def test_single_parameters_are_those_of_a_whole_load(tmp_path, monkeypatch):
+    """Each of them in a dtype of its own, and each file's header read once for all of them."""
+    folder = write(tmp_path, stored("bfloat16"), shards=2)
+    whole = leaves(reading.load(folder, TABLE, tree_of(), progress=False)[0])
+    headers = []
+    read = reading._read_headers
+    monkeypatch.setattr(reading, "_read_headers", lambda f: headers.append(f) or read(f))
+    checkpoint = models.Checkpoint(folder)
+    for row in TABLE:
+        for dtype in ("float32", "bfloat16"):
+            one = checkpoint.read(row, jax.ShapeDtypeStruct(SHAPES[row.path], dtype))
+            assert one.dtype == dtype
+            np.testing.assert_array_equal(one, whole[row.path])
+    assert headers == [folder]
+
+
+def test_a_single_parameter_that_is_not_there_is_an_error(tmp_path):
+    checkpoint = models.Checkpoint(write(tmp_path, stored()))
+    like = jax.ShapeDtypeStruct((8, 4), "float32")
+    with pytest.raises(CheckpointError, match=r"lacks head\.weight"):
+        checkpoint.read(HEAD[-1], like)
+    with pytest.raises(CheckpointError, match=r"lacks model\.layers\.3\.up\.bias"):
+        checkpoint.read(TABLE[2], jax.ShapeDtypeStruct((4, 16), "float32"))
+    with pytest.raises(CheckpointError, match=r"has shape \(9, 8\).* \(8, 4\)"):
+        checkpoint.read(TABLE[0], like)
+
+
 def test_an_initial_value_is_checked_and_must_be_given(tmp_path):
     write(tmp_path, stored())
     abstract = tree_of(head=(8, 2))

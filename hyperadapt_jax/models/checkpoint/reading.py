@@ -106,6 +106,39 @@ class Checkpoint:
         """
         return _same(self.tensors[one], self.tensors[other])
 
+    def read(self, tensor: Tensor, like: jax.ShapeDtypeStruct | Array) -> Array:
+        """Reads one parameter, on the default device; the other tensors are not looked at.
+
+        Args:
+          tensor: its row of the model's table.
+          like: its shape, and the dtype to give it.
+
+        Returns:
+          The parameter, its layers stacked.
+
+        Raises:
+          CheckpointError: a tensor of it is missing or misshapen, or a file cannot be read.
+
+        >>> import tempfile
+        >>> from hyperadapt_jax import models
+        >>> config = models.config_from_dict(dict(model_type="qwen3", vocab_size=9, hidden_size=8,
+        ...     intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, head_dim=4))
+        >>> table = {tensor.path: tensor for tensor in models.tensors(config)}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = models.export(folder, models.create(config))
+        ...     checkpoint = models.Checkpoint(Path(folder))
+        ...     like = jax.ShapeDtypeStruct((2, 8, 16), "bfloat16")
+        ...     checkpoint.read(table["layers/up/kernel"], like).dtype
+        dtype(bfloat16)
+        """
+        shape, leaves = tuple(like.shape), {tensor.path: like}
+        chosen, missing = choose([tensor], leaves, self)
+        if missing or not chosen:
+            raise CheckpointError(f"{self.folder} lacks {first_few(missing or [tensor.name])}")
+        _check_stored(tensor, chosen[tensor.path], shape)
+        with without_mesh():
+            return _assemble(tensor, chosen[tensor.path], shape, like.dtype, None, lambda _: None)
+
 
 def load(
     folder: str | os.PathLike[str] | Checkpoint,
@@ -334,19 +367,24 @@ def _check(
             "Does config.json belong to these weights?"
         )
     for tensor in tensors:
-        expected = shape_in_file(tensor, leaves[tensor.path].shape)
-        for part in chosen.get(tensor.path, ()):
-            if part.shape != expected:
-                raise CheckpointError(
-                    f"{part.file}: {part.name} has shape {part.shape}, but the model's "
-                    f"configuration asks for {expected}"
-                )
-            if part.dtype not in _ITEMSIZE:
-                raise CheckpointError(
-                    f"{part.file}: {part.name} has dtype {part.dtype}; only "
-                    f"{', '.join(_ITEMSIZE)} are read: give an unquantized checkpoint"
-                )
+        _check_stored(tensor, chosen.get(tensor.path, ()), leaves[tensor.path].shape)
     return skipped
+
+
+def _check_stored(tensor: Tensor, parts: Sequence[Stored], shape: Sequence[int]) -> None:
+    """Raises where the stored tensors cannot fill a parameter of this shape."""
+    expected = shape_in_file(tensor, shape)
+    for part in parts:
+        if part.shape != expected:
+            raise CheckpointError(
+                f"{part.file}: {part.name} has shape {part.shape}, but the model's "
+                f"configuration asks for {expected}"
+            )
+        if part.dtype not in _ITEMSIZE:
+            raise CheckpointError(
+                f"{part.file}: {part.name} has dtype {part.dtype}; only "
+                f"{', '.join(_ITEMSIZE)} are read: give an unquantized checkpoint"
+            )
 
 
 def _sharding(
