@@ -341,7 +341,8 @@ def export(
       ValueError: ``params`` are not the model's, or ``dtype`` is no dtype of weights.
     """
     config = model.config
-    raw, carried = config_to_dict(config), ()
+    raw: dict[str, Any] = config_to_dict(config)
+    carried: tuple[str, ...] = ()
     if source is not None:
         source = hub.resolve(source)
         checkpoint = Checkpoint(source)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from hyperadapt_jax.models.decoder.model import Cache, init_cache
 from hyperadapt_jax.models.layers import check_range
@@ -37,9 +38,9 @@ class Sampling:
         all, which saves sorting the vocabulary.
     """
 
-    temperature: Array | float = 1.0
+    temperature: ArrayLike = 1.0
     top_k: int | None = None
-    top_p: Array | float | None = None
+    top_p: ArrayLike | None = None
 
 
 def generate(
@@ -98,13 +99,13 @@ def generate(
         raise ValueError(f"top_p={top_p}: expected a number in (0, 1]")
     if len(prompts) == 0:
         return []
-    prompts = [_prompt(number, prompt) for number, prompt in enumerate(prompts)]
-    tokens, mask = _pad_left(prompts)
+    rows = [_prompt(number, prompt) for number, prompt in enumerate(prompts)]
+    tokens, mask = _pad_left(rows)
     slots = _bucket(max_new_tokens)
     prefill = _prefill.trace(fn, trees, tokens, mask, slots=tokens.shape[1] + slots)
     vocabulary = prefill.out_info[0].shape[-1]
-    for number, prompt in enumerate(prompts):
-        check_range(f"prompts[{number}]", prompt, vocabulary)
+    for number, row in enumerate(rows):
+        check_range(f"prompts[{number}]", row, vocabulary)
     sampling = None
     if temperature > 0.0:
         sampling = Sampling(
@@ -163,6 +164,9 @@ def decode(
     Returns:
       The new tokens ``[B, M]``, zero after a row's end, and how many each row has, ``[B]``. A row
       ends with -1 where its logits are not finite.
+
+    Raises:
+      ValueError: there is no key to sample with.
     """
     batch, length = tokens.shape
     limit = jnp.asarray(slots if limit is None else limit, jnp.int32)
@@ -172,6 +176,8 @@ def decode(
         logits = logits[:, -1]
         if sampling is None:
             token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        elif rng is None:
+            raise ValueError("rng: sampling draws by a key; pass one")
         else:
             token = _draw(logits, sampling, jax.random.fold_in(rng, step))
         # Minus infinity forbids a token; NaN and infinity forbid a choice.
@@ -288,12 +294,12 @@ def _prompt(number: int, prompt: Sequence[int]) -> np.ndarray:
     return tokens
 
 
-def _pad_left(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+def _pad_left(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Tokens ``[B, T]`` that all end at the last place, and where they are."""
     length = _bucket(max(len(prompt) for prompt in prompts))
     tokens = np.zeros((len(prompts), length), np.int32)
     mask = np.zeros((len(prompts), length), bool)
     for row, prompt in enumerate(prompts):
-        tokens[row, length - len(prompt) :] = np.asarray(prompt, np.int32)
+        tokens[row, length - len(prompt) :] = prompt
         mask[row, length - len(prompt) :] = True
     return tokens, mask

@@ -198,7 +198,7 @@ def check_attention(implementation: str | None, dtype: jnp.dtype, head_dim: int)
         ) from error
 
 
-def check_range(name: str, numbers: Array, size: int) -> None:
+def check_range(name: str, numbers: Array | np.ndarray, size: int) -> None:
     """Refuse numbers outside a table, where they are known: not under ``jit``.
 
     Args:
@@ -211,8 +211,8 @@ def check_range(name: str, numbers: Array, size: int) -> None:
     """
     if isinstance(numbers, jax.core.Tracer) or not getattr(numbers, "is_fully_addressable", True):
         return
-    numbers = np.asarray(numbers)
-    outside = numbers[(numbers < 0) | (numbers >= size)]
+    known = np.asarray(numbers)
+    outside = known[(known < 0) | (known >= size)]
     if outside.size:
         raise ValueError(f"{name}: {outside[0]} is outside the table, which has {size} rows")
 

@@ -90,7 +90,7 @@ def resolve(
         found = huggingface_hub.snapshot_download(
             name,
             revision=revision,
-            cache_dir=cache_dir,
+            cache_dir=None if cache_dir is None else Path(cache_dir),
             allow_patterns=[*_WANTED, *_COMPANIONS],
             ignore_patterns=[*_UNWANTED],
         )

@@ -193,9 +193,7 @@ def load(
     leaves = dict(zip(paths, values, strict=True))
     check_table(tensors, leaves)
     shardings = {path: _sharding(path, tuple(x.shape), mesh, rules) for path, x in leaves.items()}
-    checkpoint = folder
-    if not isinstance(checkpoint, Checkpoint):
-        checkpoint = Checkpoint(expand_home(folder))
+    checkpoint = folder if isinstance(folder, Checkpoint) else Checkpoint(expand_home(folder))
     chosen, missing = choose([t for t in tensors if t.path not in renewed], leaves, checkpoint)
     new = [tensor.path for tensor in tensors if tensor.path not in chosen]
     skipped = _check(checkpoint, tensors, leaves, chosen, missing, ignored)
@@ -216,6 +214,7 @@ def load(
                         tensor, chosen[tensor.path], shape, dtype, sharding, bar.update
                     )
                 continue
+            assert initial is not None  # as checked above
             value = jnp.asarray(initial(tensor.path), dtype)
             if value.shape != shape:
                 raise ValueError(f"initial value of {tensor.path}: {value.shape}, expected {shape}")
@@ -267,11 +266,9 @@ def _read_headers(folder: Path) -> dict[str, Stored]:
                     raise CheckpointError(f"{file} holds {key}, which {INDEX} does not place there")
                 view = reader.get_slice(key)
                 found[key] = Stored(key, file, tuple(view.get_shape()), str(view.get_dtype()))
-    for key in weight_map or ():
+    for key, name in (weight_map or {}).items():
         if key not in found:
-            raise CheckpointError(
-                f"{folder / weight_map[key]} lacks {key}, which {INDEX} places there"
-            )
+            raise CheckpointError(f"{folder / name} lacks {key}, which {INDEX} places there")
     return found
 
 
@@ -426,13 +423,14 @@ def _assemble(
         shards[tuple((0, size) for size in shape)] = [None]
     else:
         for device, index in sharding.addressable_devices_indices_map(shape).items():
-            key = tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
+            key = tuple(s.indices(size)[:2] for s, size in zip(index or (), shape, strict=True))
             shards.setdefault(key, []).append(device)
 
     local = shape if sharding is None else sharding.shard_shape(shape)
     small = math.prod(local) * jnp.dtype(dtype).itemsize <= _SMALL
     used = jnp.zeros(()).devices() if sharding is None else sharding.device_set
     by_host = small or on_host(used)
+    buffers: dict[tuple[tuple[int, int], ...], list[Any]]
     if by_host:
         buffers = {key: [_empty(local, dtype)] for key in shards}
     else:
@@ -446,11 +444,11 @@ def _assemble(
         with open_file(part.file) as reader:
             view = reader.get_slice(part.name)
             for key, devices in shards.items():
-                stack, index = key[: tensor.stacked], key[tensor.stacked :]
+                stack, inner = key[: tensor.stacked], key[tensor.stacked :]
                 if not all(start <= layer < stop for start, stop in stack):
                     continue
                 prefix = tuple(layer - start for start, _ in stack)
-                for start, block in _blocks(view, index[::turn], part.itemsize):
+                for start, block in _blocks(view, inner[::turn], part.itemsize):
                     start = (*prefix, *start[::turn])
                     if by_host:
                         block = transposed(block) if tensor.transpose else block

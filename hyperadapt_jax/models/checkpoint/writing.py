@@ -125,21 +125,21 @@ def export(
         shape = shape_in_file(tensor, leaves[tensor.path].shape)
         entries[names[tensor.path][layer]] = (shape, dtypes[tensor.path])
     codes = {code: name for name, code in _CODES.items()}
-    for name in carried:
-        stored = checkpoint.tensors[name]
+    others = {} if checkpoint is None else {name: checkpoint.tensors[name] for name in carried}
+    for name, stored in others.items():
         if stored.dtype not in codes:
             raise CheckpointError(f"{stored.file}: {name} has dtype {stored.dtype}")
         entries[name] = (stored.shape, jnp.dtype(dtype or codes[stored.dtype]))
-    along = [] if source is None else companions(source)
+    copied = {} if source is None else {name: source / name for name in companions(source)}
     files = _files(entries, limit)
     file_of = {name: file for file in files for name in file.offsets}
     size = {name: math.prod(shape) * each.itemsize for name, (shape, each) in entries.items()}
 
     with _new_folder(folder, overwrite) as partial:
         _write_json(partial / "config.json", _with_dtype(config, entries, size))
-        for name in along:
+        for name, original in copied.items():
             (partial / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(source / name, partial / name)
+            shutil.copyfile(original, partial / name)
         if len(files) > 1:
             weight_map = {name: file_of[name].name for name in entries}
             index = {"metadata": {"total_size": sum(size.values())}, "weight_map": weight_map}
@@ -176,16 +176,16 @@ def export(
                     )
                     write(name, data)
                 del array
-            for name in carried:
-                with open_file(checkpoint.tensors[name].file) as reader:
+            for name, stored in others.items():
+                with open_file(stored.file) as reader:
                     write(name, reader.get_tensor(name))
     return folder
 
 
 def _order(tensors: Sequence[Tensor], leaves: Mapping[str, Any]) -> Iterator[tuple[Tensor, int]]:
     """The order of a checkpoint: the rows of the table, with all rows of a layer together."""
-    for _, run in itertools.groupby(tensors, key=lambda tensor: tensor.stacked):
-        run = list(run)
+    for _, group in itertools.groupby(tensors, key=lambda tensor: tensor.stacked):
+        run = list(group)
         layers = {tensor.path: layers_of(tensor, leaves[tensor.path].shape) for tensor in run}
         for layer in range(max(map(len, layers.values()))):
             yield from ((tensor, layer) for tensor in run if layer in layers[tensor.path])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,9 @@ from hyperadapt_jax.models.layers import (
 from hyperadapt_jax.models.rope import apply_rope, rope_tables
 
 Array = jax.Array
+
+# The cache's keys and values, ``[L, B, S, K, H]`` each, or None without a cache.
+KV = TypeVar("KV", tuple[Array, Array], None)
 
 BLOCK = 128  # queries that meet a cache at once: the memory of their scores is linear in the keys
 
@@ -67,7 +70,7 @@ def init_cache(batch: int, slots: int) -> Cache:
 class _Tokens(NamedTuple):
     """What an attention mask is made of."""
 
-    index: Array  # [T], order in the row
+    order: Array  # [T], place in the row
     groups: tuple[Array, ...]  # [B, T] each: a token sees those that equal it in all of them
 
 
@@ -76,9 +79,8 @@ class _AttentionInputs(NamedTuple):
 
     cos: Array
     sin: Array
-    queries: _Tokens | None = None  # None where the mask is causal alone
-    keys: _Tokens | None = None
-    write_at: Array | None = None  # slot of the first new token
+    tokens: tuple[_Tokens, _Tokens] | None = None  # queries, keys; None where causal alone
+    write_at: Array | int = 0  # slot of the first new token
     fresh: bool = False  # the cache was empty: the new keys are all there are
 
 
@@ -97,7 +99,7 @@ class Layer(nnx.Module):
         self.config = config
         self.attention = attention
         queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        shared = {"stack": stack, "param_dtype": param_dtype}
+        shared: dict[str, Any] = {"stack": stack, "param_dtype": param_dtype}
 
         def linear(inputs: int, outputs: int, bias: bool) -> Linear:
             return Linear(inputs, outputs, bias=bias, rngs=rngs, **shared)
@@ -127,8 +129,8 @@ class Layer(nnx.Module):
         context: _AttentionInputs,
         window: Array | int | None,
         index: Array,
-        kv: tuple[Array, Array] | None,
-    ) -> tuple[Array, tuple[Array, Array] | None]:
+        kv: KV,
+    ) -> tuple[Array, KV]:
         """Apply the layer.
 
         Args:
@@ -148,29 +150,27 @@ class Layer(nnx.Module):
         if kv is not None:
             zero = jnp.zeros((), jnp.int32)
             at = (index, zero, context.write_at, zero, zero)
-            kv = tuple(
-                jax.lax.dynamic_update_slice(old, new[None], at)
-                for old, new in zip(kv, (k, v), strict=True)
-            )
+            keys = jax.lax.dynamic_update_slice(kv[0], k[None], at)
+            values = jax.lax.dynamic_update_slice(kv[1], v[None], at)
+            kv = keys, values
             if not context.fresh:
                 k, v = (jax.lax.dynamic_index_in_dim(a, index, keepdims=False) for a in kv)
         # Flash kernels have nothing to save where one query meets a cache.
         alone = kv is not None and q.shape[1] == 1
         implementation = None if alone else self.attention
-
-        def attention(q: Array, queries: _Tokens) -> Array:
-            mask = _visible(queries, context.keys, window)
-            return attend(q, k, v, mask=mask, implementation=implementation)
-
-        if context.queries is None:
+        if context.tokens is None:
             local = None if window is None else (window - 1, 0)
             y = attend(
                 q, k, v, is_causal=True, local_window_size=local, implementation=implementation
             )
-        elif kv is None:
-            y = attention(q, context.queries)
         else:
-            y = _in_blocks(attention, q, context.queries)
+            queries, seen = context.tokens
+
+            def attention(q: Array, queries: _Tokens) -> Array:
+                mask = _visible(queries, seen, window)
+                return attend(q, k, v, mask=mask, implementation=implementation)
+
+            y = attention(q, queries) if kv is None else _in_blocks(attention, q, queries)
         x = x + self.o(y.reshape(*y.shape[:2], -1))
         y = self.mlp_norm(x)
         if config.fused:
@@ -231,7 +231,9 @@ class Decoder(nnx.Module):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.remat = remat
-        shared = {"param_dtype": jnp.dtype(dtype if param_dtype is None else param_dtype)}
+        shared: dict[str, Any] = {
+            "param_dtype": jnp.dtype(dtype if param_dtype is None else param_dtype)
+        }
         self.embed = Embedding(config.vocab_size, config.embed_dim, rngs=rngs, **shared)
         self.layers = Layer(
             config, stack=(config.num_layers,), attention=attention, rngs=rngs, **shared
@@ -286,19 +288,15 @@ class Decoder(nnx.Module):
             raise ValueError("segment_ids: packed sequences cannot be continued from a cache")
         if cache.valid.shape[0] != tokens.shape[0] or cache.valid.shape[1] < tokens.shape[1]:
             raise ValueError(f"cache: {cache.valid.shape} slots do not hold tokens {tokens.shape}")
-        cache, context = self._extend(tokens, mask, positions, cache)
-        x, (keys, values) = self._run(
-            self.embed(tokens, self.dtype), context, (cache.keys, cache.values)
-        )
+        cache, kv, context = self._extend(tokens, mask, positions, cache)
+        x, (keys, values) = self._run(self.embed(tokens, self.dtype), context, kv)
         return self._logits(x[:, -1:]), cache._replace(keys=keys, values=values)
 
     def _logits(self, x: Array) -> Array:
         x = self.norm(x)
         return self.embed.attend(x) if self.config.tie_embeddings else self.head(x, precise=True)
 
-    def _run(
-        self, x: Array, context: _AttentionInputs, kv: tuple[Array, Array] | None
-    ) -> tuple[Array, tuple[Array, Array] | None]:
+    def _run(self, x: Array, context: _AttentionInputs, kv: KV) -> tuple[Array, KV]:
         """Scan the layers over the stream ``x: [B, T, D]``."""
         graph, params = nnx.split(self.layers)
         windows = self.config.windows
@@ -308,7 +306,7 @@ class Decoder(nnx.Module):
             unlimited = jnp.iinfo(jnp.int32).max
             mixed = jnp.asarray([unlimited if w is None else w for w in windows], jnp.int32)
 
-        def layer(carry, slices):
+        def layer(carry: tuple[Array, KV], slices: Any) -> tuple[tuple[Array, KV], None]:
             x, kv = carry
             params, index, window = slices
             window = shared if window is None else window
@@ -335,11 +333,11 @@ class Decoder(nnx.Module):
         # Padding sees padding, so that no row of the softmax is empty.
         groups = (segment_ids, None if mask is None else mask.astype(bool))
         seen = _Tokens(index, tuple(group for group in groups if group is not None))
-        return _AttentionInputs(*tables, queries=seen, keys=seen)
+        return _AttentionInputs(*tables, tokens=(seen, seen))
 
     def _extend(
         self, tokens: Array, mask: Array | None, positions: Array | None, cache: Cache
-    ) -> tuple[Cache, _AttentionInputs]:
+    ) -> tuple[Cache, tuple[Array, Array], _AttentionInputs]:
         config = self.config
         batch, length = tokens.shape
         slots = cache.valid.shape[1]
@@ -349,28 +347,29 @@ class Decoder(nnx.Module):
             positions = before + jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
         valid = jax.lax.dynamic_update_slice_in_dim(cache.valid, mask, cache.length, axis=1)
         queries = _Tokens(cache.length + jnp.arange(length, dtype=jnp.int32), (mask,))
-        fresh = cache.keys is None
+        keys, values = cache.keys, cache.values
+        fresh = keys is None or values is None
+        seen = queries if fresh else _Tokens(jnp.arange(slots, dtype=jnp.int32), (valid,))
         context = _AttentionInputs(
             *rope_tables(config.rope, config.head_dim, positions),
-            queries=queries,
-            keys=queries if fresh else _Tokens(jnp.arange(slots, dtype=jnp.int32), (valid,)),
+            tokens=(queries, seen),
             write_at=cache.length,
             fresh=fresh,
         )
-        if fresh:
-            empty = jnp.zeros(
+        if keys is None or values is None:
+            keys = values = jnp.zeros(
                 (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim), self.dtype
             )
-            cache = cache._replace(keys=empty, values=empty)
             if config.rope.recomputes:
                 original = jnp.asarray(config.rope.original_length, jnp.int32)
                 cache = cache._replace(good_until=original)
-        return cache._replace(valid=valid, length=cache.length + length), context
+        cache = cache._replace(valid=valid, length=cache.length + length)
+        return cache, (keys, values), context
 
 
 def _visible(queries: _Tokens, keys: _Tokens, window: Array | int | None) -> Array:
     """The attention mask: True where a query sees a key, ``[B or 1, 1, T, S]``."""
-    distance = queries.index[:, None] - keys.index
+    distance = queries.order[:, None] - keys.order
     visible = distance >= 0
     if window is not None:
         visible = visible & (distance < window)
@@ -387,13 +386,13 @@ def _in_blocks(attention: Callable[[Array, _Tokens], Array], q: Array, queries: 
         return attention(q, queries)
     blocks = -(-length // BLOCK)
 
-    def cut(x: Array, axis: int) -> Array:
+    def split(x: Array, axis: int) -> Array:
         x = jnp.pad(x, [(0, (blocks * BLOCK - length) * (i == axis)) for i in range(x.ndim)])
         x = x.reshape(*x.shape[:axis], blocks, BLOCK, *x.shape[axis + 1 :])
         return jnp.moveaxis(x, axis, 0)
 
-    groups = tuple(cut(group, 1) for group in queries.groups)
-    xs = cut(q, 1), _Tokens(cut(queries.index, 0), groups)
+    groups = tuple(split(group, 1) for group in queries.groups)
+    xs = split(q, 1), _Tokens(split(queries.order, 0), groups)
     y = jax.lax.map(lambda block: attention(*block), xs)
     return jnp.moveaxis(y, 0, 1).reshape(batch, blocks * BLOCK, *q.shape[2:])[:, :length]
 

@@ -75,5 +75,6 @@ def as_stored(config: DecoderConfig, checkpoint: Checkpoint) -> DecoderConfig:
     if not config.tie_embeddings or HEAD not in checkpoint.tensors:
         return config
     (embedding,) = (tensor for tensor in tensors(config) if tensor.path == "embed/embedding")
-    name = checkpoint.name_of(embedding)
-    return dataclasses.replace(config, tie_embeddings=name == HEAD or checkpoint.equal(HEAD, name))
+    name = checkpoint.name_of(embedding) or HEAD
+    tied = name == HEAD or checkpoint.equal(HEAD, name)
+    return dataclasses.replace(config, tie_embeddings=tied)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ class Embeddings(nnx.Module):
 
     def __init__(self, config: EncoderConfig, *, param_dtype: jnp.dtype, rngs: nnx.Rngs):
         self.config = config
-        shared = {"param_dtype": param_dtype, "rngs": rngs}
+        shared: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
         self.words = Embedding(config.vocab_size, config.embed_dim, **shared)
         self.positions = Embedding(config.num_positions, config.embed_dim, **shared)
         if config.num_token_types:
@@ -84,7 +84,7 @@ class Layer(nnx.Module):
     ):
         self.config = config
         self.attention = attention
-        shared = {"stack": stack, "param_dtype": param_dtype}
+        shared: dict[str, Any] = {"stack": stack, "param_dtype": param_dtype}
         width, hidden = config.embed_dim, config.mlp_dim
         self.q = Linear(width, width, rngs=rngs, **shared)
         self.k = Linear(width, width, rngs=rngs, **shared)
@@ -119,12 +119,14 @@ class Layer(nnx.Module):
 class Classifier(nnx.Module):
     """The head: a projection of the pooler's output, or of a hidden layer of its own."""
 
-    def __init__(self, config: EncoderConfig, *, param_dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, config: EncoderConfig, outputs: int, *, param_dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
         self.config = config
-        shared = {"param_dtype": param_dtype, "rngs": rngs}
+        shared: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
         if config.head != "pooled":
             self.dense = Linear(config.embed_dim, config.embed_dim, **shared)
-        self.out = Linear(config.embed_dim, config.num_labels, **shared)
+        self.out = Linear(config.embed_dim, outputs, **shared)
 
     def __call__(self, x: Array, rng: Array | None) -> Array:
         before, between = (None, None) if rng is None else jax.random.split(rng)
@@ -172,7 +174,7 @@ class Encoder(nnx.Module):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.remat = remat
-        shared = {
+        shared: dict[str, Any] = {
             "param_dtype": jnp.dtype(dtype if param_dtype is None else param_dtype),
             "rngs": rngs,
         }
@@ -181,7 +183,7 @@ class Encoder(nnx.Module):
         if config.pooler:
             self.pooler = Linear(config.embed_dim, config.embed_dim, **shared)
         if config.num_labels is not None:
-            self.classifier = Classifier(config, **shared)
+            self.classifier = Classifier(config, config.num_labels, **shared)
 
     def __call__(
         self,
@@ -252,7 +254,7 @@ class Encoder(nnx.Module):
         """Scan the layers over the stream ``x: [B, T, D]``."""
         graph, params = nnx.split(self.layers)
 
-        def layer(x, slices):
+        def layer(x: Array, slices: Any) -> tuple[Array, None]:
             params, rng = slices
             return nnx.merge(graph, params)(x, mask, rng), None
 
