@@ -1,4 +1,4 @@
-"""From a configuration to a model, from a model to a function and its tree, and what to adapt."""
+"""Models from configurations and folders, as functions of their parameters, and what to adapt."""
 
 from __future__ import annotations
 
@@ -38,16 +38,13 @@ _FUSED = {"qkv": frozenset({"q", "k", "v"}), "gate_up": frozenset({"gate", "up"}
 
 
 def create(config: Config, *, seed: int = 0, **options: Any) -> Model:
-    """Make a newly initialized model.
+    """Makes a model with new random parameters.
 
     Args:
       config: the architecture.
       seed: of the initial parameters.
       **options: ``dtype``, ``param_dtype``, ``remat``, ``attention``, as `Decoder` and `Encoder`
         take them.
-
-    Returns:
-      The model.
 
     Raises:
       ValueError: an option has an unknown value.
@@ -56,7 +53,7 @@ def create(config: Config, *, seed: int = 0, **options: Any) -> Model:
 
 
 def abstract(config: Config, **options: Any) -> Model:
-    """Make a model whose parameters are shapes and dtypes alone, so that nothing is allocated.
+    """Makes a model whose parameters are shapes and dtypes alone, so that nothing is allocated.
 
     Args:
       config: the architecture.
@@ -79,12 +76,12 @@ class Function:
     graph: nnx.GraphDef
 
     def __call__(self, params: Params, *args: Any, **kwargs: Any) -> Any:
-        """Apply the model with the given tree of parameters."""
+        """Applies the model with the given tree of parameters."""
         return nnx.merge(self.graph, params)(*args, **kwargs)
 
 
 def functional(model: Model) -> tuple[Function, Params]:
-    """Split a model into a pure function and its tree of parameters.
+    """Splits a model into a pure function and its tree of parameters.
 
     Args:
       model: a model, abstract or not.
@@ -107,15 +104,12 @@ def functional(model: Model) -> tuple[Function, Params]:
 
 
 def from_params(config: Config, params: Params, **options: Any) -> Model:
-    """Make a model of given parameters.
+    """Makes a model from its parameters.
 
     Args:
       config: the architecture.
       params: a nested dict as `functional` returns it; the arrays are not copied.
       **options: as for `create`.
-
-    Returns:
-      The model.
 
     Raises:
       ValueError: a parameter is missing, extra or misshapen.
@@ -156,7 +150,7 @@ def load(
     progress: bool = True,
     **options: Any,
 ) -> Model:
-    """Load a model from a Hugging Face folder.
+    """Loads a model from a Hugging Face folder.
 
     Args:
       path_or_name: a folder, or a repository of the hub such as ``Qwen/Qwen2.5-0.5B``.
@@ -208,7 +202,7 @@ def load_functional(
     progress: bool = True,
     **options: Any,
 ) -> tuple[Function, Params, Report]:
-    """Load a model from a Hugging Face folder as a pure function and its tree of parameters.
+    """Loads a model from a Hugging Face folder as a pure function and its tree of parameters.
 
     Args:
       path_or_name: as for `load`.
@@ -242,7 +236,7 @@ def load_functional(
     if num_labels is not None:
         if not isinstance(config, EncoderConfig) or num_labels < 1:
             raise ValueError(
-                f"num_labels={num_labels}: expected a positive number, and an encoder; "
+                f"num_labels={num_labels}: expected a positive number and an encoder; "
                 f"{folder} is {config.family}"
             )
         config = dataclasses.replace(config, num_labels=num_labels)
@@ -273,7 +267,7 @@ def load_functional(
 
 
 def load_config(folder: str | os.PathLike[str]) -> Config:
-    """Read the configuration of a folder's model: its ``config.json``, as the weights have it.
+    """Reads the configuration of a folder's model: its ``config.json``, as the weights have it.
 
     A head that is stored together with the embedding is the head, whatever ``tie_word_embeddings``
     says, unless both are equal; and a pooler is there if it is stored. A folder without weights is
@@ -317,7 +311,7 @@ def export(
     overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
-    """Write a model as a Hugging Face folder that any reader of the format can load.
+    """Writes a model as a Hugging Face folder that any reader of the format can load.
 
     Args:
       folder: where to write; it appears when it is complete.
@@ -492,7 +486,7 @@ def targets(model: Model | Config, preset: str) -> tuple[tuple[str, str], ...]:
     (('.*/(qkv|o|gate_up|down)/kernel', 'stack in out'),)
     """
     if preset not in PRESETS:
-        raise ValueError(f"preset {preset!r}: expected one of {', '.join(PRESETS)}")
+        raise ValueError(f"preset={preset!r}: expected one of {', '.join(PRESETS)}")
     config = model if isinstance(model, Config) else model.config
     wanted, names = PRESETS[preset], []
     for path, roles in matrices(config).items():

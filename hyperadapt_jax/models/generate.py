@@ -29,7 +29,7 @@ NOT_FINITE = -1  # in place of a token whose logits are NaN or infinite
 )
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. Another temperature or ``top_p`` compiles nothing anew.
+    """How the next token is drawn. Another temperature or ``top_p`` does not compile again.
 
     Attributes:
       temperature: divides the logits.
@@ -54,7 +54,7 @@ def generate(
     stop_tokens: Sequence[int] = (),
     seed: int = 0,
 ) -> list[list[int]]:
-    """Continue a batch of prompts.
+    """Continues a batch of prompts.
 
     Prompts are padded on the left to one of a few lengths and the cache to one of a few sizes, so
     that calls of similar shape share one compiled program; it ends when every row has stopped.
@@ -65,7 +65,7 @@ def generate(
         compiles again.
       *trees: what it takes before the tokens: the parameters, plain or merged, or the parameters
         and the scales.
-      prompts: token numbers of each row; rows may differ in length, none may be empty.
+      prompts: token ids of each row; rows may differ in length, none may be empty.
       max_new_tokens: most tokens that a row may get.
       temperature: zero takes the likeliest token; else it divides the logits before the draw.
       top_k: draw from this many of the likeliest tokens; all if not given.
@@ -92,7 +92,7 @@ def generate(
     """
     max_new_tokens = _positive("max_new_tokens", max_new_tokens)
     if not (np.isfinite(temperature) and temperature >= 0.0):
-        raise ValueError(f"temperature={temperature}: expected a number from 0 on")
+        raise ValueError(f"temperature={temperature}: expected zero or more")
     if top_k is not None:
         top_k = _positive("top_k", top_k)
     if top_p is not None and not 0.0 < top_p <= 1.0:
@@ -148,7 +148,7 @@ def decode(
     stop_tokens: Array | Sequence[int] = (),
     rng: Array | None = None,
 ) -> tuple[Array, Array]:
-    """Continue a padded batch, as a pure function that can be traced, differentiated or adapted.
+    """Continues a padded batch, as a pure function that can be traced, differentiated or adapted.
 
     Args:
       fn: as for `generate`.
@@ -209,7 +209,7 @@ def decode(
         return (state.step < limit) & ~jnp.all(state.done)
 
     def refill(state: State) -> State:
-        """Give all tokens anew, and step back by one: `advance` gives the last again."""
+        """Recomputes the cache, and steps back by one: `advance` gives the last token again."""
         written = jnp.broadcast_to(jnp.arange(slots) < state.step, (batch, slots))
         seen = jnp.concatenate([tokens, state.new.astype(tokens.dtype)], axis=1)
         seen_mask = jnp.concatenate([mask, written], axis=1)
@@ -278,7 +278,7 @@ def _positive(name: str, value: int) -> int:
     except TypeError:
         number = 0
     if number < 1:
-        raise ValueError(f"{name}={value}: expected a whole number of at least 1")
+        raise ValueError(f"{name}={value}: expected a positive integer")
     return number
 
 
@@ -289,7 +289,7 @@ def _prompt(number: int, prompt: Sequence[int]) -> np.ndarray:
     tokens = np.asarray(prompt)
     if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
         raise ValueError(
-            f"prompts[{number}]: expected token numbers, found {tokens.dtype} {tokens.shape}"
+            f"prompts[{number}]: expected token ids, found {tokens.dtype} {tokens.shape}"
         )
     return tokens
 

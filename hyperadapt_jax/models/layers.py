@@ -72,7 +72,7 @@ class Linear(nnx.Module):
             self.bias = nnx.Param(jnp.zeros((*stack, outputs), param_dtype))
 
     def __call__(self, x: Array, *, precise: bool = False) -> Array:
-        """Project ``x: [..., in]``; with ``precise`` the product is left in float32."""
+        """Projects ``x: [..., in]``; with ``precise`` the product is left in float32."""
         dtype = jnp.float32 if precise else x.dtype
         kernel = self.kernel[...].astype(x.dtype)
         y = jnp.dot(x, kernel, preferred_element_type=dtype)
@@ -174,7 +174,7 @@ def attend(query: Array, key: Array, value: Array, **options: Any) -> Array:
 
 
 def check_attention(implementation: str | None, dtype: jnp.dtype, head_dim: int) -> None:
-    """Refuse an attention that this machine cannot compute, before anything is loaded or compiled.
+    """Refuses an attention that this machine cannot compute, before anything is loaded or compiled.
 
     Args:
       implementation: as `jax.nn.dot_product_attention` takes it.
@@ -199,7 +199,7 @@ def check_attention(implementation: str | None, dtype: jnp.dtype, head_dim: int)
 
 
 def check_range(name: str, numbers: Array | np.ndarray, size: int) -> None:
-    """Refuse numbers outside a table, where they are known: not under ``jit``.
+    """Refuses numbers outside a table, where they are known: not under ``jit``.
 
     Args:
       name: what to call them in an error.
@@ -218,7 +218,7 @@ def check_range(name: str, numbers: Array | np.ndarray, size: int) -> None:
 
 
 def dropout(x: Array, rate: float, rng: Array | None) -> Array:
-    """Zero each entry with probability ``rate`` and scale up the rest; without a key, ``x``."""
+    """Zeroes each entry with probability ``rate`` and scales up the rest; without a key, ``x``."""
     if rng is None or rate == 0.0:
         return x
     keep = jax.random.bernoulli(rng, 1.0 - rate, x.shape)
@@ -228,7 +228,9 @@ def dropout(x: Array, rate: float, rng: Array | None) -> Array:
 def dropout_attention(
     query: Array, key: Array, value: Array, mask: Array | None, rate: float, rng: Array
 ) -> Array:
-    """Attention with dropout on its weights, which `jax.nn.dot_product_attention` has not.
+    """Attention with dropout on its weights, which `jax.nn.dot_product_attention` lacks.
+
+    Flax's own computes scores and softmax in the dtype of the queries; here both are float32.
 
     Args:
       query: ``[B, T, N, H]``.

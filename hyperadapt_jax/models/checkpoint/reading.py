@@ -1,4 +1,4 @@
-"""Read a folder's weights into a tree of parameters, driven by a model's table of tensors.
+"""Reads a folder's weights into a tree of parameters, driven by a model's table of tensors.
 
 `load` checks a whole folder before it allocates anything, then moves each tensor to its devices in
 blocks, so that host memory does not grow with the model.
@@ -152,7 +152,7 @@ def load(
     rules: Rules = (),
     progress: bool = True,
 ) -> tuple[Any, Report]:
-    """Read a folder's safetensors into a tree of parameters.
+    """Reads a folder's safetensors into a tree of parameters.
 
     The whole folder is checked from its files' headers before anything is allocated. Then each
     tensor goes to its devices in blocks of at most 16 MiB, cast to the parameter's dtype: every
@@ -297,7 +297,7 @@ def _same(one: Stored, other: Stored) -> bool:
             strict=True,
         )
         for (_, a), (_, b) in pairs:
-            # Equal bits are told fast; other bits may still be equal numbers of two dtypes.
+            # Equal bits are found fast; other bits may still be equal numbers of two dtypes.
             if a.tobytes() != b.tobytes() and not np.array_equal(a.astype("f8"), b.astype("f8")):
                 return False
     return True
@@ -335,7 +335,7 @@ def _check(
     missing: Sequence[str],
     ignored: Sequence[str],
 ) -> list[str]:
-    """Raise where the checkpoint is not the model's; return the names to pass over."""
+    """Raises where the checkpoint is not the model's; returns the names to pass over."""
     stored = checkpoint.tensors
     taken = {part.name for parts in chosen.values() for part in parts}
     known = {
@@ -440,7 +440,7 @@ def _assemble(
         }
     turn = -1 if tensor.transpose else 1
     for layer, part in enumerate(parts):
-        # Opened for each tensor anew, so that the pages of the mapped file are given back with it.
+        # Opened again for each tensor, so that the pages of the mapped file are given back with it.
         with open_file(part.file) as reader:
             view = reader.get_slice(part.name)
             for key, devices in shards.items():
@@ -516,7 +516,7 @@ def _empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames="transpose")
 def _write_device(buffer: Array, block: Array, start: tuple[int, ...], *, transpose: bool) -> Array:
-    """Put a block of a stored tensor in its place, in the layout and dtype of the parameter."""
+    """Puts a block of a stored tensor in its place, in the layout and dtype of the parameter."""
     block = (block.T if transpose else block).astype(buffer.dtype)
     block = block.reshape((1,) * (buffer.ndim - block.ndim) + block.shape)
     return jax.lax.dynamic_update_slice(buffer, block, start)

@@ -1,4 +1,4 @@
-"""Write parameters as a Hugging Face folder: the names and layouts that the table says."""
+"""Writes parameters as a Hugging Face folder: the names and layouts that the table says."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def export(
     overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
-    """Write parameters as a Hugging Face folder that any reader of the format can load.
+    """Writes parameters as a Hugging Face folder that any reader of the format can load.
 
     One parameter at a time is asked for and one tensor at a time is fetched to the host. The folder
     appears under its name when it is complete; nothing is left behind by a failure.
@@ -114,9 +114,7 @@ def export(
     dtypes = {path: jnp.dtype(dtype or x.dtype) for path, x in leaves.items()}
     for path, each in dtypes.items():
         if each.name not in _CODES:
-            raise ValueError(
-                f"{path} would be stored as {each.name}: choose one of {', '.join(_CODES)}"
-            )
+            raise ValueError(f"dtype={each.name} of {path}: expected one of {', '.join(_CODES)}")
     checkpoint = None if source is None else Checkpoint(source)
     names = _names(tensors, leaves, checkpoint)
 
@@ -276,7 +274,7 @@ class _File:
 
 
 def _files(entries: Mapping[str, tuple[tuple[int, ...], np.dtype]], limit: int) -> list[_File]:
-    """Distribute tensors over files of at most `limit` bytes, in their order."""
+    """Distributes tensors over files of at most `limit` bytes, in their order."""
     room = limit - 256  # for the rest of a header
     need: dict[str, int] = {}
     for name, (shape, dtype) in entries.items():
@@ -285,7 +283,7 @@ def _files(entries: Mapping[str, tuple[tuple[int, ...], np.dtype]], limit: int) 
         need[name] = math.prod(shape) * dtype.itemsize + line
         if need[name] > room:
             raise ValueError(
-                f"max_shard_size is {limit} bytes, but {name} alone takes {need[name] + 256}"
+                f"max_shard_size={limit}: {name} alone takes {need[name] + 256} bytes; give as many"
             )
     split = huggingface_hub.split_state_dict_into_shards_factory(
         need,
@@ -300,7 +298,7 @@ def _files(entries: Mapping[str, tuple[tuple[int, ...], np.dtype]], limit: int) 
 
 
 def _file(name: str, entries: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> _File:
-    """Lay out one file: eight bytes of length, a JSON header, the tensors without gaps."""
+    """Lays out one file: eight bytes of length, a JSON header, the tensors without gaps."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     # The widest dtypes first, so that each tensor is aligned to its own.

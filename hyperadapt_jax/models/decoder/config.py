@@ -87,8 +87,8 @@ class Dialect:
       rope_kinds: the scalings of the rotary frequencies that there are.
       rope_aliases: other names of them.
       partial_rope: ``partial_rotary_factor`` may leave a part of each head as it is.
-      original_length: ``original_max_position_embeddings`` beside the scaling, where left out; None
-        where there is no such field.
+      original_length: ``original_max_position_embeddings`` next to the scaling, where left out;
+        None where there is no such field.
       recomputes: as `Rope.recomputes` of a ``longrope``.
     """
 
@@ -113,7 +113,7 @@ class Dialect:
 
 
 def read(dialect: Dialect, fields: Fields, architectures: Sequence[str]) -> DecoderConfig:
-    """Read a decoder's configuration.
+    """Reads a decoder's configuration.
 
     Args:
       dialect: of its family.
@@ -321,7 +321,7 @@ def _longrope(
 
 
 def write(dialect: Dialect, config: DecoderConfig) -> dict[str, Any]:
-    """Write a decoder's configuration as the fields of a ``config.json``, so that `read` gives it.
+    """Writes a decoder's configuration as the fields of a ``config.json``, the inverse of `read`.
 
     Args:
       dialect: of its family.

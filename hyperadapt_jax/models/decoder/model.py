@@ -56,8 +56,9 @@ def init_cache(batch: int, slots: int) -> Cache:
       batch: B.
       slots: tokens it can hold for each row, S, padding included.
 
-    Returns:
-      The cache.
+    >>> cache = init_cache(2, 16)
+    >>> cache.valid.shape, int(cache.length), cache.keys is None
+    ((2, 16), 0, True)
     """
     return Cache(
         keys=None,
@@ -131,7 +132,7 @@ class Layer(nnx.Module):
         index: Array,
         kv: KV,
     ) -> tuple[Array, KV]:
-        """Apply the layer.
+        """Applies the layer.
 
         Args:
           x: ``[B, T, D]``.
@@ -197,7 +198,7 @@ class Layer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """A causal language model: ``model(tokens)`` gives the next token's logits at every place.
+    """A causal language model: ``model(tokens)`` gives the next token's logits at every position.
 
     Call it under ``jax.jit`` (or take `functional` of it): op by op, its scan is traced anew each
     time.
@@ -254,7 +255,7 @@ class Decoder(nnx.Module):
         """Logits of the token after each one.
 
         Args:
-          tokens: token numbers, ``[B, T]`` integers.
+          tokens: token ids, ``[B, T]`` integers.
           mask: True at tokens, False at padding, ``[B, T]``. Padding on the right alone needs
             none, since a token sees only those before it, but where the rotary frequencies depend
             on the length (``dynamic``, ``longrope``): there it would count.
@@ -297,7 +298,7 @@ class Decoder(nnx.Module):
         return self.embed.attend(x) if self.config.tie_embeddings else self.head(x, precise=True)
 
     def _run(self, x: Array, context: _AttentionInputs, kv: KV) -> tuple[Array, KV]:
-        """Scan the layers over the stream ``x: [B, T, D]``."""
+        """Scans the layers over the stream ``x: [B, T, D]``."""
         graph, params = nnx.split(self.layers)
         windows = self.config.windows
         shared = windows[0] if len(set(windows)) == 1 else None

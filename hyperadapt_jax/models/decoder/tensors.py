@@ -54,13 +54,13 @@ def ignored(config: DecoderConfig) -> tuple[str, ...]:
       config: the architecture.
 
     Returns:
-      Full-match regular expressions: tables that are computed anew.
+      Full-match regular expressions: tables that the model computes itself.
     """
     return (r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)
 
 
 def as_stored(config: DecoderConfig, checkpoint: Checkpoint) -> DecoderConfig:
-    """Tell by the weights whether the head is the embedding.
+    """Finds from the weights whether the head is the embedding.
 
     A head that is stored together with the embedding is the head, whatever ``tie_word_embeddings``
     says, unless both are equal.

@@ -98,7 +98,7 @@ class Dialect:
 
 
 def read(dialect: Dialect, fields: Fields, architectures: Sequence[str]) -> EncoderConfig:
-    """Read an encoder's configuration.
+    """Reads an encoder's configuration.
 
     Args:
       dialect: of its family.
@@ -121,7 +121,7 @@ def read(dialect: Dialect, fields: Fields, architectures: Sequence[str]) -> Enco
     num_positions = fields.positive("max_position_embeddings", default=512)
     first_position = 0 if dialect.counts_padding else pad_token + 1
     if pad_token < 0 or num_positions <= first_position:
-        raise fields.error("pad_token_id", pad_token, "expected the number of a token")
+        raise fields.error("pad_token_id", pad_token, "expected the id of a token")
     dropout = fields.probability("hidden_dropout_prob", 0.1)
     # The pooler and the head own no token prediction: whether that one is tied has no effect.
     fields.rest.pop("tie_word_embeddings", None)
@@ -149,7 +149,7 @@ def read(dialect: Dialect, fields: Fields, architectures: Sequence[str]) -> Enco
 
 
 def write(dialect: Dialect, config: EncoderConfig) -> dict[str, Any]:
-    """Write an encoder's configuration as the fields of a ``config.json``, so that `read` gives it.
+    """Writes an encoder's configuration as the fields of a ``config.json``, the inverse of `read`.
 
     Args:
       dialect: of its family.

@@ -31,7 +31,7 @@ def _read(fields: Fields, architectures: Sequence[str]) -> EncoderConfig:
         raise fields.error("n_heads", num_heads, f"does not divide dim {embed_dim}")
     pad_token = fields.take("pad_token_id", int, 0)
     if pad_token < 0:
-        raise fields.error("pad_token_id", pad_token, "expected the number of a token")
+        raise fields.error("pad_token_id", pad_token, "expected the id of a token")
     # Sines were where the position table began; it is stored in any case. Of the heads there is
     # the classifier alone: neither the dropout of another nor a tied one has an effect.
     fields.take("sinusoidal_pos_embds", bool, False)

@@ -25,7 +25,7 @@ Array = jax.Array
 
 
 class EncoderOutput(NamedTuple):
-    """What an encoder gives.
+    """The outputs of an encoder.
 
     Attributes:
       sequence: a vector per token, ``[B, T, D]``.
@@ -96,7 +96,7 @@ class Layer(nnx.Module):
         self.mlp_norm = LayerNorm(width, config.norm_epsilon, **shared)
 
     def __call__(self, x: Array, mask: Array | None, rng: Array | None) -> Array:
-        """Apply the layer to ``x: [B, T, D]``; ``mask: [B, 1, 1, T]`` is True at tokens."""
+        """Applies the layer to ``x: [B, T, D]``; ``mask: [B, 1, 1, T]`` is True at tokens."""
         config = self.config
         for_weights, for_attention, for_mlp = (
             (None,) * 3 if rng is None else jax.random.split(rng, 3)
@@ -195,10 +195,10 @@ class Encoder(nnx.Module):
         segment_ids: Array | None = None,
         rng: Array | None = None,
     ) -> EncoderOutput:
-        """Encode a batch.
+        """Encodes a batch.
 
         Args:
-          tokens: token numbers, ``[B, T]`` integers.
+          tokens: token ids, ``[B, T]`` integers.
           mask: True at tokens, False at padding, ``[B, T]``; all True if not given.
           token_types: which part a token belongs to, ``[B, T]``; zero if not given. Not every
             family tells them apart.
@@ -209,7 +209,7 @@ class Encoder(nnx.Module):
           rng: key of the dropout, for training; without one there is none.
 
         Returns:
-          An `EncoderOutput`.
+          The hidden states, and what the pooler and the head make of them.
 
         Raises:
           ValueError: shapes do not fit, there are no token types, the row is longer than the
@@ -251,7 +251,7 @@ class Encoder(nnx.Module):
         return EncoderOutput(x, pooled, logits)
 
     def _run(self, x: Array, mask: Array | None, rng: Array | None) -> Array:
-        """Scan the layers over the stream ``x: [B, T, D]``."""
+        """Scans the layers over the stream ``x: [B, T, D]``."""
         graph, params = nnx.split(self.layers)
 
         def layer(x: Array, slices: Any) -> tuple[Array, None]:
@@ -263,7 +263,7 @@ class Encoder(nnx.Module):
 
 
 def _visible(mask: Array | None, segment_ids: Array | None) -> Array | None:
-    """Who may see whom, broadcastable to ``[B, N, T, T]``; None where all see all."""
+    """The attention mask, broadcastable to ``[B, N, T, T]``; None where all tokens see all."""
     visible = None if mask is None else mask.astype(bool)[:, None, None, :]
     if segment_ids is not None:
         same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]

@@ -8,7 +8,7 @@ from hyperadapt_jax.models.checkpoint.reading import Checkpoint
 from hyperadapt_jax.models.checkpoint.table import Rows, Tensor
 from hyperadapt_jax.models.encoder.config import CLASSIFIER, EncoderConfig
 
-# The heads of a checkpoint stand beside the encoder. By the ends of their architectures:
+# The heads of a checkpoint are stored next to the encoder. By the ends of their architectures:
 HEADS = {
     "ForMaskedLM": r"(cls\.predictions|lm_head)\..*",
     "ForPreTraining": r"cls\.(?!predictions\.).*",
@@ -71,7 +71,7 @@ def ignored(config: EncoderConfig) -> tuple[str, ...]:
 
 
 def as_stored(config: EncoderConfig, checkpoint: Checkpoint, prefix: str) -> EncoderConfig:
-    """Tell by the weights whether an encoder without a head has a pooler.
+    """Finds from the weights whether an encoder without a head has a pooler.
 
     Args:
       config: the architecture, as ``config.json`` has it.
