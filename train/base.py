@@ -93,14 +93,14 @@ def load(
         fn, params, report = models.load_functional(
             folder,
             config=config,
-            labels=labels,
+            num_labels=labels,
             seed=seed,
             progress=not quiet,
             **_settings(options),
         )
     except (ValueError, OSError) as error:
         raise InputError(f"--model {options.model}: {error}") from error
-    return Base(options.model, config, fn, params, report.initialised, folder)
+    return Base(options.model, config, fn, params, report.initialized, folder)
 
 
 def tokenizer(options: ModelOptions) -> Any:
@@ -198,7 +198,7 @@ def _described(options: ModelOptions, labels: int | None) -> tuple[Path, models.
     """The model's folder and its architecture, with the head that is asked for."""
     folder = _folder(options)
     try:
-        config = models.describe(folder)
+        config = models.load_config(folder)
     except (ValueError, OSError) as error:
         raise InputError(f"--model {options.model}: {error}") from error
     if labels is None:
@@ -207,7 +207,7 @@ def _described(options: ModelOptions, labels: int | None) -> tuple[Path, models.
         raise InputError(
             f"--model {options.model} is a decoder, {config.family}: this recipe needs an encoder"
         )
-    return folder, dataclasses.replace(config, labels=labels)
+    return folder, dataclasses.replace(config, num_labels=labels)
 
 
 def _folder(options: ModelOptions) -> Path:

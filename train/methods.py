@@ -29,8 +29,8 @@ def tune(base: Base, options: AdapterOptions) -> Tuning:
     Raises:
       InputError: a target that matches nothing or cannot be meant; nothing would train.
     """
-    classifies = getattr(base.config, "labels", None) is not None
-    untied = "head/.*" if not getattr(base.config, "tied", True) else None
+    classifies = getattr(base.config, "num_labels", None) is not None
+    untied = "head/.*" if not getattr(base.config, "tie_embeddings", True) else None
     head = "classifier/.*" if classifies else untied
     full = [re.escape(path) for path in base.missing]
     if options.full is not None:

@@ -4,19 +4,21 @@ from hyperadapt_jax.models.auto import (
     NewParametersWarning,
     abstract,
     create,
-    describe,
     export,
+    from_params,
     functional,
     load,
+    load_config,
     load_functional,
     logical_axes,
+    matrices,
     targets,
     tensors,
-    with_params,
 )
+from hyperadapt_jax.models.checkpoint.reading import Checkpoint
 from hyperadapt_jax.models.checkpoint.table import CheckpointError, Report, Tensor
 from hyperadapt_jax.models.decoder.config import DecoderConfig
-from hyperadapt_jax.models.decoder.model import Cache, Decoder, open_cache
+from hyperadapt_jax.models.decoder.model import Cache, Decoder, init_cache
 from hyperadapt_jax.models.encoder.config import EncoderConfig
 from hyperadapt_jax.models.encoder.model import Encoder, EncoderOutput
 from hyperadapt_jax.models.generate import Sampling, decode, generate
@@ -25,6 +27,7 @@ from hyperadapt_jax.models.rope import Rope
 
 __all__ = [
     "Cache",
+    "Checkpoint",
     "CheckpointError",
     "Config",
     "Decoder",
@@ -42,16 +45,17 @@ __all__ = [
     "config_to_dict",
     "create",
     "decode",
-    "describe",
     "export",
+    "from_params",
     "functional",
     "generate",
+    "init_cache",
     "load",
+    "load_config",
     "load_functional",
     "logical_axes",
-    "open_cache",
+    "matrices",
     "read_config",
     "targets",
     "tensors",
-    "with_params",
 ]

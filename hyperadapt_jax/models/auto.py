@@ -1,4 +1,4 @@
-"""From a configuration to a model, from a model to a function and its tree, and what to adapt."""
+"""Models from configurations and folders, as functions of their parameters, and what to adapt."""
 
 from __future__ import annotations
 
@@ -38,16 +38,13 @@ _FUSED = {"qkv": frozenset({"q", "k", "v"}), "gate_up": frozenset({"gate", "up"}
 
 
 def create(config: Config, *, seed: int = 0, **options: Any) -> Model:
-    """Make a newly initialized model.
+    """Makes a model with new random parameters.
 
     Args:
       config: the architecture.
       seed: of the initial parameters.
       **options: ``dtype``, ``param_dtype``, ``remat``, ``attention``, as `Decoder` and `Encoder`
         take them.
-
-    Returns:
-      The model.
 
     Raises:
       ValueError: an option has an unknown value.
@@ -56,7 +53,7 @@ def create(config: Config, *, seed: int = 0, **options: Any) -> Model:
 
 
 def abstract(config: Config, **options: Any) -> Model:
-    """Make a model whose parameters are shapes and dtypes alone, so that nothing is allocated.
+    """Makes a model whose parameters are shapes and dtypes alone, so that nothing is allocated.
 
     Args:
       config: the architecture.
@@ -79,12 +76,12 @@ class Function:
     graph: nnx.GraphDef
 
     def __call__(self, params: Params, *args: Any, **kwargs: Any) -> Any:
-        """Apply the model with the given tree of parameters."""
+        """Applies the model with the given tree of parameters."""
         return nnx.merge(self.graph, params)(*args, **kwargs)
 
 
 def functional(model: Model) -> tuple[Function, Params]:
-    """Split a model into a pure function and its tree of parameters.
+    """Splits a model into a pure function and its tree of parameters.
 
     Args:
       model: a model, abstract or not.
@@ -106,16 +103,13 @@ def functional(model: Model) -> tuple[Function, Params]:
     return Function(graph), nnx.to_pure_dict(state)
 
 
-def with_params(config: Config, params: Params, **options: Any) -> Model:
-    """Make a model of given parameters.
+def from_params(config: Config, params: Params, **options: Any) -> Model:
+    """Makes a model from its parameters.
 
     Args:
       config: the architecture.
       params: a nested dict as `functional` returns it; the arrays are not copied.
       **options: as for `create`.
-
-    Returns:
-      The model.
 
     Raises:
       ValueError: a parameter is missing, extra or misshapen.
@@ -147,7 +141,7 @@ class NewParametersWarning(UserWarning):
 def load(
     path_or_name: str | os.PathLike[str],
     *,
-    labels: int | None = None,
+    num_labels: int | None = None,
     mesh: Mesh | None = None,
     rules: Sequence[tuple[str, PartitionSpec]] = (),
     revision: str | None = None,
@@ -156,11 +150,11 @@ def load(
     progress: bool = True,
     **options: Any,
 ) -> Model:
-    """Load a model from a Hugging Face folder.
+    """Loads a model from a Hugging Face folder.
 
     Args:
       path_or_name: a folder, or a repository of the hub such as ``Qwen/Qwen2.5-0.5B``.
-      labels: give an encoder a classification head with this many outputs (1 for regression),
+      num_labels: give an encoder a classification head with this many outputs (1 for regression),
         whether or not the checkpoint has one.
       mesh: devices to spread the parameters over; all on the default device if not given.
       rules: ``(pattern, PartitionSpec)`` pairs: how a parameter whose path matches is spread.
@@ -182,10 +176,16 @@ def load(
     """
     folder = hub.resolve(path_or_name, revision=revision, cache_dir=cache_dir)
     fn, params, report = load_functional(
-        folder, labels=labels, mesh=mesh, rules=rules, seed=seed, progress=progress, **options
+        folder,
+        num_labels=num_labels,
+        mesh=mesh,
+        rules=rules,
+        seed=seed,
+        progress=progress,
+        **options,
     )
-    if report.initialised:
-        warnings.warn(NewParametersWarning(folder, report.initialised), stacklevel=2)
+    if report.initialized:
+        warnings.warn(NewParametersWarning(folder, report.initialized), stacklevel=2)
     return nnx.merge(fn.graph, params)
 
 
@@ -193,7 +193,7 @@ def load_functional(
     path_or_name: str | os.PathLike[str],
     *,
     config: Config | None = None,
-    labels: int | None = None,
+    num_labels: int | None = None,
     mesh: Mesh | None = None,
     rules: Sequence[tuple[str, PartitionSpec]] = (),
     revision: str | None = None,
@@ -202,12 +202,12 @@ def load_functional(
     progress: bool = True,
     **options: Any,
 ) -> tuple[Function, Params, Report]:
-    """Load a model from a Hugging Face folder as a pure function and its tree of parameters.
+    """Loads a model from a Hugging Face folder as a pure function and its tree of parameters.
 
     Args:
       path_or_name: as for `load`.
-      config: the architecture, as `describe` gives it, where it is known already.
-      labels, mesh, rules, revision, cache_dir, seed, progress: as for `load`.
+      config: the architecture, as `load_config` gives it, where it is known already.
+      num_labels, mesh, rules, revision, cache_dir, seed, progress: as for `load`.
       **options: as for `create`.
 
     Returns:
@@ -224,22 +224,22 @@ def load_functional(
     ...     intermediate_size=16, num_hidden_layers=2, num_attention_heads=2))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     _ = models.export(folder, models.create(config))
-    ...     fn, params, report = models.load_functional(folder, labels=3)
-    >>> report.initialised
+    ...     fn, params, report = models.load_functional(folder, num_labels=3)
+    >>> report.initialized
     ('classifier/out/bias', 'classifier/out/kernel')
     """
     folder = hub.resolve(path_or_name, revision=revision, cache_dir=cache_dir)
     checkpoint = Checkpoint(folder)
     if config is None:
-        config = _describe(checkpoint)
+        config = _config_of(checkpoint)
     renewed: tuple[str, ...] = ()
-    if labels is not None:
-        if not isinstance(config, EncoderConfig) or labels < 1:
+    if num_labels is not None:
+        if not isinstance(config, EncoderConfig) or num_labels < 1:
             raise ValueError(
-                f"labels={labels}: expected a positive number, and an encoder; "
+                f"num_labels={num_labels}: expected a positive number and an encoder; "
                 f"{folder} is {config.family}"
             )
-        config = dataclasses.replace(config, labels=labels)
+        config = dataclasses.replace(config, num_labels=num_labels)
         renewed = _other_labels(config, checkpoint)
     fn, abstract_params = functional(abstract(config, **options))
 
@@ -266,8 +266,8 @@ def load_functional(
     return fn, params, report
 
 
-def describe(folder: str | os.PathLike[str]) -> Config:
-    """Read the configuration of a folder's model: its ``config.json``, as the weights have it.
+def load_config(folder: str | os.PathLike[str]) -> Config:
+    """Reads the configuration of a folder's model: its ``config.json``, as the weights have it.
 
     A head that is stored together with the embedding is the head, whatever ``tie_word_embeddings``
     says, unless both are equal; and a pooler is there if it is stored. A folder without weights is
@@ -283,10 +283,10 @@ def describe(folder: str | os.PathLike[str]) -> Config:
       FileNotFoundError: there is no ``config.json``.
       ValueError: the configuration or the weights are not those of a model known here.
     """
-    return _describe(Checkpoint(Path(folder)))
+    return _config_of(Checkpoint(Path(folder)))
 
 
-def _describe(checkpoint: Checkpoint) -> Config:
+def _config_of(checkpoint: Checkpoint) -> Config:
     config = read_config(checkpoint.folder)
     return family_of(config).as_stored(config, checkpoint) if checkpoint.exists() else config
 
@@ -295,7 +295,7 @@ def _other_labels(config: EncoderConfig, checkpoint: Checkpoint) -> tuple[str, .
     """The parameters of the head that the checkpoint has for another number of labels."""
     last = [row for row in tensors(config) if row.path.startswith("classifier/out/")]
     stored = [checkpoint.tensors[row.name] for row in last if row.name in checkpoint.tensors]
-    fits = all(tensor.shape[:1] == (config.labels,) for tensor in stored)
+    fits = all(tensor.shape[:1] == (config.num_labels,) for tensor in stored)
     return () if fits else tuple(row.path for row in last)
 
 
@@ -311,7 +311,7 @@ def export(
     overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
-    """Write a model as a Hugging Face folder that any reader of the format can load.
+    """Writes a model as a Hugging Face folder that any reader of the format can load.
 
     Args:
       folder: where to write; it appears when it is complete.
@@ -335,13 +335,14 @@ def export(
       ValueError: ``params`` are not the model's, or ``dtype`` is no dtype of weights.
     """
     config = model.config
-    raw, carried = config_to_dict(config), ()
+    raw: dict[str, Any] = config_to_dict(config)
+    carried: tuple[str, ...] = ()
     if source is not None:
         source = hub.resolve(source)
         checkpoint = Checkpoint(source)
-        described, theirs = _describe(checkpoint), hub.read_json(source, "config.json")
+        described, theirs = _config_of(checkpoint), hub.read_json(source, "config.json")
         raw = _config_of_export(config, described, theirs)
-        if isinstance(config, EncoderConfig) and config == described and config.labels is None:
+        if isinstance(config, EncoderConfig) and config == described and config.num_labels is None:
             carried = _other_heads(config, checkpoint, theirs)
             if _lacks_head(config, raw.get("architectures") or (), carried):
                 raw |= {"architectures": config_to_dict(config)["architectures"]}
@@ -369,8 +370,8 @@ def _config_of_export(
     dropped, own = {"auto_map"}, set()
     if isinstance(config, DecoderConfig):
         own = {"tie_word_embeddings"} & theirs.keys()
-    elif isinstance(described, EncoderConfig) and config.labels != described.labels:
-        described = dataclasses.replace(described, labels=config.labels)
+    elif isinstance(described, EncoderConfig) and config.num_labels != described.num_labels:
+        described = dataclasses.replace(described, num_labels=config.num_labels)
         own = {"architectures", "id2label", "label2id"}
         dropped |= {*own, "num_labels", "_num_labels", "problem_type", "finetuning_task"}
     if config != described:
@@ -435,6 +436,34 @@ def logical_axes(config: Config) -> dict[str, str]:
     return {tensor.path: tensor.axes for tensor in tensors(config)}
 
 
+def matrices(config: Config) -> dict[str, str]:
+    """Returns the roles of the axes of every matrix among a model's parameters.
+
+    Projections and embeddings are matrices, norms and biases are not. The matrices of the layers,
+    with a ``stack`` axis, are those that presets choose from and that Muon is meant for; the
+    embeddings, whose rows are the inputs, and the head are usually left to Adam.
+
+    Args:
+      config: the architecture.
+
+    Returns:
+      By the parameter's path, the role of each axis as `hyperadapt_jax.plan` takes them.
+
+    >>> from hyperadapt_jax import models
+    >>> config = models.config_from_dict(dict(model_type="phi3", vocab_size=9, hidden_size=8,
+    ...     intermediate_size=16, num_hidden_layers=2, num_attention_heads=2))
+    >>> roles = models.matrices(config)
+    >>> roles["layers/qkv/kernel"], roles["embed/embedding"], "norm/scale" in roles
+    ('stack in out', 'in out', False)
+    """
+    found = {}
+    for path, axes in logical_axes(config).items():
+        stacked = axes.startswith("layers ")
+        if len(axes.split()) == 2 + stacked:
+            found[path] = "stack in out" if stacked else "in out"
+    return found
+
+
 def targets(model: Model | Config, preset: str) -> tuple[tuple[str, str], ...]:
     """The weights that a preset adapts, as ``(pattern, axes)`` pairs.
 
@@ -457,13 +486,11 @@ def targets(model: Model | Config, preset: str) -> tuple[tuple[str, str], ...]:
     (('.*/(qkv|o|gate_up|down)/kernel', 'stack in out'),)
     """
     if preset not in PRESETS:
-        raise ValueError(f"preset {preset!r}: expected one of {', '.join(PRESETS)}")
-    config = getattr(model, "config", model)
+        raise ValueError(f"preset={preset!r}: expected one of {', '.join(PRESETS)}")
+    config = model if isinstance(model, Config) else model.config
     wanted, names = PRESETS[preset], []
-    for path, axes in logical_axes(config).items():
-        # The matrices of the layers: their biases and norms have an axis less.
-        if axes.startswith("layers ") and len(axes.split()) == 3:
-            name = path.split("/")[-2]
-            if wanted is None or wanted & _FUSED.get(name, {name}):
-                names.append(name)
+    for path, roles in matrices(config).items():
+        name = path.split("/")[-2]
+        if roles == "stack in out" and (wanted is None or wanted & _FUSED.get(name, {name})):
+            names.append(name)
     return ((f".*/({'|'.join(names)})/kernel", "stack in out"),)

@@ -6,8 +6,6 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
-from flax import nnx
-
 from hyperadapt_jax.models.checkpoint.reading import Checkpoint
 from hyperadapt_jax.models.checkpoint.table import Tensor
 from hyperadapt_jax.models.fields import Fields
@@ -34,7 +32,7 @@ class Family(Generic[C]):
 
     name: str
     architectures: tuple[str, ...]
-    module: type[nnx.Module]
+    module: Callable[..., Any]
     read: Callable[[Fields, Sequence[str]], C]
     write: Callable[[C], dict[str, Any]]
     tensors: Callable[[C], tuple[Tensor, ...]]

@@ -152,7 +152,7 @@ IGNORED_FIELDS: dict[str, str] = {
 }
 
 _MOST_LAYERS = 10_000  # a configuration holds a window for each: no file may ask for gigabytes
-_LARGEST = 2**31 - 1  # sizes and token numbers are 32-bit integers
+_LARGEST = 2**31 - 1  # sizes and token ids are 32-bit integers
 _REQUIRED = object()
 
 # How a value of any size or depth looks in an error of one line.
@@ -219,20 +219,20 @@ class Fields:
         return value
 
     def token(self, name: str) -> int | None:
-        """A token's number, or None: files of the first Llama say -1 for one that there is not."""
+        """A token's id, or None: files of the first Llama say -1 where there is none."""
         value = self.take(name, int, None)
         return None if value is None or value < 0 else value
 
     def tokens(self, name: str) -> tuple[int, ...]:
-        """The numbers of tokens, of which the file may name one, several or none."""
+        """The ids of tokens, of which the file may name one, several or none."""
         value = self.rest.pop(name, None)
         values = value if isinstance(value, list) else [] if value is None else [value]
         whole = all(isinstance(v, int) and not isinstance(v, bool) for v in values)
         if not whole or any(abs(v) > _LARGEST for v in values):
-            raise self.error(name, value, "expected a token number or a list of them")
+            raise self.error(name, value, "expected a token id or a list of them")
         return tuple(values)
 
-    def layers(self, name: str = "num_hidden_layers") -> int:
+    def num_layers(self, name: str = "num_hidden_layers") -> int:
         """The number of layers, which is bounded."""
         layers = self.positive(name)
         if layers > _MOST_LAYERS:
@@ -240,14 +240,14 @@ class Fields:
         return layers
 
     def expect(self, name: str, *allowed: Any) -> None:
-        """Check a field that may be missing but has only these supported values."""
+        """Checks a field that may be missing but has only these supported values."""
         value = self.rest.pop(name, None)
         if value is not None and value not in allowed:
             wanted = " or ".join(map(repr, allowed)) or "null"
             raise self.error(name, value, f"not supported; expected {wanted}")
 
     def finish(self) -> None:
-        """Refuse what is left, but for fields that change nothing."""
+        """Refuses what is left, but for fields that change nothing."""
         for name in IGNORED_FIELDS:
             self.rest.pop(name, None)
         # Switches that every model here leaves off.

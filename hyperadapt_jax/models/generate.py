@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
-from hyperadapt_jax.models.decoder.model import Cache, open_cache
+from hyperadapt_jax.models.decoder.model import Cache, init_cache
 from hyperadapt_jax.models.layers import check_range
 
 Array = jax.Array
@@ -28,7 +29,7 @@ NOT_FINITE = -1  # in place of a token whose logits are NaN or infinite
 )
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. Another temperature or ``top_p`` compiles nothing anew.
+    """How the next token is drawn. Another temperature or ``top_p`` does not compile again.
 
     Attributes:
       temperature: divides the logits.
@@ -37,9 +38,9 @@ class Sampling:
         all, which saves sorting the vocabulary.
     """
 
-    temperature: Array | float = 1.0
+    temperature: ArrayLike = 1.0
     top_k: int | None = None
-    top_p: Array | float | None = None
+    top_p: ArrayLike | None = None
 
 
 def generate(
@@ -53,7 +54,7 @@ def generate(
     stop_tokens: Sequence[int] = (),
     seed: int = 0,
 ) -> list[list[int]]:
-    """Continue a batch of prompts.
+    """Continues a batch of prompts.
 
     Prompts are padded on the left to one of a few lengths and the cache to one of a few sizes, so
     that calls of similar shape share one compiled program; it ends when every row has stopped.
@@ -64,7 +65,7 @@ def generate(
         compiles again.
       *trees: what it takes before the tokens: the parameters, plain or merged, or the parameters
         and the scales.
-      prompts: token numbers of each row; rows may differ in length, none may be empty.
+      prompts: token ids of each row; rows may differ in length, none may be empty.
       max_new_tokens: most tokens that a row may get.
       temperature: zero takes the likeliest token; else it divides the logits before the draw.
       top_k: draw from this many of the likeliest tokens; all if not given.
@@ -91,20 +92,20 @@ def generate(
     """
     max_new_tokens = _positive("max_new_tokens", max_new_tokens)
     if not (np.isfinite(temperature) and temperature >= 0.0):
-        raise ValueError(f"temperature={temperature}: expected a number from 0 on")
+        raise ValueError(f"temperature={temperature}: expected zero or more")
     if top_k is not None:
         top_k = _positive("top_k", top_k)
     if top_p is not None and not 0.0 < top_p <= 1.0:
         raise ValueError(f"top_p={top_p}: expected a number in (0, 1]")
     if len(prompts) == 0:
         return []
-    prompts = [_prompt(number, prompt) for number, prompt in enumerate(prompts)]
-    tokens, mask = _pad_left(prompts)
+    rows = [_prompt(number, prompt) for number, prompt in enumerate(prompts)]
+    tokens, mask = _pad_left(rows)
     slots = _bucket(max_new_tokens)
     prefill = _prefill.trace(fn, trees, tokens, mask, slots=tokens.shape[1] + slots)
     vocabulary = prefill.out_info[0].shape[-1]
-    for number, prompt in enumerate(prompts):
-        check_range(f"prompts[{number}]", prompt, vocabulary)
+    for number, row in enumerate(rows):
+        check_range(f"prompts[{number}]", row, vocabulary)
     sampling = None
     if temperature > 0.0:
         sampling = Sampling(
@@ -132,7 +133,7 @@ def _prefill(
     fn: Callable[..., Any], trees: tuple[Any, ...], tokens: Array, mask: Array, *, slots: int
 ) -> tuple[Array, Cache]:
     """The last place's logits, and the cache after ``tokens: [B, T]``; traced once for a shape."""
-    return fn(*trees, tokens, mask=mask, cache=open_cache(tokens.shape[0], slots))
+    return fn(*trees, tokens, mask=mask, cache=init_cache(tokens.shape[0], slots))
 
 
 def decode(
@@ -147,7 +148,7 @@ def decode(
     stop_tokens: Array | Sequence[int] = (),
     rng: Array | None = None,
 ) -> tuple[Array, Array]:
-    """Continue a padded batch, as a pure function that can be traced, differentiated or adapted.
+    """Continues a padded batch, as a pure function that can be traced, differentiated or adapted.
 
     Args:
       fn: as for `generate`.
@@ -163,6 +164,9 @@ def decode(
     Returns:
       The new tokens ``[B, M]``, zero after a row's end, and how many each row has, ``[B]``. A row
       ends with -1 where its logits are not finite.
+
+    Raises:
+      ValueError: there is no key to sample with.
     """
     batch, length = tokens.shape
     limit = jnp.asarray(slots if limit is None else limit, jnp.int32)
@@ -172,6 +176,8 @@ def decode(
         logits = logits[:, -1]
         if sampling is None:
             token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        elif rng is None:
+            raise ValueError("rng: sampling draws by a key; pass one")
         else:
             token = _draw(logits, sampling, jax.random.fold_in(rng, step))
         # Minus infinity forbids a token; NaN and infinity forbid a choice.
@@ -203,7 +209,7 @@ def decode(
         return (state.step < limit) & ~jnp.all(state.done)
 
     def refill(state: State) -> State:
-        """Give all tokens anew, and step back by one: `advance` gives the last again."""
+        """Recomputes the cache, and steps back by one: `advance` gives the last token again."""
         written = jnp.broadcast_to(jnp.arange(slots) < state.step, (batch, slots))
         seen = jnp.concatenate([tokens, state.new.astype(tokens.dtype)], axis=1)
         seen_mask = jnp.concatenate([mask, written], axis=1)
@@ -272,7 +278,7 @@ def _positive(name: str, value: int) -> int:
     except TypeError:
         number = 0
     if number < 1:
-        raise ValueError(f"{name}={value}: expected a whole number of at least 1")
+        raise ValueError(f"{name}={value}: expected a positive integer")
     return number
 
 
@@ -283,17 +289,17 @@ def _prompt(number: int, prompt: Sequence[int]) -> np.ndarray:
     tokens = np.asarray(prompt)
     if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
         raise ValueError(
-            f"prompts[{number}]: expected token numbers, found {tokens.dtype} {tokens.shape}"
+            f"prompts[{number}]: expected token ids, found {tokens.dtype} {tokens.shape}"
         )
     return tokens
 
 
-def _pad_left(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+def _pad_left(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Tokens ``[B, T]`` that all end at the last place, and where they are."""
     length = _bucket(max(len(prompt) for prompt in prompts))
     tokens = np.zeros((len(prompts), length), np.int32)
     mask = np.zeros((len(prompts), length), bool)
     for row, prompt in enumerate(prompts):
-        tokens[row, length - len(prompt) :] = np.asarray(prompt, np.int32)
+        tokens[row, length - len(prompt) :] = prompt
         mask[row, length - len(prompt) :] = True
     return tokens, mask

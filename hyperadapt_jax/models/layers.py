@@ -72,7 +72,7 @@ class Linear(nnx.Module):
             self.bias = nnx.Param(jnp.zeros((*stack, outputs), param_dtype))
 
     def __call__(self, x: Array, *, precise: bool = False) -> Array:
-        """Project ``x: [..., in]``; with ``precise`` the product is left in float32."""
+        """Projects ``x: [..., in]``; with ``precise`` the product is left in float32."""
         dtype = jnp.float32 if precise else x.dtype
         kernel = self.kernel[...].astype(x.dtype)
         y = jnp.dot(x, kernel, preferred_element_type=dtype)
@@ -82,20 +82,22 @@ class Linear(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """A table of vectors ``embedding: [rows, width]``."""
+    """A table of vectors ``embedding: [V, D]``."""
 
-    def __init__(self, rows: int, width: int, *, param_dtype: jnp.dtype, rngs: nnx.Rngs):
-        draw = jax.random.normal(rngs.params(), (rows, width), jnp.float32)
+    def __init__(
+        self, num_embeddings: int, features: int, *, param_dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
+        draw = jax.random.normal(rngs.params(), (num_embeddings, features), jnp.float32)
         self.embedding = nnx.Param((_INIT_STDDEV * draw).astype(param_dtype))
 
     def __call__(self, ids: Array, dtype: jnp.dtype) -> Array:
-        """Rows of the table, ``[..., width]``; a number outside it gives NaN, not a wrong row."""
+        """Rows of the table, ``[..., D]``; a number outside it gives NaN, not a wrong row."""
         table = jnp.asarray(self.embedding[...])
         rows = table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         return rows.astype(dtype)
 
     def attend(self, x: Array) -> Array:
-        """Products of ``x: [..., width]`` with every row in float32, ``[..., rows]``."""
+        """Products of ``x: [..., D]`` with every row in float32, ``[..., V]``."""
         return jnp.einsum(
             "...d,vd->...v",
             x,
@@ -108,10 +110,15 @@ class RMSNorm(nnx.Module):
     """``x / sqrt(mean(x^2) + epsilon) * scale``, computed in float32 (arXiv 1910.07467)."""
 
     def __init__(
-        self, width: int, epsilon: float, *, stack: tuple[int, ...] = (), param_dtype: jnp.dtype
+        self,
+        num_features: int,
+        epsilon: float,
+        *,
+        stack: tuple[int, ...] = (),
+        param_dtype: jnp.dtype,
     ):
         self.epsilon = epsilon
-        self.scale = nnx.Param(jnp.ones((*stack, width), param_dtype))
+        self.scale = nnx.Param(jnp.ones((*stack, num_features), param_dtype))
 
     def __call__(self, x: Array) -> Array:
         y = x.astype(jnp.float32)
@@ -123,11 +130,16 @@ class LayerNorm(nnx.Module):
     """``(x - mean) / sqrt(variance + epsilon) * scale + bias``, computed in float32."""
 
     def __init__(
-        self, width: int, epsilon: float, *, stack: tuple[int, ...] = (), param_dtype: jnp.dtype
+        self,
+        num_features: int,
+        epsilon: float,
+        *,
+        stack: tuple[int, ...] = (),
+        param_dtype: jnp.dtype,
     ):
         self.epsilon = epsilon
-        self.scale = nnx.Param(jnp.ones((*stack, width), param_dtype))
-        self.bias = nnx.Param(jnp.zeros((*stack, width), param_dtype))
+        self.scale = nnx.Param(jnp.ones((*stack, num_features), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((*stack, num_features), param_dtype))
 
     def __call__(self, x: Array) -> Array:
         y = x.astype(jnp.float32)
@@ -162,7 +174,7 @@ def attend(query: Array, key: Array, value: Array, **options: Any) -> Array:
 
 
 def check_attention(implementation: str | None, dtype: jnp.dtype, head_dim: int) -> None:
-    """Refuse an attention that this machine cannot compute, before anything is loaded or compiled.
+    """Refuses an attention that this machine cannot compute, before anything is loaded or compiled.
 
     Args:
       implementation: as `jax.nn.dot_product_attention` takes it.
@@ -186,8 +198,8 @@ def check_attention(implementation: str | None, dtype: jnp.dtype, head_dim: int)
         ) from error
 
 
-def check_range(name: str, numbers: Array, size: int) -> None:
-    """Refuse numbers outside a table, where they are known: not under ``jit``.
+def check_range(name: str, numbers: Array | np.ndarray, size: int) -> None:
+    """Refuses numbers outside a table, where they are known: not under ``jit``.
 
     Args:
       name: what to call them in an error.
@@ -199,14 +211,14 @@ def check_range(name: str, numbers: Array, size: int) -> None:
     """
     if isinstance(numbers, jax.core.Tracer) or not getattr(numbers, "is_fully_addressable", True):
         return
-    numbers = np.asarray(numbers)
-    outside = numbers[(numbers < 0) | (numbers >= size)]
+    known = np.asarray(numbers)
+    outside = known[(known < 0) | (known >= size)]
     if outside.size:
         raise ValueError(f"{name}: {outside[0]} is outside the table, which has {size} rows")
 
 
 def dropout(x: Array, rate: float, rng: Array | None) -> Array:
-    """Zero each entry with probability ``rate`` and scale up the rest; without a key, ``x``."""
+    """Zeroes each entry with probability ``rate`` and scales up the rest; without a key, ``x``."""
     if rng is None or rate == 0.0:
         return x
     keep = jax.random.bernoulli(rng, 1.0 - rate, x.shape)
@@ -216,7 +228,9 @@ def dropout(x: Array, rate: float, rng: Array | None) -> Array:
 def dropout_attention(
     query: Array, key: Array, value: Array, mask: Array | None, rate: float, rng: Array
 ) -> Array:
-    """Attention with dropout on its weights, which `jax.nn.dot_product_attention` has not.
+    """Attention with dropout on its weights, which `jax.nn.dot_product_attention` lacks.
+
+    Flax's own computes scores and softmax in the dtype of the queries; here both are float32.
 
     Args:
       query: ``[B, T, N, H]``.

@@ -49,12 +49,12 @@ def family_of(config: Config) -> Family:
       ValueError: there is no such family.
     """
     if config.family not in FAMILIES:
-        raise ValueError(f"family {config.family!r}: expected one of {', '.join(sorted(FAMILIES))}")
+        raise ValueError(f"family={config.family!r}: expected one of {', '.join(sorted(FAMILIES))}")
     return FAMILIES[config.family]
 
 
 def read_config(path: str | pathlib.Path) -> Config:
-    """Read a model's configuration from its folder or from a ``config.json``.
+    """Reads a model's configuration from its folder or from a ``config.json``.
 
     Where a ``generation_config.json`` lies next to it, a decoder's ``eos_tokens`` are those of that
     file, as transformers has it: chat models name the end of a turn there alone. Its other fields
@@ -97,7 +97,7 @@ def _check_unquantized(folder: pathlib.Path) -> None:
 
 
 def config_from_dict(raw: Mapping[str, Any], *, where: str = "config.json") -> Config:
-    """Read a model's configuration from the fields of a ``config.json``.
+    """Reads a model's configuration from the fields of a ``config.json``.
 
     Args:
       raw: the fields.
@@ -125,7 +125,7 @@ distilbert, llama, mistral, phi3, qwen2, qwen3, roberta, xlm-roberta
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
-    """Write a configuration as the fields of a ``config.json``, the inverse of `config_from_dict`.
+    """Writes a configuration as the fields of a ``config.json``, the inverse of `config_from_dict`.
 
     Args:
       config: the configuration.

@@ -30,7 +30,7 @@ class Rope:
       short_factors: ``longrope``: divisors of the frequencies up to ``original_length``.
       long_factors: ``longrope``: divisors of the frequencies beyond it.
       amplitude: ``yarn``, ``longrope``: factor on the sines and cosines.
-      recomputes: ``longrope``: text is generated as Phi does it, where all tokens are computed anew
+      recomputes: ``longrope``: text is generated as Phi does it, where all tokens are recomputed
         by the other frequencies at the first one beyond ``original_length``.
     """
 
@@ -52,7 +52,7 @@ def rope_tables(rope: Rope, head_dim: int, positions: Array) -> tuple[Array, Arr
 
     Args:
       rope: base and scaling of the frequencies. ``dynamic`` and ``longrope`` choose theirs by the
-        tokens that the longest sequence has so far, which its last position tells.
+        tokens that the longest sequence has so far, as its last position says.
       head_dim: H.
       positions: place of each token in its sequence, ``[B, T]``.
 
@@ -91,7 +91,7 @@ def rope_tables(rope: Rope, head_dim: int, positions: Array) -> tuple[Array, Arr
 
 
 def _llama3(rope: Rope, frequencies: np.ndarray) -> np.ndarray:
-    """Stretch long wavelengths, keep short ones, and go smoothly from one to the other."""
+    """Stretches long wavelengths, keeps short ones, and interpolates smoothly in between."""
     turns = rope.original_length * frequencies / (2 * math.pi)  # in the length of pre-training
     low, high = rope.low_frequency_factor, rope.high_frequency_factor
     kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
@@ -99,7 +99,7 @@ def _llama3(rope: Rope, frequencies: np.ndarray) -> np.ndarray:
 
 
 def _yarn(rope: Rope, frequencies: np.ndarray) -> np.ndarray:
-    """Stretch long wavelengths, keep short ones, and go from one to the other by dimension."""
+    """Stretches long wavelengths, keeps short ones, and interpolates by dimension in between."""
     rotated = 2 * len(frequencies)
 
     def dimension(turns: float) -> float:
@@ -113,7 +113,7 @@ def _yarn(rope: Rope, frequencies: np.ndarray) -> np.ndarray:
 
 
 def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotate the first R dimensions of each head of ``x: [B, T, N, H]`` by the given angles."""
+    """Rotates the first R dimensions of each head of ``x: [B, T, N, H]`` by the given angles."""
     half = cos.shape[-1]
     cos, sin = cos[:, :, None], sin[:, :, None]
     a, b, rest = jnp.split(x, (half, 2 * half), axis=-1)

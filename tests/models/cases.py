@@ -222,7 +222,7 @@ def params_of(config: Config, state: dict[str, np.ndarray]) -> dict[str, Any]:
     """The tree of parameters out of a checkpoint's tensors, by the model's table."""
     tree: dict[str, Any] = {}
     for tensor in models.tensors(config):
-        layers = range(config.layers) if "{layer}" in tensor.name else [None]
+        layers = range(config.num_layers) if "{layer}" in tensor.name else [None]
         slices = [state[tensor.name.format(layer=layer)] for layer in layers]
         slices = [s.T if tensor.transpose else s for s in slices]
         *parents, last = tensor.path.split("/")

@@ -119,9 +119,9 @@ def run(case: cases.Case, seed: int = 0) -> dict[str, dict[str, np.ndarray]]:
     for kernel, name in names.items():
         outputs, inputs_ = state[name.format(layer=0)].shape
         for side, size in (("row", outputs), ("col", inputs_)):
-            delta = 0.2 * rng.standard_normal((config.layers, size))
+            delta = 0.2 * rng.standard_normal((config.num_layers, size))
             scales[f"{kernel}/{side}"] = torch.tensor(delta.astype(np.float32), requires_grad=True)
-        for layer in range(config.layers):
+        for layer in range(config.num_layers):
             row, col = (1 + scales[f"{kernel}/{side}"][layer] for side in ("row", "col"))
             weights[name.format(layer=layer)] = row[:, None] * state[name.format(layer=layer)] * col
     plain, changed = outputs_of(model, inputs, {}), outputs_of(model, inputs, weights)
@@ -132,7 +132,7 @@ def run(case: cases.Case, seed: int = 0) -> dict[str, dict[str, np.ndarray]]:
         probes[name] = probe * inputs["mask"][..., None] if probe.ndim == 3 else probe
     total = cases.loss(changed, {name: torch.tensor(value) for name, value in probes.items()})
     grads = torch.autograd.grad(total, list(scales.values()))
-    tied = "lm_head.weight" in state and getattr(config, "tied", False)
+    tied = "lm_head.weight" in state and getattr(config, "tie_embeddings", False)
     if tied:
         del state["lm_head.weight"]
 

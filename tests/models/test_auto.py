@@ -22,7 +22,7 @@ from tests.models import cases
 
 def make(name: str) -> models.Decoder | models.Encoder:
     config = models.config_from_dict(cases.CASES[name].config)
-    return models.with_params(config, jax.tree.map(jax.numpy.asarray, cases.random_params(config)))
+    return models.from_params(config, jax.tree.map(jax.numpy.asarray, cases.random_params(config)))
 
 
 @pytest.mark.parametrize("name", cases.CASES)
@@ -62,7 +62,7 @@ def test_the_source_gives_what_the_configuration_does_not_hold(tmp_path: pathlib
     with pytest.warns(models.NewParametersWarning):
         other = _with_labels(source, tmp_path / "base", 5)
     out = models.export(tmp_path / "other", other, source=source)
-    assert models.read_config(out).labels == 5
+    assert models.read_config(out).num_labels == 5
 
 
 def test_where_generation_ends_is_read_and_kept(tmp_path: pathlib.Path) -> None:
@@ -87,18 +87,18 @@ def _with_labels(source: pathlib.Path, folder: pathlib.Path, labels: int) -> mod
     _, params = models.functional(model)
     headless = {name: tree for name, tree in params.items() if name != "classifier"}
     raw = models.config_to_dict(model.config) | {"architectures": ["BertModel"]}
-    models.export(folder, models.with_params(models.config_from_dict(raw), headless))
-    return models.load(folder, labels=labels)
+    models.export(folder, models.from_params(models.config_from_dict(raw), headless))
+    return models.load(folder, num_labels=labels)
 
 
 def test_what_a_checkpoint_lacks_is_new_and_named(tmp_path: pathlib.Path) -> None:
     model = make("roberta")
     folder = models.export(tmp_path / "out", model)
     with pytest.warns(models.NewParametersWarning, match="classifier/dense/kernel") as record:
-        one = models.load(folder, labels=2, seed=1)
+        one = models.load(folder, num_labels=2, seed=1)
     assert "layers/" not in str(record[0].message)
     with pytest.warns(models.NewParametersWarning):
-        other = models.load(folder, labels=2, seed=2)
+        other = models.load(folder, num_labels=2, seed=2)
     a, b = (models.functional(m)[1] for m in (one, other))
     assert np.abs(a["classifier"]["out"]["kernel"] - b["classifier"]["out"]["kernel"]).max() > 0
     np.testing.assert_array_equal(a["layers"]["q"]["kernel"], b["layers"]["q"]["kernel"])
@@ -109,18 +109,18 @@ def test_what_a_checkpoint_lacks_is_new_and_named(tmp_path: pathlib.Path) -> Non
 def test_a_load_says_what_it_did_in_its_report(tmp_path: pathlib.Path) -> None:
     folder = models.export(tmp_path / "out", make("roberta"))
     with pytest.warns(models.NewParametersWarning) as caught:
-        whole = models.functional(models.load(folder, labels=2, seed=1))
+        whole = models.functional(models.load(folder, num_labels=2, seed=1))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # the report says it
-        fn, params, report = models.load_functional(folder, labels=2, seed=1)
-    assert report.initialised == caught[0].message.paths
-    assert {*report.loaded, *report.initialised} == paths.arrays(params).keys()
+        fn, params, report = models.load_functional(folder, num_labels=2, seed=1)
+    assert report.initialized == caught[0].message.paths
+    assert {*report.loaded, *report.initialized} == paths.arrays(params).keys()
     assert fn == whole[0]
     jax.tree.map(np.testing.assert_array_equal, params, whole[1])
     # An architecture that is known need not be read again.
-    config = models.describe(folder)
+    config = models.load_config(folder)
     (folder / "config.json").unlink()
-    again = models.load_functional(folder, config=config, labels=2, seed=1)
+    again = models.load_functional(folder, config=config, num_labels=2, seed=1)
     assert (again[0], again[2]) == (fn, report)
 
 
@@ -138,11 +138,12 @@ def rewrite(folder: pathlib.Path, change: Callable[[dict], dict], **fields: Any)
 def test_a_head_of_its_own_is_kept_whatever_the_flag_says(
     name: str, dtype: str, tmp_path: pathlib.Path
 ) -> None:
-    config = dataclasses.replace(make(name).config, tied=False)
-    model = models.with_params(config, cases.random_params(config))
+    config = dataclasses.replace(make(name).config, tie_embeddings=False)
+    model = models.from_params(config, cases.random_params(config))
     folder = models.export(tmp_path / "in", model, dtype=dtype)
     rewrite(folder, lambda tensors: tensors, tie_word_embeddings=True)
-    assert models.read_config(folder).tied and not models.describe(folder).tied
+    assert models.read_config(folder).tie_embeddings
+    assert not models.load_config(folder).tie_embeddings
     again = models.load(folder, param_dtype=dtype)
     assert again.config == config
     expected = jax.tree.map(lambda x: x.astype(dtype), models.functional(model)[1])
@@ -166,7 +167,7 @@ def test_a_tied_matrix_may_be_stored_as_the_head(kept: str, tmp_path: pathlib.Pa
 
     rewrite(folder, change)
     again = models.load(folder)
-    assert again.config == model.config and again.config.tied
+    assert again.config == model.config and again.config.tie_embeddings
     jax.tree.map(
         np.testing.assert_array_equal, models.functional(again)[1], models.functional(model)[1]
     )
@@ -181,7 +182,7 @@ def test_a_tied_matrix_may_be_stored_as_the_head(kept: str, tmp_path: pathlib.Pa
             tensors["lm_head.weight"][-1, -1] += 1e-6
             return tensors
 
-        assert not models.load(rewrite(folder, nudge)).config.tied
+        assert not models.load(rewrite(folder, nudge)).config.tie_embeddings
 
 
 def test_an_encoder_has_a_pooler_if_the_checkpoint_has_one(tmp_path: pathlib.Path) -> None:
@@ -200,10 +201,10 @@ def test_an_encoder_has_a_pooler_if_the_checkpoint_has_one(tmp_path: pathlib.Pat
         assert not [name for name in load_file(out / "model.safetensors") if "pooler" in name]
     # A head needs one: it is new, and written with the head.
     with pytest.warns(models.NewParametersWarning, match="pooler/kernel"):
-        headed = models.load(folder, labels=2)
+        headed = models.load(folder, num_labels=2)
     out = models.export(tmp_path / "headed", headed, source=folder)
     assert "bert.pooler.dense.weight" in load_file(out / "model.safetensors")
-    assert models.describe(out).labels == 2
+    assert models.load_config(out).num_labels == 2
 
 
 @pytest.mark.parametrize(
@@ -227,9 +228,9 @@ def test_a_head_of_other_labels_is_new_and_the_rest_is_kept(
     (folder / "config.json").write_text(json.dumps(raw))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        again = models.load(folder, labels=labels)
+        again = models.load(folder, num_labels=labels)
     assert {path for warning in caught for path in warning.message.paths} == fresh
-    assert again.config == dataclasses.replace(model.config, labels=labels or 3)
+    assert again.config == dataclasses.replace(model.config, num_labels=labels or 3)
     before, after = (paths.arrays(models.functional(m)[1]) for m in (model, again))
     for path in before.keys() - fresh:
         np.testing.assert_array_equal(before[path], after[path])
@@ -289,7 +290,7 @@ def test_a_head_of_pretraining_goes_along(name: str, prefix: str, tmp_path: path
         )
     # A classifier on the encoder is another architecture, which has no such head.
     with pytest.warns(models.NewParametersWarning):
-        classifier = models.load(folder, labels=2)
+        classifier = models.load(folder, num_labels=2)
     out = models.export(tmp_path / "classifier", classifier, source=folder)
     assert not [key for key in load_file(out / "model.safetensors") if key.startswith(prefix)]
     (found,) = json.loads((out / "config.json").read_text())["architectures"]

@@ -12,24 +12,24 @@ from hyperadapt_jax.models.registry import FAMILIES
 from tests.models import cases
 
 COMMON = {
-    "layers": lambda c: c.layers,
+    "layers": lambda c: c.num_layers,
     "vocab": lambda c: c.vocab_size,
-    "embed": lambda c: c.width,
-    "norm": lambda c: c.width,
-    "heads": lambda c: c.heads * c.head_dim,
-    "mlp": lambda c: c.mlp_width,
+    "embed": lambda c: c.embed_dim,
+    "norm": lambda c: c.embed_dim,
+    "heads": lambda c: c.num_heads * c.head_dim,
+    "mlp": lambda c: c.mlp_dim,
 }
 DECODER = COMMON | {
-    "kv_heads": lambda c: c.kv_heads * c.head_dim,
-    "qkv": lambda c: (c.heads + 2 * c.kv_heads) * c.head_dim,
+    "kv_heads": lambda c: c.num_kv_heads * c.head_dim,
+    "qkv": lambda c: (c.num_heads + 2 * c.num_kv_heads) * c.head_dim,
     "head_dim": lambda c: c.head_dim,
-    "gate_up": lambda c: 2 * c.mlp_width,
+    "gate_up": lambda c: 2 * c.mlp_dim,
 }
 ENCODER = COMMON | {
-    "positions": lambda c: c.positions,
-    "types": lambda c: c.token_types,
-    "pooled": lambda c: c.width,
-    "labels": lambda c: c.labels,
+    "positions": lambda c: c.num_positions,
+    "types": lambda c: c.num_token_types,
+    "pooled": lambda c: c.embed_dim,
+    "labels": lambda c: c.num_labels,
 }
 
 
@@ -37,8 +37,8 @@ def variants(name: str) -> list[models.Config]:
     """A case with and without its head."""
     config = models.config_from_dict(cases.CASES[name].config)
     if isinstance(config, models.DecoderConfig):
-        return [dataclasses.replace(config, tied=tied) for tied in (True, False)]
-    return [dataclasses.replace(config, labels=labels) for labels in (None, 1, 5)]
+        return [dataclasses.replace(config, tie_embeddings=tied) for tied in (True, False)]
+    return [dataclasses.replace(config, num_labels=labels) for labels in (None, 1, 5)]
 
 
 @pytest.mark.parametrize("name", cases.CASES)
@@ -64,11 +64,20 @@ def test_the_matrices_of_the_layers_are_the_targets_of_all_linear(name: str) -> 
     config = models.config_from_dict(cases.CASES[name].config)
     _, params = models.functional(models.abstract(config))
     plan = ha.plan(params, *models.targets(config, "all-linear"))
+    stacked = {p: roles for p, roles in models.matrices(config).items() if "stack" in roles}
+    assert {weight.path: weight.axes for weight in plan.weights} == stacked
     axes = models.logical_axes(config)
-    for weight in plan.weights:
-        stack, inputs, outputs = axes[weight.path].split()
-        assert weight.axes == "stack in out" and stack == "layers"
-        assert "embed" in (inputs, outputs)
-    left = axes.keys() - {weight.path for weight in plan.weights}
-    layers = [path for path in left if path.startswith("layers/")]
-    assert all(len(axes[path].split()) == 2 for path in layers)  # biases and norms
+    for path in stacked:
+        layers, inputs, outputs = axes[path].split()
+        assert layers == "layers" and "embed" in (inputs, outputs)
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_kernels_and_embeddings_are_the_matrices(name: str) -> None:
+    for config in variants(name):
+        params = paths.arrays(models.functional(models.abstract(config))[1])
+        found = models.matrices(config)
+        assert set(found) == {p for p in params if p.endswith(("/kernel", "/embedding"))}
+        for path, roles in found.items():
+            assert len(roles.split()) == params[path].ndim
+            assert ("stack" in roles) == path.startswith("layers/")

@@ -143,7 +143,7 @@ def test_parameters_hold_what_the_files_hold(tmp_path, route, shards, dtype):
     tree, report = reading.load(write(tmp_path, tensors, shards), TABLE, tree_of(dtype))
     assert_equal(tree, expected(tensors), dtype)
     assert sorted(report.loaded) == sorted(SHAPES)
-    assert report.initialised == report.ignored == ()
+    assert report.initialized == report.ignored == ()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -189,7 +189,7 @@ def test_a_tensor_may_stand_under_two_names_if_they_agree(tmp_path, route, dtype
         reading.load(write(tmp_path, both, 2), TABLE, tree_of())
 
 
-def test_optional_tensors_are_read_or_initialised_and_reported(tmp_path):
+def test_optional_tensors_are_read_or_initialized_and_reported(tmp_path):
     tensors = stored()
     abstract = tree_of(head=(8, 2))
     asked = []
@@ -199,14 +199,41 @@ def test_optional_tensors_are_read_or_initialised_and_reported(tmp_path):
         return jnp.full((8, 2), 7.0)
 
     tree, report = reading.load(write(tmp_path, tensors), HEAD, abstract, initial=initial)
-    assert asked == ["head"] and report.initialised == ("head",) and "head" not in report.loaded
+    assert asked == ["head"] and report.initialized == ("head",) and "head" not in report.loaded
     np.testing.assert_array_equal(tree["head"], np.full((8, 2), 7.0))
 
     head = np.arange(16, dtype=np.float32).reshape(2, 8)
     write(tmp_path, {**tensors, "head.weight": head})
     tree, report = reading.load(tmp_path, HEAD, abstract, initial=initial)
-    assert asked == ["head"] and report.initialised == ()
+    assert asked == ["head"] and report.initialized == ()
     np.testing.assert_array_equal(tree["head"], head.T)
+
+
+def test_single_parameters_are_those_of_a_whole_load(tmp_path, monkeypatch):
+    """Each of them in a dtype of its own, and each file's header read once for all of them."""
+    folder = write(tmp_path, stored("bfloat16"), shards=2)
+    whole = leaves(reading.load(folder, TABLE, tree_of(), progress=False)[0])
+    headers = []
+    read = reading._read_headers
+    monkeypatch.setattr(reading, "_read_headers", lambda f: headers.append(f) or read(f))
+    checkpoint = models.Checkpoint(folder)
+    for row in TABLE:
+        for dtype in ("float32", "bfloat16"):
+            one = checkpoint.read(row, jax.ShapeDtypeStruct(SHAPES[row.path], dtype))
+            assert one.dtype == dtype
+            np.testing.assert_array_equal(one, whole[row.path])
+    assert headers == [folder]
+
+
+def test_a_single_parameter_that_is_not_there_is_an_error(tmp_path):
+    checkpoint = models.Checkpoint(write(tmp_path, stored()))
+    like = jax.ShapeDtypeStruct((8, 4), "float32")
+    with pytest.raises(CheckpointError, match=r"lacks head\.weight"):
+        checkpoint.read(HEAD[-1], like)
+    with pytest.raises(CheckpointError, match=r"lacks model\.layers\.3\.up\.bias"):
+        checkpoint.read(TABLE[2], jax.ShapeDtypeStruct((4, 16), "float32"))
+    with pytest.raises(CheckpointError, match=r"has shape \(9, 8\).* \(8, 4\)"):
+        checkpoint.read(TABLE[0], like)
 
 
 def test_an_initial_value_is_checked_and_must_be_given(tmp_path):
@@ -218,7 +245,7 @@ def test_an_initial_value_is_checked_and_must_be_given(tmp_path):
         reading.load(tmp_path, HEAD, abstract, initial=lambda path: jnp.ones(3))
 
 
-def test_a_stack_is_never_initialised_in_part(tmp_path):
+def test_a_stack_is_never_initialized_in_part(tmp_path):
     table = (*TABLE, Tensor("gate.{layer}", "gate", optional=True))
     write(tmp_path, {**stored(), "gate.1": np.ones(4, np.float32)})
     with pytest.raises(CheckpointError, match=r"lacks gate\.0, gate\.2"):
@@ -241,7 +268,7 @@ def test_a_parameter_may_be_renewed_whatever_the_checkpoint_holds(tmp_path):
         initial=lambda path: jnp.full((8, 2), 7.0),
     )
     np.testing.assert_array_equal(tree["head"], np.full((8, 2), 7.0))
-    assert report.initialised == ("head",) and report.ignored == ("head.weight",)
+    assert report.initialized == ("head",) and report.ignored == ("head.weight",)
     with pytest.raises(CheckpointError, match=r"head\.weight has shape \(5, 8\)"):
         reading.load(tmp_path, HEAD, tree_of(head=(8, 2)))
 
@@ -881,7 +908,7 @@ def test_all_may_be_stored_in_one_dtype(tmp_path):
     for name, value in tensors.items():
         np.testing.assert_array_equal(again[name], value.astype(jnp.bfloat16), strict=True)
     assert hub.read_json(tmp_path / "out", "config.json") == {"torch_dtype": "bfloat16"}
-    with pytest.raises(ValueError, match="int8: choose one of float64, float32"):
+    with pytest.raises(ValueError, match="dtype=int8 of .*: expected one of float64, float32"):
         writing.export(tmp_path / "no", TABLE, tree, config={}, dtype="int8")
 
 
@@ -1147,7 +1174,7 @@ def test_other_sizes_are_errors(tmp_path, size):
 
 def test_a_tensor_larger_than_a_file_may_be_is_an_error(tmp_path):
     tree = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree_of())
-    with pytest.raises(ValueError, match=r"900 bytes, but .*weight alone takes \d+"):
+    with pytest.raises(ValueError, match=r"max_shard_size=900: .*weight alone takes \d+ bytes"):
         writing.export(tmp_path / "out", TABLE, tree, config={}, max_shard_size=900)
     assert not (tmp_path / "out").exists()
 
@@ -1181,7 +1208,7 @@ def test_real_folders_make_a_round_trip(shared, tmp_path, name):
     table = family.tensors(config)
     _, abstract = models.functional(models.abstract(config))
     tree, report = reading.load(source, table, abstract, ignored=family.ignored(config))
-    assert report.initialised == ()
+    assert report.initialized == ()
     out = writing.export(
         tmp_path / "out",
         table,

@@ -36,7 +36,7 @@ def test_writing_and_reading_gives_the_same_configuration(name: str) -> None:
         ("llama2", "hidden_size", True, "expected int"),
         ("llama2", "rms_norm_eps", float("nan"), "finite"),
         ("llama2", "vocab_size", -1, "positive"),
-        ("llama2", "eos_token_id", "</s>", "token number"),
+        ("llama2", "eos_token_id", "</s>", "token id"),
         ("qwen2", "attention_bias", False, "expected True"),
         ("mistral", "attention_bias", True, "expected False"),
         ("qwen2", "layer_types", ["sliding_attention"] * 3, "without a sliding_window"),
@@ -121,14 +121,14 @@ def test_a_token_that_there_is_not_may_be_called_minus_one() -> None:
 
 def test_labels_give_a_head_only_to_a_classifier() -> None:
     raw = cases.CASES["bert-classifier"].config
-    assert models.config_from_dict(raw).labels == 3
-    assert models.config_from_dict(raw | {"architectures": ["BertModel"]}).labels is None
-    assert models.config_from_dict(raw | {"architectures": ["BertForMaskedLM"]}).labels is None
+    assert models.config_from_dict(raw).num_labels == 3
+    assert models.config_from_dict(raw | {"architectures": ["BertModel"]}).num_labels is None
+    assert models.config_from_dict(raw | {"architectures": ["BertForMaskedLM"]}).num_labels is None
     short = {name: value for name, value in raw.items() if name not in ("id2label", "label2id")}
-    assert models.config_from_dict(short).labels == 2
-    assert models.config_from_dict(short | {"num_labels": 4}).labels == 4
+    assert models.config_from_dict(short).num_labels == 2
+    assert models.config_from_dict(short | {"num_labels": 4}).num_labels == 4
     # As in the reference, the names count.
-    assert models.config_from_dict(raw | {"num_labels": 4, "_num_labels": 5}).labels == 3
+    assert models.config_from_dict(raw | {"num_labels": 4, "_num_labels": 5}).num_labels == 3
 
 
 @pytest.mark.parametrize(("case", "name"), [("bert", "Bert"), ("roberta", "Roberta")])
@@ -188,7 +188,7 @@ def test_generation_config_names_the_tokens_that_end_a_text(
         ("{", "generation_config.json is not valid JSON"),
         ("", "generation_config.json is not valid JSON"),
         ("[2]", "generation_config.json: expected a JSON object, found list"),
-        ('{"eos_token_id": "</s>"}', "generation_config.json: field 'eos_token_id'.*token number"),
+        ('{"eos_token_id": "</s>"}', "generation_config.json: field 'eos_token_id'.*token id"),
         ('{"eos_token_id": [2, 3.0]}', "generation_config.json: field 'eos_token_id'"),
         ('{"eos_token_id": [2, 1000000000000]}', "generation_config.json: field 'eos_token_id'"),
         ('{"eos_token_id": true}', "generation_config.json: field 'eos_token_id'"),
@@ -218,8 +218,8 @@ def test_a_field_that_is_left_out_is_the_familys_default(
     left_out = ("num_key_value_heads", "max_position_embeddings")
     short = {key: value for key, value in raw.items() if key not in left_out}
     config = models.config_from_dict(short)
-    assert (config.kv_heads, config.max_length) == (kv_heads, length)
-    assert models.config_from_dict(raw | {"num_key_value_heads": None}).kv_heads == 64
+    assert (config.num_kv_heads, config.max_length) == (kv_heads, length)
+    assert models.config_from_dict(raw | {"num_key_value_heads": None}).num_kv_heads == 64
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3"])

@@ -32,7 +32,7 @@ def test_a_cache_changes_no_logits(name: str, blocks: str, monkeypatch) -> None:
         monkeypatch.setattr(decoder, "BLOCK", 4)
     run = cases.jit(lambda *args, **kwargs: fn(*args, **kwargs))  # traced anew: no BLOCK is kept
     full = run(params, tokens, mask=mask)
-    cache = models.open_cache(*tokens.shape)
+    cache = models.init_cache(*tokens.shape)
     head = 6
     logits, cache = run(params, tokens[:, :head], mask=mask[:, :head], cache=cache)
     assert logits.shape == (len(tokens), 1, config.vocab_size)
@@ -42,21 +42,21 @@ def test_a_cache_changes_no_logits(name: str, blocks: str, monkeypatch) -> None:
     logits, cache = run(params, tokens[:, -1:], cache=cache)
     np.testing.assert_allclose(logits[:, 0], full[:, -1], atol=2e-5)
     assert cache.length == tokens.shape[1]
-    assert cache.keys.shape[:4] == (config.layers, *tokens.shape, config.kv_heads)
+    assert cache.keys.shape[:4] == (config.num_layers, *tokens.shape, config.num_kv_heads)
 
 
 def test_the_memory_of_a_long_prompt_is_linear() -> None:
     config, fn, params = make("llama2")
 
     def prefill(params, tokens):
-        return fn(params, tokens, cache=models.open_cache(1, 2 * tokens.shape[1]))
+        return fn(params, tokens, cache=models.init_cache(1, 2 * tokens.shape[1]))
 
     def scratch(length: int) -> int:
         tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
         compiled = cases.jit(prefill).lower(params, tokens).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    assert scratch(4096) < 2.5 * scratch(2048) < 4 * config.heads * 2048**2
+    assert scratch(4096) < 2.5 * scratch(2048) < 4 * config.num_heads * 2048**2
 
 
 @pytest.mark.parametrize("name", ["phi4-mini-short", "llama-dynamic"])
@@ -107,7 +107,7 @@ def test_padding_changes_no_logits(name: str) -> None:
 
 def test_a_window_hides_what_is_further_back() -> None:
     config, fn, params = make("mistral")
-    one = dataclasses.replace(config, layers=1, windows=(4,))
+    one = dataclasses.replace(config, num_layers=1, windows=(4,))
     fn, _ = models.functional(models.abstract(one))
     params = cases.random_params(one)
     tokens = cases.batch(config, "none")["tokens"]
@@ -146,7 +146,7 @@ def test_computation_and_parameters_have_dtypes_of_their_own() -> None:
         fn, params = models.functional(models.abstract(config, **options))
         assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {stored}
         assert jax.eval_shape(fn, params, tokens).dtype == jnp.float32
-        cache = models.open_cache(*tokens.shape)
+        cache = models.init_cache(*tokens.shape)
         _, cache = jax.eval_shape(lambda p, c, fn=fn: fn(p, tokens, cache=c), params, cache)
         assert cache.keys.dtype == options["dtype"]
         products = [
@@ -168,7 +168,7 @@ def test_bfloat16_stays_near_float32() -> None:
 def test_a_model_is_split_and_made_again() -> None:
     config, fn, params = make("phi3")
     tokens = cases.batch(config, "none")["tokens"]
-    model = models.with_params(config, params)
+    model = models.from_params(config, params)
     again, again_params = models.functional(model)
     assert again == fn and hash(again) == hash(fn)
     run = cases.jit(lambda params: fn(params, tokens))
@@ -176,9 +176,9 @@ def test_a_model_is_split_and_made_again() -> None:
     assert again_params["layers"]["qkv"]["kernel"] is params["layers"]["qkv"]["kernel"]
     assert models.functional(models.abstract(config, remat="full"))[0] != fn
     with pytest.raises(ValueError, match="norm/scale: missing"):
-        models.with_params(config, {k: v for k, v in params.items() if k != "norm"})
+        models.from_params(config, {k: v for k, v in params.items() if k != "norm"})
     with pytest.raises(ValueError, match="norm/scale: expected"):
-        models.with_params(config, params | {"norm": {"scale": np.ones(3)}})
+        models.from_params(config, params | {"norm": {"scale": np.ones(3)}})
 
 
 def test_the_table_covers_every_parameter_once() -> None:
@@ -200,7 +200,7 @@ def test_a_token_outside_the_vocabulary_is_refused_or_gives_nan(outside: int) ->
         with pytest.raises(ValueError, match=f"tokens: {outside} is outside.*23 rows"):
             fn(params, known)
         with pytest.raises(ValueError, match=f"tokens: {outside} is outside.*23 rows"):
-            fn(params, known, cache=models.open_cache(2, 4))
+            fn(params, known, cache=models.init_cache(2, 4))
 
 
 def test_float16_is_computed_on_a_cpu() -> None:
@@ -208,7 +208,7 @@ def test_float16_is_computed_on_a_cpu() -> None:
     half, _ = models.functional(models.abstract(config, dtype="float16"))
     tokens = cases.batch(config, "none")["tokens"]
     exact = cases.jit(fn)(params, tokens)
-    options = ({}, {"mask": np.ones_like(tokens, bool)}, {"cache": models.open_cache(2, 16)})
+    options = ({}, {"mask": np.ones_like(tokens, bool)}, {"cache": models.init_cache(2, 16)})
     for option in options:
         rough = cases.jit(half)(params, tokens, **option)
         rough = rough[0] if "cache" in option else rough
@@ -253,9 +253,9 @@ def test_wrong_calls_are_refused() -> None:
     with pytest.raises(ValueError, match=r"mask: expected \(2, 5\)"):
         fn(params, tokens, mask=jnp.ones((2, 4), bool))
     with pytest.raises(ValueError, match=r"cache: \(2, 4\) slots"):
-        fn(params, tokens, cache=models.open_cache(2, 4))
+        fn(params, tokens, cache=models.init_cache(2, 4))
     with pytest.raises(ValueError, match="segment_ids: packed"):
-        fn(params, tokens, segment_ids=tokens, cache=models.open_cache(2, 9))
+        fn(params, tokens, segment_ids=tokens, cache=models.init_cache(2, 9))
 
 
 @pytest.mark.slow
@@ -264,7 +264,7 @@ def test_compile_time_does_not_grow_with_depth() -> None:
     tokens = jax.ShapeDtypeStruct((2, 64), jnp.int32)
 
     def seconds(layers: int) -> float:
-        config = dataclasses.replace(base, layers=layers, windows=(None,) * layers)
+        config = dataclasses.replace(base, num_layers=layers, windows=(None,) * layers)
         fn, params = models.functional(models.abstract(config, remat="dots"))
         gradient = jax.grad(lambda p, t: jnp.sum(fn(p, t)))
         start = time.process_time()

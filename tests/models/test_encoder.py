@@ -38,12 +38,12 @@ def test_what_each_family_returns(name: str) -> None:
     config, fn, params = make(name)
     shapes = jax.eval_shape(fn, params, jax.ShapeDtypeStruct((3, 7), jnp.int32))
     assert shapes.sequence.shape == (3, 7, 16)
-    classifier = config.labels is not None
+    classifier = config.num_labels is not None
     assert (shapes.logits is not None) == classifier
     pooled = config.family == "bert" or not (classifier or config.family == "distilbert")
     assert (shapes.pooled is not None) == pooled
     if classifier:
-        assert shapes.logits.shape == (3, config.labels)
+        assert shapes.logits.shape == (3, config.num_labels)
 
 
 @pytest.mark.parametrize("name", ["bert-classifier", "roberta-classifier", "distilbert-classifier"])

@@ -123,7 +123,7 @@ def test_every_target_is_scaled_on_activations_in_training_and_in_the_loop(name:
         ha.explain(trained, params, scales, tokens),
         ha.explain(whole, params, scales, tokens, mask),
         ha.explain(forward, params, scales, tokens, mask=mask),
-        ha.explain(forward, params, scales, tokens, cache=models.open_cache(*tokens.shape)),
+        ha.explain(forward, params, scales, tokens, cache=models.init_cache(*tokens.shape)),
     ):
         assert set(explanation.on_activations) == set(scales)
         assert explanation.materialized == explanation.unused == ()
@@ -261,9 +261,9 @@ def test_the_vocabulary_is_sorted_for_top_p_alone(sampling, sorts) -> None:
         ({"prompts": [[1], [2, 13]]}, r"prompts\[1\]: 13 is outside.*13 rows"),
         ({"prompts": [[-1]]}, r"prompts\[0\]: -1 is outside"),
         ({"prompts": [[2**40]]}, r"prompts\[0\]: 1099511627776 is outside"),
-        ({"prompts": [[1.5]]}, r"prompts\[0\]: expected token numbers, found float64"),
-        ({"prompts": ["ab"]}, r"prompts\[0\]: expected token numbers"),
-        ({"prompts": [[[1]]]}, r"prompts\[0\]: expected token numbers.*\(1, 1\)"),
+        ({"prompts": [[1.5]]}, r"prompts\[0\]: expected token ids, found float64"),
+        ({"prompts": ["ab"]}, r"prompts\[0\]: expected token ids"),
+        ({"prompts": [[[1]]]}, r"prompts\[0\]: expected token ids.*\(1, 1\)"),
         ({"max_new_tokens": 2.5}, "max_new_tokens=2.5"),
         ({"top_k": 1.5, "temperature": 1.0}, "top_k=1.5"),
         ({"temperature": float("inf")}, "temperature=inf"),

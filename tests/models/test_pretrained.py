@@ -43,9 +43,9 @@ def test_a_story_told_by_an_adapted_function_and_by_merged_weights(stories) -> N
 def test_a_new_head_is_reported(shared: pathlib.Path) -> None:
     folder = shared / "weights" / "all-MiniLM-L6-v2"
     with pytest.warns(models.NewParametersWarning, match="classifier/out/kernel"):
-        model = models.load(folder, labels=3, seed=1)
+        model = models.load(folder, num_labels=3, seed=1)
     _, params = models.functional(model)
     kernel = np.asarray(params["classifier"]["out"]["kernel"])
     assert kernel.shape == (384, 3) and 0.01 < kernel.std() < 0.03
-    with pytest.raises(ValueError, match="labels=2.*llama"):
-        models.load(shared / "weights" / "stories260K", labels=2)
+    with pytest.raises(ValueError, match="num_labels=2.*llama"):
+        models.load(shared / "weights" / "stories260K", num_labels=2)

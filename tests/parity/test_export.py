@@ -134,7 +134,7 @@ def test_which_head_counts_is_decided_as_transformers_does(
     save_file(tensors, file, {"format": "pt"})
     theirs, mine, model = theirs_and_mine(tmp_path / "in")
     np.testing.assert_allclose(mine, theirs, atol=TOLERANCE)
-    assert model.config.tied == (head != "other")
+    assert model.config.tie_embeddings == (head != "other")
     out = models.export(tmp_path / "out", model, source=tmp_path / "in")
     for again in theirs_and_mine(out)[:2]:
         np.testing.assert_allclose(again, theirs, atol=TOLERANCE)
@@ -207,7 +207,7 @@ def test_another_number_of_labels_keeps_what_transformers_keeps(
     config = cases.CASES[name].config
     reference.torch_model(config).save_pretrained(tmp_path)
     with pytest.warns(models.NewParametersWarning) as caught:
-        model = models.load(tmp_path, labels=2)
+        model = models.load(tmp_path, num_labels=2)
     theirs, info = getattr(transformers, config["architectures"][0]).from_pretrained(
         tmp_path, num_labels=2, ignore_mismatched_sizes=True, output_loading_info=True
     )

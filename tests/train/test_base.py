@@ -74,7 +74,7 @@ def test_a_row_with_such_a_token_ends_a_run_in_one_line(tmp_path, capsys):
 
 def test_a_base_is_described_as_its_weights_have_it(tmp_path):
     config = models.config_from_dict(tiny.CONFIG)
-    assert not config.tied
+    assert not config.tie_embeddings
     models.export(tmp_path, models.create(config))
     raw = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(raw | {"tie_word_embeddings": True}))
@@ -85,5 +85,5 @@ def test_a_base_is_described_as_its_weights_have_it(tmp_path):
     file = tmp_path / "model.safetensors"
     tensors = load_file(file)
     save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].copy()}, file)
-    assert base.load_abstract(options).config.tied
+    assert base.load_abstract(options).config.tie_embeddings
     assert "head" not in base.load(options, quiet=True).params

@@ -244,7 +244,7 @@ def test_a_new_head_trains_whatever_else_is_named(command, tmp_path, method):
     assert {"classifier/out/kernel", "classifier/out/bias", "embed/norm/scale"} <= set(saved)
     merged = str(tmp_path / "merged")
     assert main(["export", "--adapter", str(tmp_path / "run"), "--folder", merged, "--quiet"]) == 0
-    assert models.read_config(merged).labels == 2
+    assert models.read_config(merged).num_labels == 2
 
 
 def test_the_labels_of_an_adapter_are_its_own(command, tmp_path, capsys):
@@ -262,7 +262,7 @@ def test_the_labels_of_an_adapter_are_its_own(command, tmp_path, capsys):
          base_model=command[4], base_config=config)  # fmt: skip
     from train.run.trained import TrainedOptions, load_run
 
-    assert load_run(TrainedOptions(adapter=tmp_path / "adapter")).base.config.labels == 3
+    assert load_run(TrainedOptions(adapter=tmp_path / "adapter")).base.config.num_labels == 3
 
 
 def test_what_is_no_recipe(capsys):

@@ -54,7 +54,7 @@ def test_an_old_run_that_left_its_head_untrained_is_refused(old, capsys):
 def test_an_old_adapter_gives_the_logits_that_it_gave(old, run):
     found = json.loads((old / run / "logits.json").read_text())
     with pytest.warns(models.NewParametersWarning):
-        fn, params = models.functional(models.load("bert", labels=2, progress=False))
+        fn, params = models.functional(models.load("bert", num_labels=2, progress=False))
     params, scales = ha.load(old / run / "adapter").apply(params)
     logits = ha.adapt(fn)(params, scales, jnp.asarray(found["tokens"])).logits
     np.testing.assert_allclose(logits, np.asarray(found["logits"]), atol=1e-5)

@@ -39,7 +39,7 @@ def test_a_classifiers_adapter_is_applied_with_its_head(monkeypatch):
     names = {}
     exec(code.replace("runs/mrpc", "sst2"), names)
     adapter, batch = names["adapter"], names["batch"]
-    model = models.load("bert", labels=2, seed=1, progress=False)
+    model = models.load("bert", num_labels=2, seed=1, progress=False)
     encoder, params = models.functional(model)
     merged = ha.merge(paths.replace(params, adapter.full), adapter.scales)
     more = {"mask": batch["attention_mask"], "token_types": batch.get("token_type_ids")}

@@ -185,7 +185,7 @@ def test_another_dtype_is_rounded_to_once_and_reported(stored, tmp_path, dtype, 
 def test_a_classifier_is_exported_with_its_head(tmp_path, capsys):
     base = models.export(tmp_path / "base", build(BERT), progress=False)
     with pytest.warns(models.NewParametersWarning):
-        model = models.load(base, labels=3)
+        model = models.load(base, num_labels=3)
     fn, params = models.functional(model)
     scales = vectors(params, model.config)
     full = {

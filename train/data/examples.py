@@ -51,7 +51,8 @@ class Examples(NamedTuple):
         """
         rows, lost = len(self.data) + self.dropped, self.dropped + dropped
         more = "".join(f", {count:,} {what}" for what, count in self.counts.items() if count)
-        text = f"{rows:,} rows, {lost:,} dropped, {self.truncated:,} truncated to {max_length} tokens{more}"
+        text = f"{rows:,} rows, {lost:,} dropped, {self.truncated:,} truncated"
+        text += f" to {max_length} tokens{more}"
         if max(lost, *self.counts.values(), 0) > 0.05 * (rows + dropped):
             warn(f"{name}: {text}")
         else:

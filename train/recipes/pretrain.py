@@ -133,7 +133,7 @@ def write_model(folder: Path, model: ModelOptions, params: object, rows: list[li
     loaded = base.load_abstract(model)
     models.export(
         folder,
-        models.with_params(loaded.config, params),
+        models.from_params(loaded.config, params),
         source=loaded.folder,
         dtype="float16",
         overwrite=True,

@@ -13,7 +13,7 @@ import jax
 import hyperadapt_jax as ha
 from hyperadapt_jax import models, paths
 from hyperadapt_jax.adapter import CONFIG
-from hyperadapt_jax.models.checkpoint import hub, reading
+from hyperadapt_jax.models.checkpoint import hub
 
 from ..base import Base, load_abstract
 from ..errors import InputError
@@ -60,12 +60,16 @@ class Trained:
         """
         if path in self.adapter.full:
             return self.adapter.full[path].astype(dtype)
-        shape = self._shapes[path].shape
-        row = next(tensor for tensor in models.tensors(self.base.config) if tensor.path == path)
-        like = {path: jax.ShapeDtypeStruct(shape, dtype)}
-        others = [".*"]  # this parameter's tensors alone are looked at
-        tree, _ = reading.load(self.base.folder, [row], like, ignored=others, progress=False)
-        return tree[path]
+        like = jax.ShapeDtypeStruct(self._shapes[path].shape, dtype)
+        return self._checkpoint.read(self._tensors[path], like)
+
+    @functools.cached_property
+    def _checkpoint(self) -> models.Checkpoint:
+        return models.Checkpoint(self.base.folder)
+
+    @functools.cached_property
+    def _tensors(self) -> dict[str, models.Tensor]:
+        return {tensor.path: tensor for tensor in models.tensors(self.base.config)}
 
     @functools.cached_property
     def _shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -104,6 +108,6 @@ def load_run(options: TrainedOptions) -> Trained:
 def _labels(base_config: Mapping[str, Any], folder: Path) -> int | None:
     """How many outputs the head had that the adapter was trained with; None without a head."""
     try:
-        return getattr(models.config_from_dict(base_config), "labels", None)
+        return getattr(models.config_from_dict(base_config), "num_labels", None)
     except ValueError as error:
         raise InputError(f"{folder / CONFIG}: its base_config cannot be used: {error}") from error

@@ -66,7 +66,7 @@ def resolve(
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """Find a checkpoint's folder: a local one first, else a repository of the Hugging Face hub.
+    """Finds a checkpoint's folder: a local one first, else a repository of the Hugging Face hub.
 
     From the hub come the configuration, the safetensors files at the repository's root and what
     belongs to them, as the tokenizer; no code, no pickles, no copies in other formats.
@@ -90,7 +90,7 @@ def resolve(
         found = huggingface_hub.snapshot_download(
             name,
             revision=revision,
-            cache_dir=cache_dir,
+            cache_dir=None if cache_dir is None else Path(cache_dir),
             allow_patterns=[*_WANTED, *_COMPANIONS],
             ignore_patterns=[*_UNWANTED],
         )
@@ -138,7 +138,7 @@ def file_inside(folder: Path, name: str, referrer: str = "") -> Path:
 
 
 def read_json(folder: str | os.PathLike[str], name: str) -> dict[str, Any]:
-    """Read a JSON object from a file of a folder.
+    """Reads a JSON object from a file of a folder.
 
     Raises:
       CheckpointError: the file is missing, outside the folder, no JSON object, or has a key twice.

@@ -1,4 +1,4 @@
-"""Read a folder's weights into a tree of parameters, driven by a model's table of tensors.
+"""Reads a folder's weights into a tree of parameters, driven by a model's table of tensors.
 
 `load` checks a whole folder before it allocates anything, then moves each tensor to its devices in
 blocks, so that host memory does not grow with the model.
@@ -106,6 +106,39 @@ class Checkpoint:
         """
         return _same(self.tensors[one], self.tensors[other])
 
+    def read(self, tensor: Tensor, like: jax.ShapeDtypeStruct | Array) -> Array:
+        """Reads one parameter, on the default device; the other tensors are not looked at.
+
+        Args:
+          tensor: its row of the model's table.
+          like: its shape, and the dtype to give it.
+
+        Returns:
+          The parameter, its layers stacked.
+
+        Raises:
+          CheckpointError: a tensor of it is missing or misshapen, or a file cannot be read.
+
+        >>> import tempfile
+        >>> from hyperadapt_jax import models
+        >>> config = models.config_from_dict(dict(model_type="qwen3", vocab_size=9, hidden_size=8,
+        ...     intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, head_dim=4))
+        >>> table = {tensor.path: tensor for tensor in models.tensors(config)}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = models.export(folder, models.create(config))
+        ...     checkpoint = models.Checkpoint(Path(folder))
+        ...     like = jax.ShapeDtypeStruct((2, 8, 16), "bfloat16")
+        ...     checkpoint.read(table["layers/up/kernel"], like).dtype
+        dtype(bfloat16)
+        """
+        shape, leaves = tuple(like.shape), {tensor.path: like}
+        chosen, missing = choose([tensor], leaves, self)
+        if missing or not chosen:
+            raise CheckpointError(f"{self.folder} lacks {first_few(missing or [tensor.name])}")
+        _check_stored(tensor, chosen[tensor.path], shape)
+        with without_mesh():
+            return _assemble(tensor, chosen[tensor.path], shape, like.dtype, None, lambda _: None)
+
 
 def load(
     folder: str | os.PathLike[str] | Checkpoint,
@@ -119,7 +152,7 @@ def load(
     rules: Rules = (),
     progress: bool = True,
 ) -> tuple[Any, Report]:
-    """Read a folder's safetensors into a tree of parameters.
+    """Reads a folder's safetensors into a tree of parameters.
 
     The whole folder is checked from its files' headers before anything is allocated. Then each
     tensor goes to its devices in blocks of at most 16 MiB, cast to the parameter's dtype: every
@@ -160,9 +193,7 @@ def load(
     leaves = dict(zip(paths, values, strict=True))
     check_table(tensors, leaves)
     shardings = {path: _sharding(path, tuple(x.shape), mesh, rules) for path, x in leaves.items()}
-    checkpoint = folder
-    if not isinstance(checkpoint, Checkpoint):
-        checkpoint = Checkpoint(expand_home(folder))
+    checkpoint = folder if isinstance(folder, Checkpoint) else Checkpoint(expand_home(folder))
     chosen, missing = choose([t for t in tensors if t.path not in renewed], leaves, checkpoint)
     new = [tensor.path for tensor in tensors if tensor.path not in chosen]
     skipped = _check(checkpoint, tensors, leaves, chosen, missing, ignored)
@@ -183,13 +214,14 @@ def load(
                         tensor, chosen[tensor.path], shape, dtype, sharding, bar.update
                     )
                 continue
+            assert initial is not None  # as checked above
             value = jnp.asarray(initial(tensor.path), dtype)
             if value.shape != shape:
                 raise ValueError(f"initial value of {tensor.path}: {value.shape}, expected {shape}")
             filled[tensor.path] = value if sharding is None else jax.device_put(value, sharding)
     report = Report(
         loaded=tuple(path for path in leaves if path in chosen),
-        initialised=tuple(path for path in leaves if path not in chosen),
+        initialized=tuple(path for path in leaves if path not in chosen),
         ignored=tuple(skipped),
     )
     return treedef.unflatten([filled[path] for path in paths]), report
@@ -234,11 +266,9 @@ def _read_headers(folder: Path) -> dict[str, Stored]:
                     raise CheckpointError(f"{file} holds {key}, which {INDEX} does not place there")
                 view = reader.get_slice(key)
                 found[key] = Stored(key, file, tuple(view.get_shape()), str(view.get_dtype()))
-    for key in weight_map or ():
+    for key, name in (weight_map or {}).items():
         if key not in found:
-            raise CheckpointError(
-                f"{folder / weight_map[key]} lacks {key}, which {INDEX} places there"
-            )
+            raise CheckpointError(f"{folder / name} lacks {key}, which {INDEX} places there")
     return found
 
 
@@ -267,7 +297,7 @@ def _same(one: Stored, other: Stored) -> bool:
             strict=True,
         )
         for (_, a), (_, b) in pairs:
-            # Equal bits are told fast; other bits may still be equal numbers of two dtypes.
+            # Equal bits are found fast; other bits may still be equal numbers of two dtypes.
             if a.tobytes() != b.tobytes() and not np.array_equal(a.astype("f8"), b.astype("f8")):
                 return False
     return True
@@ -305,7 +335,7 @@ def _check(
     missing: Sequence[str],
     ignored: Sequence[str],
 ) -> list[str]:
-    """Raise where the checkpoint is not the model's; return the names to pass over."""
+    """Raises where the checkpoint is not the model's; returns the names to pass over."""
     stored = checkpoint.tensors
     taken = {part.name for parts in chosen.values() for part in parts}
     known = {
@@ -334,19 +364,24 @@ def _check(
             "Does config.json belong to these weights?"
         )
     for tensor in tensors:
-        expected = shape_in_file(tensor, leaves[tensor.path].shape)
-        for part in chosen.get(tensor.path, ()):
-            if part.shape != expected:
-                raise CheckpointError(
-                    f"{part.file}: {part.name} has shape {part.shape}, but the model's "
-                    f"configuration asks for {expected}"
-                )
-            if part.dtype not in _ITEMSIZE:
-                raise CheckpointError(
-                    f"{part.file}: {part.name} has dtype {part.dtype}; only "
-                    f"{', '.join(_ITEMSIZE)} are read: give an unquantized checkpoint"
-                )
+        _check_stored(tensor, chosen.get(tensor.path, ()), leaves[tensor.path].shape)
     return skipped
+
+
+def _check_stored(tensor: Tensor, parts: Sequence[Stored], shape: Sequence[int]) -> None:
+    """Raises where the stored tensors cannot fill a parameter of this shape."""
+    expected = shape_in_file(tensor, shape)
+    for part in parts:
+        if part.shape != expected:
+            raise CheckpointError(
+                f"{part.file}: {part.name} has shape {part.shape}, but the model's "
+                f"configuration asks for {expected}"
+            )
+        if part.dtype not in _ITEMSIZE:
+            raise CheckpointError(
+                f"{part.file}: {part.name} has dtype {part.dtype}; only "
+                f"{', '.join(_ITEMSIZE)} are read: give an unquantized checkpoint"
+            )
 
 
 def _sharding(
@@ -388,13 +423,14 @@ def _assemble(
         shards[tuple((0, size) for size in shape)] = [None]
     else:
         for device, index in sharding.addressable_devices_indices_map(shape).items():
-            key = tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
+            key = tuple(s.indices(size)[:2] for s, size in zip(index or (), shape, strict=True))
             shards.setdefault(key, []).append(device)
 
     local = shape if sharding is None else sharding.shard_shape(shape)
     small = math.prod(local) * jnp.dtype(dtype).itemsize <= _SMALL
     used = jnp.zeros(()).devices() if sharding is None else sharding.device_set
     by_host = small or on_host(used)
+    buffers: dict[tuple[tuple[int, int], ...], list[Any]]
     if by_host:
         buffers = {key: [_empty(local, dtype)] for key in shards}
     else:
@@ -404,15 +440,15 @@ def _assemble(
         }
     turn = -1 if tensor.transpose else 1
     for layer, part in enumerate(parts):
-        # Opened for each tensor anew, so that the pages of the mapped file are given back with it.
+        # Opened again for each tensor, so that the pages of the mapped file are given back with it.
         with open_file(part.file) as reader:
             view = reader.get_slice(part.name)
             for key, devices in shards.items():
-                stack, index = key[: tensor.stacked], key[tensor.stacked :]
+                stack, inner = key[: tensor.stacked], key[tensor.stacked :]
                 if not all(start <= layer < stop for start, stop in stack):
                     continue
                 prefix = tuple(layer - start for start, _ in stack)
-                for start, block in _blocks(view, index[::turn], part.itemsize):
+                for start, block in _blocks(view, inner[::turn], part.itemsize):
                     start = (*prefix, *start[::turn])
                     if by_host:
                         block = transposed(block) if tensor.transpose else block
@@ -480,7 +516,7 @@ def _empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames="transpose")
 def _write_device(buffer: Array, block: Array, start: tuple[int, ...], *, transpose: bool) -> Array:
-    """Put a block of a stored tensor in its place, in the layout and dtype of the parameter."""
+    """Puts a block of a stored tensor in its place, in the layout and dtype of the parameter."""
     block = (block.T if transpose else block).astype(buffer.dtype)
     block = block.reshape((1,) * (buffer.ndim - block.ndim) + block.shape)
     return jax.lax.dynamic_update_slice(buffer, block, start)

@@ -72,7 +72,7 @@ class Rows:
     def add(
         self, names: str | Sequence[str], path: str, axes: str, *also: str, **options: bool
     ) -> None:
-        """Add a tensor: its names with every prefix, those in ``also`` as they are."""
+        """Adds a tensor: its names with every prefix, those in ``also`` as they are."""
         names = (names,) if isinstance(names, str) else names
         name, *aliases = (prefix + each for each in names for prefix in self.prefixes)
         self.table.append(Tensor(name, path, aliases=(*aliases, *also), axes=axes, **options))
@@ -80,14 +80,14 @@ class Rows:
     def linear(
         self, name: str, path: str, axes: str, *, bias: bool = True, **options: bool
     ) -> None:
-        """Add a projection: ``axes`` are those of its kernel, the last one that of its bias."""
+        """Adds a projection: ``axes`` are those of its kernel, the last one that of its bias."""
         self.add(f"{name}.weight", f"{path}/kernel", axes, transpose=True, **options)
         if bias:
             *stack, _, outputs = axes.split()
             self.add(f"{name}.bias", f"{path}/bias", " ".join([*stack, outputs]), **options)
 
     def layer_norm(self, name: str, path: str, axes: str) -> None:
-        """Add a norm with a bias: checkpoints of TensorFlow's age say gamma and beta."""
+        """Adds a norm with a bias: checkpoints of TensorFlow's age say gamma and beta."""
         self.add((f"{name}.weight", f"{name}.gamma"), f"{path}/scale", axes)
         self.add((f"{name}.bias", f"{name}.beta"), f"{path}/bias", axes)
 
@@ -98,12 +98,12 @@ class Report:
 
     Attributes:
       loaded: paths of the parameters that the checkpoint filled.
-      initialised: paths of those that it lacked, which have new values.
+      initialized: paths of those that it lacked, which have new values.
       ignored: names in the checkpoint that are rightly no parameter.
     """
 
     loaded: tuple[str, ...]
-    initialised: tuple[str, ...]
+    initialized: tuple[str, ...]
     ignored: tuple[str, ...]
 
 

@@ -1,4 +1,4 @@
-"""Write parameters as a Hugging Face folder: the names and layouts that the table says."""
+"""Writes parameters as a Hugging Face folder: the names and layouts that the table says."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from hyperadapt_jax.models.checkpoint.hub import (
     INDEX,
-    SINGLE,
     companions,
     expand_home,
     is_companion_folder,
@@ -66,7 +66,7 @@ def export(
     overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
-    """Write parameters as a Hugging Face folder that any reader of the format can load.
+    """Writes parameters as a Hugging Face folder that any reader of the format can load.
 
     One parameter at a time is asked for and one tensor at a time is fetched to the host. The folder
     appears under its name when it is complete; nothing is left behind by a failure.
@@ -114,9 +114,7 @@ def export(
     dtypes = {path: jnp.dtype(dtype or x.dtype) for path, x in leaves.items()}
     for path, each in dtypes.items():
         if each.name not in _CODES:
-            raise ValueError(
-                f"{path} would be stored as {each.name}: choose one of {', '.join(_CODES)}"
-            )
+            raise ValueError(f"dtype={each.name} of {path}: expected one of {', '.join(_CODES)}")
     checkpoint = None if source is None else Checkpoint(source)
     names = _names(tensors, leaves, checkpoint)
 
@@ -125,21 +123,21 @@ def export(
         shape = shape_in_file(tensor, leaves[tensor.path].shape)
         entries[names[tensor.path][layer]] = (shape, dtypes[tensor.path])
     codes = {code: name for name, code in _CODES.items()}
-    for name in carried:
-        stored = checkpoint.tensors[name]
+    others = {} if checkpoint is None else {name: checkpoint.tensors[name] for name in carried}
+    for name, stored in others.items():
         if stored.dtype not in codes:
             raise CheckpointError(f"{stored.file}: {name} has dtype {stored.dtype}")
         entries[name] = (stored.shape, jnp.dtype(dtype or codes[stored.dtype]))
-    along = [] if source is None else companions(source)
+    copied = {} if source is None else {name: source / name for name in companions(source)}
     files = _files(entries, limit)
     file_of = {name: file for file in files for name in file.offsets}
     size = {name: math.prod(shape) * each.itemsize for name, (shape, each) in entries.items()}
 
     with _new_folder(folder, overwrite) as partial:
         _write_json(partial / "config.json", _with_dtype(config, entries, size))
-        for name in along:
+        for name, original in copied.items():
             (partial / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(source / name, partial / name)
+            shutil.copyfile(original, partial / name)
         if len(files) > 1:
             weight_map = {name: file_of[name].name for name in entries}
             index = {"metadata": {"total_size": sum(size.values())}, "weight_map": weight_map}
@@ -176,16 +174,16 @@ def export(
                     )
                     write(name, data)
                 del array
-            for name in carried:
-                with open_file(checkpoint.tensors[name].file) as reader:
+            for name, stored in others.items():
+                with open_file(stored.file) as reader:
                     write(name, reader.get_tensor(name))
     return folder
 
 
 def _order(tensors: Sequence[Tensor], leaves: Mapping[str, Any]) -> Iterator[tuple[Tensor, int]]:
     """The order of a checkpoint: the rows of the table, with all rows of a layer together."""
-    for _, run in itertools.groupby(tensors, key=lambda tensor: tensor.stacked):
-        run = list(run)
+    for _, group in itertools.groupby(tensors, key=lambda tensor: tensor.stacked):
+        run = list(group)
         layers = {tensor.path: layers_of(tensor, leaves[tensor.path].shape) for tensor in run}
         for layer in range(max(map(len, layers.values()))):
             yield from ((tensor, layer) for tensor in run if layer in layers[tensor.path])
@@ -276,32 +274,31 @@ class _File:
 
 
 def _files(entries: Mapping[str, tuple[tuple[int, ...], np.dtype]], limit: int) -> list[_File]:
-    """Distribute tensors over files of at most `limit` bytes, in their order."""
-    groups: list[list[str]] = []
-    free = 0
+    """Distributes tensors over files of at most `limit` bytes, in their order."""
+    room = limit - 256  # for the rest of a header
+    need: dict[str, int] = {}
     for name, (shape, dtype) in entries.items():
-        # A header's line holds name, dtype, sizes and two offsets; 256 bytes are for the rest.
+        # A header's line holds name, dtype, sizes and two offsets.
         line = len(json.dumps(name)) + 21 * (len(shape) + 2) + 64
-        need = math.prod(shape) * dtype.itemsize + line
-        if need > limit - 256:
+        need[name] = math.prod(shape) * dtype.itemsize + line
+        if need[name] > room:
             raise ValueError(
-                f"max_shard_size is {limit} bytes, but {name} alone takes {need + 256}"
+                f"max_shard_size={limit}: {name} alone takes {need[name] + 256} bytes; give as many"
             )
-        if need > free:
-            groups.append([])
-            free = limit - 256
-        groups[-1].append(name)
-        free -= need
-    total = len(groups)
-    names = [f"model-{i:05}-of-{total:05}.safetensors" for i in range(1, total + 1)]
+    split = huggingface_hub.split_state_dict_into_shards_factory(
+        need,
+        get_storage_size=lambda size: size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=room,
+    )
     return [
-        _file(name, {key: entries[key] for key in group})
-        for name, group in zip(names if total > 1 else [SINGLE], groups, strict=True)
+        _file(file, {name: entries[name] for name in names})
+        for file, names in split.filename_to_tensors.items()
     ]
 
 
 def _file(name: str, entries: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> _File:
-    """Lay out one file: eight bytes of length, a JSON header, the tensors without gaps."""
+    """Lays out one file: eight bytes of length, a JSON header, the tensors without gaps."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     # The widest dtypes first, so that each tensor is aligned to its own.

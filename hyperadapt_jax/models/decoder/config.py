@@ -19,11 +19,11 @@ class DecoderConfig:
     Attributes:
       family: ``model_type`` of the checkpoint, which names its tensors.
       vocab_size: tokens, V.
-      width: residual stream, D.
-      mlp_width: hidden units of the MLP, F.
-      layers: number of layers, L.
-      heads: query heads, N.
-      kv_heads: key and value heads, K; N is a multiple of K.
+      embed_dim: residual stream, D.
+      mlp_dim: hidden units of the MLP, F.
+      num_layers: number of layers, L.
+      num_heads: query heads, N.
+      num_kv_heads: key and value heads, K; N is a multiple of K.
       head_dim: H.
       max_length: longest sequence of pre-training, in tokens.
       activation: name of the MLP's activation.
@@ -35,7 +35,7 @@ class DecoderConfig:
       mlp_bias: the MLP's projections have a bias.
       qk_norm: queries and keys are normalized per head.
       fused: query, key and value are one matrix, gate and up another.
-      tied: the head is the embedding.
+      tie_embeddings: the head is the embedding.
       bos_token: first token of a sequence, or None.
       eos_tokens: tokens that end a sequence: of `generate`, the ``stop_tokens``.
       pad_token: token of padding, or None.
@@ -43,11 +43,11 @@ class DecoderConfig:
 
     family: str
     vocab_size: int
-    width: int
-    mlp_width: int
-    layers: int
-    heads: int
-    kv_heads: int
+    embed_dim: int
+    mlp_dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
     head_dim: int
     max_length: int
     activation: str
@@ -59,7 +59,7 @@ class DecoderConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     fused: bool = False
-    tied: bool = False
+    tie_embeddings: bool = False
     bos_token: int | None = None
     eos_tokens: tuple[int, ...] = ()
     pad_token: int | None = None
@@ -73,8 +73,9 @@ class Dialect:
       family: the ``model_type``.
       architecture: what the file calls the model.
       max_length: ``max_position_embeddings``, where the file leaves it out.
-      kv_heads: ``num_key_value_heads``, where left out; None for as many as there are query heads.
-      head_dim: where left out; None for the width divided by the heads.
+      num_kv_heads: ``num_key_value_heads``, where left out; None for as many as there are query
+        heads.
+      head_dim: where left out; None for ``hidden_size`` divided by the heads.
       norm_epsilon: ``rms_norm_eps``, where left out.
       qkv_bias: query, key and value projections have a bias, whatever the file says.
       qk_norm: queries and keys are normalized per head.
@@ -86,15 +87,15 @@ class Dialect:
       rope_kinds: the scalings of the rotary frequencies that there are.
       rope_aliases: other names of them.
       partial_rope: ``partial_rotary_factor`` may leave a part of each head as it is.
-      original_length: ``original_max_position_embeddings`` beside the scaling, where left out; None
-        where there is no such field.
+      original_length: ``original_max_position_embeddings`` next to the scaling, where left out;
+        None where there is no such field.
       recomputes: as `Rope.recomputes` of a ``longrope``.
     """
 
     family: str
     architecture: str
     max_length: int
-    kv_heads: int | None = None
+    num_kv_heads: int | None = None
     head_dim: int | None = None
     norm_epsilon: float = 1e-6
     qkv_bias: bool = False
@@ -112,7 +113,7 @@ class Dialect:
 
 
 def read(dialect: Dialect, fields: Fields, architectures: Sequence[str]) -> DecoderConfig:
-    """Read a decoder's configuration.
+    """Reads a decoder's configuration.
 
     Args:
       dialect: of its family.
@@ -122,18 +123,20 @@ def read(dialect: Dialect, fields: Fields, architectures: Sequence[str]) -> Deco
     Raises:
       ValueError: a field is missing or has an unsupported value; the message names it.
     """
-    width = fields.positive("hidden_size")
-    layers = fields.layers()
-    heads = fields.positive("num_attention_heads")
+    embed_dim = fields.positive("hidden_size")
+    num_layers = fields.num_layers()
+    num_heads = fields.positive("num_attention_heads")
     # A missing field means the family's default, where that can be meant, and null as many as there
     # are query heads.
-    kv_heads = dialect.kv_heads or heads
-    if "num_key_value_heads" in fields.rest or heads % kv_heads:
-        kv_heads = heads
-    kv_heads = fields.positive("num_key_value_heads", default=kv_heads)
-    if heads % kv_heads:
-        raise fields.error("num_key_value_heads", kv_heads, f"does not divide {heads} heads")
-    head_dim = fields.positive("head_dim", default=dialect.head_dim or width // heads)
+    num_kv_heads = dialect.num_kv_heads or num_heads
+    if "num_key_value_heads" in fields.rest or num_heads % num_kv_heads:
+        num_kv_heads = num_heads
+    num_kv_heads = fields.positive("num_key_value_heads", default=num_kv_heads)
+    if num_heads % num_kv_heads:
+        raise fields.error(
+            "num_key_value_heads", num_kv_heads, f"does not divide {num_heads} heads"
+        )
+    head_dim = fields.positive("head_dim", default=dialect.head_dim or embed_dim // num_heads)
     max_length = fields.positive("max_position_embeddings", default=dialect.max_length)
     # Dropout of these decoders is zero in every released checkpoint; another value would train
     # another model.
@@ -146,23 +149,23 @@ def read(dialect: Dialect, fields: Fields, architectures: Sequence[str]) -> Deco
     return DecoderConfig(
         family=dialect.family,
         vocab_size=fields.positive("vocab_size"),
-        width=width,
-        mlp_width=fields.positive("intermediate_size"),
-        layers=layers,
-        heads=heads,
-        kv_heads=kv_heads,
+        embed_dim=embed_dim,
+        mlp_dim=fields.positive("intermediate_size"),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         max_length=max_length,
         activation=fields.choice("hidden_act", ACTIVATIONS, "silu"),
         norm_epsilon=fields.epsilon("rms_norm_eps", dialect.norm_epsilon),
         rope=_rope(fields, dialect, head_dim, max_length),
-        windows=_windows(fields, dialect, layers),
+        windows=_windows(fields, dialect, num_layers),
         qkv_bias=attention_bias or dialect.qkv_bias,
         out_bias=attention_bias,
         mlp_bias=mlp_bias,
         qk_norm=dialect.qk_norm,
         fused=dialect.fused,
-        tied=fields.take("tie_word_embeddings", bool, False),
+        tie_embeddings=fields.take("tie_word_embeddings", bool, False),
         bos_token=fields.token("bos_token_id"),
         eos_tokens=fields.tokens("eos_token_id"),
         pad_token=fields.token("pad_token_id"),
@@ -318,7 +321,7 @@ def _longrope(
 
 
 def write(dialect: Dialect, config: DecoderConfig) -> dict[str, Any]:
-    """Write a decoder's configuration as the fields of a ``config.json``, so that `read` gives it.
+    """Writes a decoder's configuration as the fields of a ``config.json``, the inverse of `read`.
 
     Args:
       dialect: of its family.
@@ -328,16 +331,16 @@ def write(dialect: Dialect, config: DecoderConfig) -> dict[str, Any]:
         "architectures": [dialect.architecture],
         "model_type": dialect.family,
         "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "intermediate_size": config.mlp_width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
+        "hidden_size": config.embed_dim,
+        "intermediate_size": config.mlp_dim,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "max_position_embeddings": config.max_length,
         "hidden_act": config.activation,
         "rms_norm_eps": config.norm_epsilon,
-        "tie_word_embeddings": config.tied,
+        "tie_word_embeddings": config.tie_embeddings,
         "bos_token_id": config.bos_token,
         "eos_token_id": list(config.eos_tokens) or None,
         "pad_token_id": config.pad_token,

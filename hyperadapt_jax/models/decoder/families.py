@@ -34,14 +34,14 @@ LLAMA = _family(
     )
 )
 MISTRAL = _family(
-    Dialect("mistral", "MistralForCausalLM", max_length=131072, kv_heads=8, window=4096)
+    Dialect("mistral", "MistralForCausalLM", max_length=131072, num_kv_heads=8, window=4096)
 )
 QWEN2 = _family(
     Dialect(
         "qwen2",
         "Qwen2ForCausalLM",
         max_length=32768,
-        kv_heads=32,
+        num_kv_heads=32,
         qkv_bias=True,
         windows="some",
         window=4096,
@@ -53,7 +53,7 @@ QWEN3 = _family(
         "qwen3",
         "Qwen3ForCausalLM",
         max_length=32768,
-        kv_heads=32,
+        num_kv_heads=32,
         head_dim=128,
         qk_norm=True,
         windows="some",

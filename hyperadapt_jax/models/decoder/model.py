@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,9 @@ from hyperadapt_jax.models.layers import (
 from hyperadapt_jax.models.rope import apply_rope, rope_tables
 
 Array = jax.Array
+
+# The cache's keys and values, ``[L, B, S, K, H]`` each, or None without a cache.
+KV = TypeVar("KV", tuple[Array, Array], None)
 
 BLOCK = 128  # queries that meet a cache at once: the memory of their scores is linear in the keys
 
@@ -46,15 +49,16 @@ class Cache(NamedTuple):
     good_until: Array | None = None
 
 
-def open_cache(batch: int, slots: int) -> Cache:
+def init_cache(batch: int, slots: int) -> Cache:
     """An empty cache; the model allocates keys and values in its own dtype at the first call.
 
     Args:
       batch: B.
       slots: tokens it can hold for each row, S, padding included.
 
-    Returns:
-      The cache.
+    >>> cache = init_cache(2, 16)
+    >>> cache.valid.shape, int(cache.length), cache.keys is None
+    ((2, 16), 0, True)
     """
     return Cache(
         keys=None,
@@ -67,7 +71,7 @@ def open_cache(batch: int, slots: int) -> Cache:
 class _Tokens(NamedTuple):
     """What an attention mask is made of."""
 
-    index: Array  # [T], order in the row
+    order: Array  # [T], place in the row
     groups: tuple[Array, ...]  # [B, T] each: a token sees those that equal it in all of them
 
 
@@ -76,9 +80,8 @@ class _AttentionInputs(NamedTuple):
 
     cos: Array
     sin: Array
-    queries: _Tokens | None = None  # None where the mask is causal alone
-    keys: _Tokens | None = None
-    write_at: Array | None = None  # slot of the first new token
+    tokens: tuple[_Tokens, _Tokens] | None = None  # queries, keys; None where causal alone
+    write_at: Array | int = 0  # slot of the first new token
     fresh: bool = False  # the cache was empty: the new keys are all there are
 
 
@@ -96,30 +99,30 @@ class Layer(nnx.Module):
     ):
         self.config = config
         self.attention = attention
-        queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        shared = {"stack": stack, "param_dtype": param_dtype}
+        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        shared: dict[str, Any] = {"stack": stack, "param_dtype": param_dtype}
 
         def linear(inputs: int, outputs: int, bias: bool) -> Linear:
             return Linear(inputs, outputs, bias=bias, rngs=rngs, **shared)
 
-        self.attn_norm = RMSNorm(config.width, config.norm_epsilon, **shared)
+        self.attn_norm = RMSNorm(config.embed_dim, config.norm_epsilon, **shared)
         if config.fused:
-            self.qkv = linear(config.width, queries + 2 * keys, config.qkv_bias)
+            self.qkv = linear(config.embed_dim, queries + 2 * keys, config.qkv_bias)
         else:
-            self.q = linear(config.width, queries, config.qkv_bias)
-            self.k = linear(config.width, keys, config.qkv_bias)
-            self.v = linear(config.width, keys, config.qkv_bias)
+            self.q = linear(config.embed_dim, queries, config.qkv_bias)
+            self.k = linear(config.embed_dim, keys, config.qkv_bias)
+            self.v = linear(config.embed_dim, keys, config.qkv_bias)
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.norm_epsilon, **shared)
             self.k_norm = RMSNorm(config.head_dim, config.norm_epsilon, **shared)
-        self.o = linear(queries, config.width, config.out_bias)
-        self.mlp_norm = RMSNorm(config.width, config.norm_epsilon, **shared)
+        self.o = linear(queries, config.embed_dim, config.out_bias)
+        self.mlp_norm = RMSNorm(config.embed_dim, config.norm_epsilon, **shared)
         if config.fused:
-            self.gate_up = linear(config.width, 2 * config.mlp_width, config.mlp_bias)
+            self.gate_up = linear(config.embed_dim, 2 * config.mlp_dim, config.mlp_bias)
         else:
-            self.gate = linear(config.width, config.mlp_width, config.mlp_bias)
-            self.up = linear(config.width, config.mlp_width, config.mlp_bias)
-        self.down = linear(config.mlp_width, config.width, config.mlp_bias)
+            self.gate = linear(config.embed_dim, config.mlp_dim, config.mlp_bias)
+            self.up = linear(config.embed_dim, config.mlp_dim, config.mlp_bias)
+        self.down = linear(config.mlp_dim, config.embed_dim, config.mlp_bias)
 
     def __call__(
         self,
@@ -127,9 +130,9 @@ class Layer(nnx.Module):
         context: _AttentionInputs,
         window: Array | int | None,
         index: Array,
-        kv: tuple[Array, Array] | None,
-    ) -> tuple[Array, tuple[Array, Array] | None]:
-        """Apply the layer.
+        kv: KV,
+    ) -> tuple[Array, KV]:
+        """Applies the layer.
 
         Args:
           x: ``[B, T, D]``.
@@ -148,29 +151,27 @@ class Layer(nnx.Module):
         if kv is not None:
             zero = jnp.zeros((), jnp.int32)
             at = (index, zero, context.write_at, zero, zero)
-            kv = tuple(
-                jax.lax.dynamic_update_slice(old, new[None], at)
-                for old, new in zip(kv, (k, v), strict=True)
-            )
+            keys = jax.lax.dynamic_update_slice(kv[0], k[None], at)
+            values = jax.lax.dynamic_update_slice(kv[1], v[None], at)
+            kv = keys, values
             if not context.fresh:
                 k, v = (jax.lax.dynamic_index_in_dim(a, index, keepdims=False) for a in kv)
         # Flash kernels have nothing to save where one query meets a cache.
         alone = kv is not None and q.shape[1] == 1
         implementation = None if alone else self.attention
-
-        def attention(q: Array, queries: _Tokens) -> Array:
-            mask = _visible(queries, context.keys, window)
-            return attend(q, k, v, mask=mask, implementation=implementation)
-
-        if context.queries is None:
+        if context.tokens is None:
             local = None if window is None else (window - 1, 0)
             y = attend(
                 q, k, v, is_causal=True, local_window_size=local, implementation=implementation
             )
-        elif kv is None:
-            y = attention(q, context.queries)
         else:
-            y = _in_blocks(attention, q, context.queries)
+            queries, seen = context.tokens
+
+            def attention(q: Array, queries: _Tokens) -> Array:
+                mask = _visible(queries, seen, window)
+                return attend(q, k, v, mask=mask, implementation=implementation)
+
+            y = attention(q, queries) if kv is None else _in_blocks(attention, q, queries)
         x = x + self.o(y.reshape(*y.shape[:2], -1))
         y = self.mlp_norm(x)
         if config.fused:
@@ -183,7 +184,10 @@ class Layer(nnx.Module):
         """Queries ``[B, T, N, H]``, keys and values ``[B, T, K, H]``."""
         config = self.config
         if config.fused:
-            queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
+            queries, keys = (
+                config.num_heads * config.head_dim,
+                config.num_kv_heads * config.head_dim,
+            )
             q, k, v = jnp.split(self.qkv(x), (queries, queries + keys), axis=-1)
         else:
             q, k, v = self.q(x), self.k(x), self.v(x)
@@ -194,7 +198,7 @@ class Layer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """A causal language model: ``model(tokens)`` gives the next token's logits at every place.
+    """A causal language model: ``model(tokens)`` gives the next token's logits at every position.
 
     Call it under ``jax.jit`` (or take `functional` of it): op by op, its scan is traced anew each
     time.
@@ -228,14 +232,16 @@ class Decoder(nnx.Module):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.remat = remat
-        shared = {"param_dtype": jnp.dtype(dtype if param_dtype is None else param_dtype)}
-        self.embed = Embedding(config.vocab_size, config.width, rngs=rngs, **shared)
+        shared: dict[str, Any] = {
+            "param_dtype": jnp.dtype(dtype if param_dtype is None else param_dtype)
+        }
+        self.embed = Embedding(config.vocab_size, config.embed_dim, rngs=rngs, **shared)
         self.layers = Layer(
-            config, stack=(config.layers,), attention=attention, rngs=rngs, **shared
+            config, stack=(config.num_layers,), attention=attention, rngs=rngs, **shared
         )
-        self.norm = RMSNorm(config.width, config.norm_epsilon, **shared)
-        if not config.tied:
-            self.head = Linear(config.width, config.vocab_size, bias=False, rngs=rngs, **shared)
+        self.norm = RMSNorm(config.embed_dim, config.norm_epsilon, **shared)
+        if not config.tie_embeddings:
+            self.head = Linear(config.embed_dim, config.vocab_size, bias=False, rngs=rngs, **shared)
 
     def __call__(
         self,
@@ -249,7 +255,7 @@ class Decoder(nnx.Module):
         """Logits of the token after each one.
 
         Args:
-          tokens: token numbers, ``[B, T]`` integers.
+          tokens: token ids, ``[B, T]`` integers.
           mask: True at tokens, False at padding, ``[B, T]``. Padding on the right alone needs
             none, since a token sees only those before it, but where the rotary frequencies depend
             on the length (``dynamic``, ``longrope``): there it would count.
@@ -257,7 +263,7 @@ class Decoder(nnx.Module):
             are packed in one row; a token sees its own alone.
           positions: place of each token in its sequence, ``[B, T]``; counted from ``mask`` and
             ``segment_ids`` if not given.
-          cache: keys and values of the tokens before these, from `open_cache` or an earlier call.
+          cache: keys and values of the tokens before these, from `init_cache` or an earlier call.
 
         Returns:
           Logits ``[B, T, V]`` in float32; with a cache, those of the last place alone,
@@ -283,20 +289,16 @@ class Decoder(nnx.Module):
             raise ValueError("segment_ids: packed sequences cannot be continued from a cache")
         if cache.valid.shape[0] != tokens.shape[0] or cache.valid.shape[1] < tokens.shape[1]:
             raise ValueError(f"cache: {cache.valid.shape} slots do not hold tokens {tokens.shape}")
-        cache, context = self._extend(tokens, mask, positions, cache)
-        x, (keys, values) = self._run(
-            self.embed(tokens, self.dtype), context, (cache.keys, cache.values)
-        )
+        cache, kv, context = self._extend(tokens, mask, positions, cache)
+        x, (keys, values) = self._run(self.embed(tokens, self.dtype), context, kv)
         return self._logits(x[:, -1:]), cache._replace(keys=keys, values=values)
 
     def _logits(self, x: Array) -> Array:
         x = self.norm(x)
-        return self.embed.attend(x) if self.config.tied else self.head(x, precise=True)
+        return self.embed.attend(x) if self.config.tie_embeddings else self.head(x, precise=True)
 
-    def _run(
-        self, x: Array, context: _AttentionInputs, kv: tuple[Array, Array] | None
-    ) -> tuple[Array, tuple[Array, Array] | None]:
-        """Scan the layers over the stream ``x: [B, T, D]``."""
+    def _run(self, x: Array, context: _AttentionInputs, kv: KV) -> tuple[Array, KV]:
+        """Scans the layers over the stream ``x: [B, T, D]``."""
         graph, params = nnx.split(self.layers)
         windows = self.config.windows
         shared = windows[0] if len(set(windows)) == 1 else None
@@ -305,13 +307,13 @@ class Decoder(nnx.Module):
             unlimited = jnp.iinfo(jnp.int32).max
             mixed = jnp.asarray([unlimited if w is None else w for w in windows], jnp.int32)
 
-        def layer(carry, slices):
+        def layer(carry: tuple[Array, KV], slices: Any) -> tuple[tuple[Array, KV], None]:
             x, kv = carry
             params, index, window = slices
             window = shared if window is None else window
             return nnx.merge(graph, params)(x, context, window, index, kv), None
 
-        numbers = jnp.arange(self.config.layers, dtype=jnp.int32)
+        numbers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
         carry, _ = jax.lax.scan(REMAT[self.remat](layer), (x, kv), (params, numbers, mixed))
         return carry
 
@@ -332,11 +334,11 @@ class Decoder(nnx.Module):
         # Padding sees padding, so that no row of the softmax is empty.
         groups = (segment_ids, None if mask is None else mask.astype(bool))
         seen = _Tokens(index, tuple(group for group in groups if group is not None))
-        return _AttentionInputs(*tables, queries=seen, keys=seen)
+        return _AttentionInputs(*tables, tokens=(seen, seen))
 
     def _extend(
         self, tokens: Array, mask: Array | None, positions: Array | None, cache: Cache
-    ) -> tuple[Cache, _AttentionInputs]:
+    ) -> tuple[Cache, tuple[Array, Array], _AttentionInputs]:
         config = self.config
         batch, length = tokens.shape
         slots = cache.valid.shape[1]
@@ -346,28 +348,29 @@ class Decoder(nnx.Module):
             positions = before + jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
         valid = jax.lax.dynamic_update_slice_in_dim(cache.valid, mask, cache.length, axis=1)
         queries = _Tokens(cache.length + jnp.arange(length, dtype=jnp.int32), (mask,))
-        fresh = cache.keys is None
+        keys, values = cache.keys, cache.values
+        fresh = keys is None or values is None
+        seen = queries if fresh else _Tokens(jnp.arange(slots, dtype=jnp.int32), (valid,))
         context = _AttentionInputs(
             *rope_tables(config.rope, config.head_dim, positions),
-            queries=queries,
-            keys=queries if fresh else _Tokens(jnp.arange(slots, dtype=jnp.int32), (valid,)),
+            tokens=(queries, seen),
             write_at=cache.length,
             fresh=fresh,
         )
-        if fresh:
-            empty = jnp.zeros(
-                (config.layers, batch, slots, config.kv_heads, config.head_dim), self.dtype
+        if keys is None or values is None:
+            keys = values = jnp.zeros(
+                (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim), self.dtype
             )
-            cache = cache._replace(keys=empty, values=empty)
             if config.rope.recomputes:
                 original = jnp.asarray(config.rope.original_length, jnp.int32)
                 cache = cache._replace(good_until=original)
-        return cache._replace(valid=valid, length=cache.length + length), context
+        cache = cache._replace(valid=valid, length=cache.length + length)
+        return cache, (keys, values), context
 
 
 def _visible(queries: _Tokens, keys: _Tokens, window: Array | int | None) -> Array:
     """The attention mask: True where a query sees a key, ``[B or 1, 1, T, S]``."""
-    distance = queries.index[:, None] - keys.index
+    distance = queries.order[:, None] - keys.order
     visible = distance >= 0
     if window is not None:
         visible = visible & (distance < window)
@@ -384,13 +387,13 @@ def _in_blocks(attention: Callable[[Array, _Tokens], Array], q: Array, queries: 
         return attention(q, queries)
     blocks = -(-length // BLOCK)
 
-    def cut(x: Array, axis: int) -> Array:
+    def split(x: Array, axis: int) -> Array:
         x = jnp.pad(x, [(0, (blocks * BLOCK - length) * (i == axis)) for i in range(x.ndim)])
         x = x.reshape(*x.shape[:axis], blocks, BLOCK, *x.shape[axis + 1 :])
         return jnp.moveaxis(x, axis, 0)
 
-    groups = tuple(cut(group, 1) for group in queries.groups)
-    xs = cut(q, 1), _Tokens(cut(queries.index, 0), groups)
+    groups = tuple(split(group, 1) for group in queries.groups)
+    xs = split(q, 1), _Tokens(split(queries.order, 0), groups)
     y = jax.lax.map(lambda block: attention(*block), xs)
     return jnp.moveaxis(y, 0, 1).reshape(batch, blocks * BLOCK, *q.shape[2:])[:, :length]
 

@@ -23,7 +23,7 @@ def tensors(config: DecoderConfig) -> tuple[Tensor, ...]:
     rows, head = Rows("model.", ""), Rows("")  # a headless checkpoint has no prefix
     layer = "layers.{layer}"
     # A tied matrix may be stored as the head, also or alone.
-    tied = (HEAD,) if config.tied else ()
+    tied = (HEAD,) if config.tie_embeddings else ()
     rows.add("embed_tokens.weight", "embed/embedding", "vocab embed", *tied)
     rows.add(f"{layer}.input_layernorm.weight", "layers/attn_norm/scale", "layers norm")
     projections = {"q": "heads", "k": "kv_heads", "v": "kv_heads"}
@@ -42,7 +42,7 @@ def tensors(config: DecoderConfig) -> tuple[Tensor, ...]:
     axes = "layers mlp embed"
     rows.linear(f"{layer}.mlp.down_proj", "layers/down", axes, bias=config.mlp_bias)
     rows.add("norm.weight", "norm/scale", "norm")
-    if not config.tied:
+    if not config.tie_embeddings:
         head.add(HEAD, "head/kernel", "embed vocab", transpose=True)
     return (*rows.table, *head.table)
 
@@ -54,13 +54,13 @@ def ignored(config: DecoderConfig) -> tuple[str, ...]:
       config: the architecture.
 
     Returns:
-      Full-match regular expressions: tables that are computed anew.
+      Full-match regular expressions: tables that the model computes itself.
     """
     return (r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)
 
 
 def as_stored(config: DecoderConfig, checkpoint: Checkpoint) -> DecoderConfig:
-    """Tell by the weights whether the head is the embedding.
+    """Finds from the weights whether the head is the embedding.
 
     A head that is stored together with the embedding is the head, whatever ``tie_word_embeddings``
     says, unless both are equal.
@@ -72,8 +72,9 @@ def as_stored(config: DecoderConfig, checkpoint: Checkpoint) -> DecoderConfig:
     Raises:
       CheckpointError: a file of the weights cannot be read.
     """
-    if not config.tied or HEAD not in checkpoint.tensors:
+    if not config.tie_embeddings or HEAD not in checkpoint.tensors:
         return config
     (embedding,) = (tensor for tensor in tensors(config) if tensor.path == "embed/embedding")
-    name = checkpoint.name_of(embedding)
-    return dataclasses.replace(config, tied=name == HEAD or checkpoint.equal(HEAD, name))
+    name = checkpoint.name_of(embedding) or HEAD
+    tied = name == HEAD or checkpoint.equal(HEAD, name)
+    return dataclasses.replace(config, tie_embeddings=tied)

@@ -20,12 +20,12 @@ class EncoderConfig:
     Attributes:
       family: ``model_type`` of the checkpoint, which names its tensors and its head.
       vocab_size: tokens, V.
-      width: residual stream, D.
-      mlp_width: hidden units of the MLP, F.
-      layers: number of layers, L.
-      heads: attention heads, N; D is a multiple of N.
-      positions: rows of the position table.
-      token_types: rows of the token-type table; 0 without one.
+      embed_dim: residual stream, D.
+      mlp_dim: hidden units of the MLP, F.
+      num_layers: number of layers, L.
+      num_heads: attention heads, N; D is a multiple of N.
+      num_positions: rows of the position table.
+      num_token_types: rows of the token-type table; 0 without one.
       activation: name of the MLP's activation.
       norm_epsilon: added to the variance in LayerNorm.
       pad_token: token of padding.
@@ -37,25 +37,25 @@ class EncoderConfig:
       dropout: probability on embeddings and on the outputs of attention and MLP.
       attention_dropout: probability on attention weights.
       head_dropout: probability before the classification head.
-      labels: outputs of the classification head (1 for regression), or None without a head.
+      num_labels: outputs of the classification head (1 for regression), or None without a head.
       pooled: without a head, there is a pooler; not every checkpoint has one.
     """
 
     family: str
     vocab_size: int
-    width: int
-    mlp_width: int
-    layers: int
-    heads: int
-    positions: int
-    token_types: int
+    embed_dim: int
+    mlp_dim: int
+    num_layers: int
+    num_heads: int
+    num_positions: int
+    num_token_types: int
     activation: str
     norm_epsilon: float
     pad_token: int
     dropout: float = 0.1
     attention_dropout: float = 0.1
     head_dropout: float = 0.1
-    labels: int | None = None
+    num_labels: int | None = None
     pooled: bool = True
     first_position: int = dataclasses.field(kw_only=True)
     head: Head = dataclasses.field(kw_only=True)
@@ -64,17 +64,17 @@ class EncoderConfig:
     @property
     def head_dim(self) -> int:
         """Width of one attention head, H."""
-        return self.width // self.heads
+        return self.embed_dim // self.num_heads
 
     @property
     def pooler(self) -> bool:
         """Whether there is a pooler: with a head, if that reads it."""
-        return self.pooled if self.labels is None else self.head == "pooled"
+        return self.pooled if self.num_labels is None else self.head == "pooled"
 
     @property
     def max_length(self) -> int:
         """Longest sequence, in tokens."""
-        return self.positions - self.first_position
+        return self.num_positions - self.first_position
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Dialect:
 
 
 def read(dialect: Dialect, fields: Fields, architectures: Sequence[str]) -> EncoderConfig:
-    """Read an encoder's configuration.
+    """Reads an encoder's configuration.
 
     Args:
       dialect: of its family.
@@ -109,17 +109,19 @@ def read(dialect: Dialect, fields: Fields, architectures: Sequence[str]) -> Enco
     Raises:
       ValueError: a field is missing or has an unsupported value; the message names it.
     """
-    width = fields.positive("hidden_size")
-    heads = fields.positive("num_attention_heads")
-    if width % heads:
-        raise fields.error("num_attention_heads", heads, f"does not divide hidden_size {width}")
+    embed_dim = fields.positive("hidden_size")
+    num_heads = fields.positive("num_attention_heads")
+    if embed_dim % num_heads:
+        raise fields.error(
+            "num_attention_heads", num_heads, f"does not divide hidden_size {embed_dim}"
+        )
     fields.expect("position_embedding_type", "absolute")
     labels = read_labels(fields, architectures)
     pad_token = fields.take("pad_token_id", int, dialect.pad_token)
-    positions = fields.positive("max_position_embeddings", default=512)
+    num_positions = fields.positive("max_position_embeddings", default=512)
     first_position = 0 if dialect.counts_padding else pad_token + 1
-    if pad_token < 0 or positions <= first_position:
-        raise fields.error("pad_token_id", pad_token, "expected the number of a token")
+    if pad_token < 0 or num_positions <= first_position:
+        raise fields.error("pad_token_id", pad_token, "expected the id of a token")
     dropout = fields.probability("hidden_dropout_prob", 0.1)
     # The pooler and the head own no token prediction: whether that one is tied has no effect.
     fields.rest.pop("tie_word_embeddings", None)
@@ -128,49 +130,49 @@ def read(dialect: Dialect, fields: Fields, architectures: Sequence[str]) -> Enco
     return EncoderConfig(
         family=dialect.family,
         vocab_size=fields.positive("vocab_size"),
-        width=width,
-        mlp_width=fields.positive("intermediate_size"),
-        layers=fields.layers(),
-        heads=heads,
-        positions=positions,
-        token_types=fields.positive("type_vocab_size", default=2),
+        embed_dim=embed_dim,
+        mlp_dim=fields.positive("intermediate_size"),
+        num_layers=fields.num_layers(),
+        num_heads=num_heads,
+        num_positions=num_positions,
+        num_token_types=fields.positive("type_vocab_size", default=2),
         activation=fields.choice("hidden_act", ACTIVATIONS, "gelu"),
         norm_epsilon=fields.epsilon("layer_norm_eps", 1e-12),
         pad_token=pad_token,
         dropout=dropout,
         attention_dropout=fields.probability("attention_probs_dropout_prob", 0.1),
         head_dropout=fields.probability("classifier_dropout", dropout),
-        labels=labels,
+        num_labels=labels,
         first_position=first_position,
         head=dialect.head,
     )
 
 
 def write(dialect: Dialect, config: EncoderConfig) -> dict[str, Any]:
-    """Write an encoder's configuration as the fields of a ``config.json``, so that `read` gives it.
+    """Writes an encoder's configuration as the fields of a ``config.json``, the inverse of `read`.
 
     Args:
       dialect: of its family.
       config: the configuration.
     """
-    head = "Model" if config.labels is None else CLASSIFIER
+    head = "Model" if config.num_labels is None else CLASSIFIER
     return {
         "architectures": [dialect.architecture + head],
         "model_type": dialect.family,
         "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "intermediate_size": config.mlp_width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "max_position_embeddings": config.positions,
-        "type_vocab_size": config.token_types,
+        "hidden_size": config.embed_dim,
+        "intermediate_size": config.mlp_dim,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "max_position_embeddings": config.num_positions,
+        "type_vocab_size": config.num_token_types,
         "hidden_act": config.activation,
         "layer_norm_eps": config.norm_epsilon,
         "pad_token_id": config.pad_token,
         "hidden_dropout_prob": config.dropout,
         "attention_probs_dropout_prob": config.attention_dropout,
         "classifier_dropout": config.head_dropout,
-        **write_labels(config.labels),
+        **write_labels(config.num_labels),
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ Array = jax.Array
 
 
 class EncoderOutput(NamedTuple):
-    """What an encoder gives.
+    """The outputs of an encoder.
 
     Attributes:
       sequence: a vector per token, ``[B, T, D]``.
@@ -43,12 +43,12 @@ class Embeddings(nnx.Module):
 
     def __init__(self, config: EncoderConfig, *, param_dtype: jnp.dtype, rngs: nnx.Rngs):
         self.config = config
-        shared = {"param_dtype": param_dtype, "rngs": rngs}
-        self.words = Embedding(config.vocab_size, config.width, **shared)
-        self.positions = Embedding(config.positions, config.width, **shared)
-        if config.token_types:
-            self.types = Embedding(config.token_types, config.width, **shared)
-        self.norm = LayerNorm(config.width, config.norm_epsilon, param_dtype=param_dtype)
+        shared: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
+        self.words = Embedding(config.vocab_size, config.embed_dim, **shared)
+        self.positions = Embedding(config.num_positions, config.embed_dim, **shared)
+        if config.num_token_types:
+            self.types = Embedding(config.num_token_types, config.embed_dim, **shared)
+        self.norm = LayerNorm(config.embed_dim, config.norm_epsilon, param_dtype=param_dtype)
 
     def __call__(
         self, tokens: Array, token_types: Array | None, positions: Array | None, dtype: jnp.dtype
@@ -56,7 +56,7 @@ class Embeddings(nnx.Module):
         if positions is None:
             positions = self._count(tokens)
         x = self.words(tokens, dtype)
-        if self.config.token_types:
+        if self.config.num_token_types:
             types = jnp.zeros_like(tokens) if token_types is None else token_types
             x = x + self.types(types, dtype)
         return self.norm(x + self.positions(positions, dtype))
@@ -84,8 +84,8 @@ class Layer(nnx.Module):
     ):
         self.config = config
         self.attention = attention
-        shared = {"stack": stack, "param_dtype": param_dtype}
-        width, hidden = config.width, config.mlp_width
+        shared: dict[str, Any] = {"stack": stack, "param_dtype": param_dtype}
+        width, hidden = config.embed_dim, config.mlp_dim
         self.q = Linear(width, width, rngs=rngs, **shared)
         self.k = Linear(width, width, rngs=rngs, **shared)
         self.v = Linear(width, width, rngs=rngs, **shared)
@@ -96,13 +96,13 @@ class Layer(nnx.Module):
         self.mlp_norm = LayerNorm(width, config.norm_epsilon, **shared)
 
     def __call__(self, x: Array, mask: Array | None, rng: Array | None) -> Array:
-        """Apply the layer to ``x: [B, T, D]``; ``mask: [B, 1, 1, T]`` is True at tokens."""
+        """Applies the layer to ``x: [B, T, D]``; ``mask: [B, 1, 1, T]`` is True at tokens."""
         config = self.config
         for_weights, for_attention, for_mlp = (
             (None,) * 3 if rng is None else jax.random.split(rng, 3)
         )
         q, k, v = (
-            y.reshape(*y.shape[:2], config.heads, config.head_dim)
+            y.reshape(*y.shape[:2], config.num_heads, config.head_dim)
             for y in (self.q(x), self.k(x), self.v(x))
         )
         if for_weights is None or config.attention_dropout == 0.0:
@@ -119,12 +119,14 @@ class Layer(nnx.Module):
 class Classifier(nnx.Module):
     """The head: a projection of the pooler's output, or of a hidden layer of its own."""
 
-    def __init__(self, config: EncoderConfig, *, param_dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, config: EncoderConfig, outputs: int, *, param_dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
         self.config = config
-        shared = {"param_dtype": param_dtype, "rngs": rngs}
+        shared: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
         if config.head != "pooled":
-            self.dense = Linear(config.width, config.width, **shared)
-        self.out = Linear(config.width, config.labels, **shared)
+            self.dense = Linear(config.embed_dim, config.embed_dim, **shared)
+        self.out = Linear(config.embed_dim, outputs, **shared)
 
     def __call__(self, x: Array, rng: Array | None) -> Array:
         before, between = (None, None) if rng is None else jax.random.split(rng)
@@ -172,16 +174,16 @@ class Encoder(nnx.Module):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.remat = remat
-        shared = {
+        shared: dict[str, Any] = {
             "param_dtype": jnp.dtype(dtype if param_dtype is None else param_dtype),
             "rngs": rngs,
         }
         self.embed = Embeddings(config, **shared)
-        self.layers = Layer(config, stack=(config.layers,), attention=attention, **shared)
+        self.layers = Layer(config, stack=(config.num_layers,), attention=attention, **shared)
         if config.pooler:
-            self.pooler = Linear(config.width, config.width, **shared)
-        if config.labels is not None:
-            self.classifier = Classifier(config, **shared)
+            self.pooler = Linear(config.embed_dim, config.embed_dim, **shared)
+        if config.num_labels is not None:
+            self.classifier = Classifier(config, config.num_labels, **shared)
 
     def __call__(
         self,
@@ -193,10 +195,10 @@ class Encoder(nnx.Module):
         segment_ids: Array | None = None,
         rng: Array | None = None,
     ) -> EncoderOutput:
-        """Encode a batch.
+        """Encodes a batch.
 
         Args:
-          tokens: token numbers, ``[B, T]`` integers.
+          tokens: token ids, ``[B, T]`` integers.
           mask: True at tokens, False at padding, ``[B, T]``; all True if not given.
           token_types: which part a token belongs to, ``[B, T]``; zero if not given. Not every
             family tells them apart.
@@ -207,7 +209,7 @@ class Encoder(nnx.Module):
           rng: key of the dropout, for training; without one there is none.
 
         Returns:
-          An `EncoderOutput`.
+          The hidden states, and what the pooler and the head make of them.
 
         Raises:
           ValueError: shapes do not fit, there are no token types, the row is longer than the
@@ -233,35 +235,35 @@ class Encoder(nnx.Module):
             raise ValueError(f"tokens: {tokens.shape[1]} in a row, the position table holds {room}")
         check_range("tokens", tokens, config.vocab_size)
         if positions is not None:
-            check_range("positions", positions, config.positions)
+            check_range("positions", positions, config.num_positions)
         if token_types is not None:
-            if not config.token_types:
+            if not config.num_token_types:
                 raise ValueError("token_types: this model has none; leave them out")
-            check_range("token_types", token_types, config.token_types)
+            check_range("token_types", token_types, config.num_token_types)
         for_embed, for_layers, for_head = (None,) * 3 if rng is None else jax.random.split(rng, 3)
         x = self.embed(tokens, token_types, positions, self.dtype)
         x = dropout(x, config.dropout, for_embed)
         x = self._run(x, _visible(mask, segment_ids), for_layers)
         pooled = jnp.tanh(self.pooler(x[:, 0])) if config.pooler else None
         logits = None
-        if config.labels is not None:
+        if config.num_labels is not None:
             logits = self.classifier(x[:, 0] if pooled is None else pooled, for_head)
         return EncoderOutput(x, pooled, logits)
 
     def _run(self, x: Array, mask: Array | None, rng: Array | None) -> Array:
-        """Scan the layers over the stream ``x: [B, T, D]``."""
+        """Scans the layers over the stream ``x: [B, T, D]``."""
         graph, params = nnx.split(self.layers)
 
-        def layer(x, slices):
+        def layer(x: Array, slices: Any) -> tuple[Array, None]:
             params, rng = slices
             return nnx.merge(graph, params)(x, mask, rng), None
 
-        rngs = None if rng is None else jax.random.split(rng, self.config.layers)
+        rngs = None if rng is None else jax.random.split(rng, self.config.num_layers)
         return jax.lax.scan(REMAT[self.remat](layer), x, (params, rngs))[0]
 
 
 def _visible(mask: Array | None, segment_ids: Array | None) -> Array | None:
-    """Who may see whom, broadcastable to ``[B, N, T, T]``; None where all see all."""
+    """The attention mask, broadcastable to ``[B, N, T, T]``; None where all tokens see all."""
     visible = None if mask is None else mask.astype(bool)[:, None, None, :]
     if segment_ids is not None:
         same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]

@@ -8,7 +8,7 @@ from hyperadapt_jax.models.checkpoint.reading import Checkpoint
 from hyperadapt_jax.models.checkpoint.table import Rows, Tensor
 from hyperadapt_jax.models.encoder.config import CLASSIFIER, EncoderConfig
 
-# The heads of a checkpoint stand beside the encoder. By the ends of their architectures:
+# The heads of a checkpoint are stored next to the encoder. By the ends of their architectures:
 HEADS = {
     "ForMaskedLM": r"(cls\.predictions|lm_head)\..*",
     "ForPreTraining": r"cls\.(?!predictions\.).*",
@@ -27,7 +27,7 @@ def tensors(config: EncoderConfig, prefix: str) -> tuple[Tensor, ...]:
       One `Tensor` per parameter; the pooler and the head may be missing in a checkpoint.
     """
     # A checkpoint of the model alone has no prefix; one with a head has it, but for the head.
-    rows, head = Rows(*((prefix, "") if config.labels is not None else ("", prefix))), Rows("")
+    rows, head = Rows(*((prefix, "") if config.num_labels is not None else ("", prefix))), Rows("")
     rows.add("embeddings.word_embeddings.weight", "embed/words/embedding", "vocab embed")
     positions = "embeddings.position_embeddings.weight"
     rows.add(positions, "embed/positions/embedding", "positions embed")
@@ -43,9 +43,9 @@ def tensors(config: EncoderConfig, prefix: str) -> tuple[Tensor, ...]:
     rows.layer_norm(f"{layer}.output.LayerNorm", "layers/mlp_norm", "layers norm")
     if config.pooler:
         rows.linear("pooler.dense", "pooler", "embed pooled", optional=True)
-    if config.labels is not None and config.head == "pooled":
+    if config.num_labels is not None and config.head == "pooled":
         head.linear("classifier", "classifier/out", "pooled labels", optional=True)
-    elif config.labels is not None:
+    elif config.num_labels is not None:
         head.linear("classifier.dense", "classifier/dense", "embed pooled", optional=True)
         head.linear("classifier.out_proj", "classifier/out", "pooled labels", optional=True)
     return (*rows.table, *head.table)
@@ -62,21 +62,23 @@ def ignored(config: EncoderConfig) -> tuple[str, ...]:
       pooler and classifier where the model has none.
     """
     patterns = [r"((bert|roberta)\.)?embeddings\.(position_ids|token_type_ids)"]
-    patterns += [head for end, head in HEADS.items() if end != CLASSIFIER or config.labels is None]
+    patterns += [
+        head for end, head in HEADS.items() if end != CLASSIFIER or config.num_labels is None
+    ]
     if not config.pooler:
         patterns.append(r"((bert|roberta)\.)?pooler\..*")
     return tuple(patterns)
 
 
 def as_stored(config: EncoderConfig, checkpoint: Checkpoint, prefix: str) -> EncoderConfig:
-    """Tell by the weights whether an encoder without a head has a pooler.
+    """Finds from the weights whether an encoder without a head has a pooler.
 
     Args:
       config: the architecture, as ``config.json`` has it.
       checkpoint: its weights.
       prefix: as in `tensors`.
     """
-    if config.labels is not None:
+    if config.num_labels is not None:
         return dataclasses.replace(config, pooled=True)
     rows = (row for row in tensors(config, prefix) if row.path.startswith("pooler/"))
     return dataclasses.replace(config, pooled=any(checkpoint.name_of(row) for row in rows))
