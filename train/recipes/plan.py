@@ -58,7 +58,7 @@ def _config_alone(options: ModelOptions) -> ModelOptions:
     except Exception as error:  # the client's own, the network's, the file system's: one answer
         raise InputError(
             f"--model {options.model} is no folder, and its config.json could not be"
-            f" downloaded from the hub: {first_line(error)} Check the name, the network (HF_HUB_OFFLINE) and, for a"
-            " gated repository, the login (HF_TOKEN)"
+            f" downloaded from the hub: {first_line(error)} Check the name, the network"
+            " (HF_HUB_OFFLINE) and, for a gated repository, the login (HF_TOKEN)"
         ) from error
     return dataclasses.replace(options, model=str(Path(file).parent))
