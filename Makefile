@@ -50,9 +50,10 @@ lowest: ## run the suite, or TESTS, on the lowest versions that pyproject.toml a
 bench: $(VENV)/.ready-bench ## measure speed and memory against other adapters
 	set -e; for script in $(BENCH); do $(bin)/python -m $$script; done
 
-lint: $(VENV)/.ready ## check the code's style
+lint: $(VENV)/.ready ## check the code's style and the library's types
 	$(bin)/ruff check
 	$(bin)/ruff format --check
+	$(bin)/mypy
 
 other-python: $(VENV)/.ready
 	@$(bin)/python -c 'import sys; sys.exit(sys.version_info < (3, 12))' \
@@ -60,7 +61,7 @@ other-python: $(VENV)/.ready
 	  || echo $(lastword $(call interpreters,python3.12 python3.13 $(pyenv),0x030c0000,0x04000000))
 
 clean: ## remove the environments and everything that was built
-	rm -rf .venv .venv-next .venv-lowest .venv-lowest.txt build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-next .venv-lowest .venv-lowest.txt build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A change of the requirements builds the environment anew.

@@ -40,9 +40,46 @@ ROOMS = {
         "hyperadapt_jax/models",
         "helpers",
     ),
-    "train": (
-        "train",
-        "helpers scales core methods package models",
+    "program": (
+        "train/__init__.py train/errors.py",
+        "helpers",
+    ),
+    "ground": (
+        "train/options.py train/base.py train/methods.py train/files.py",
+        "helpers scales core methods package models program",
+    ),
+    "data": (
+        "train/data",
+        "helpers program",
+    ),
+    "metrics": (
+        "train/metrics",
+        "models program",
+    ),
+    "run": (
+        "train/run",
+        "helpers scales core methods package models program ground",
+    ),
+    "trainer": (
+        "train/trainer",
+        "helpers scales core methods package models program ground data run",
+    ),
+    "tasks": (
+        "train/tasks",
+        "helpers scales core methods package models program ground data metrics trainer",
+    ),
+    "assembly": (
+        "train/assembly.py",
+        "helpers scales core methods package models program ground data run trainer tasks",
+    ),
+    "recipes": (
+        "train/recipes",
+        "helpers scales core methods package models program ground data metrics run trainer"
+        " tasks assembly",
+    ),
+    "entry": (
+        "train/__main__.py",
+        "package models program ground trainer recipes",
     ),
 }
 
