@@ -87,7 +87,10 @@ class OptimizerOptions:
     """How it trains. Scale vectors want about ten times LoRA's learning rate and no decay."""
 
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon orthogonalises the updates of whole matrices: for --method full."""
+    """muon orthogonalizes the updates of the layers' matrices, and leaves the rest to Adam: for
+    --method full."""
+    muon_embeddings: bool = False
+    """Let muon take the embedding and the head too."""
     lr: float = 1e-2
     """Peak learning rate, of all that has none of its own."""
     row_lr: float | None = None

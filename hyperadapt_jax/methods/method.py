@@ -73,7 +73,6 @@ class Tuning:
       labels: a label for each trainable array, for ``optax.partition``: the method's, or ``full``.
       method: the method.
       plan: the weights that it adapts; None where it adapts none.
-      axes: roles of the axes of each targeted weight, by path, whether or not it is adapted.
     """
 
     forward: Callable[..., Any]
@@ -82,7 +81,6 @@ class Tuning:
     labels: dict[str, Any]
     method: Method
     plan: Plan | None
-    axes: Mapping[str, str]
 
     @property
     def count(self) -> int:
@@ -144,9 +142,8 @@ def tune(
         "scales": method.labels(trainable["scales"]),
         "full": dict.fromkeys(trainable["full"], "full"),
     }
-    axes = {weight.path: weight.axes for weight in plan.weights}
     forward = _forward(method, fn, adapted=bool(selected))
-    return Tuning(forward, trainable, frozen, labels, method, selected, axes)
+    return Tuning(forward, trainable, frozen, labels, method, selected)
 
 
 def _forward(method: Method, fn: Callable[..., Any], adapted: bool) -> Callable[..., Any]:

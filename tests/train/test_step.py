@@ -242,7 +242,11 @@ def test_muon_takes_the_stacked_matrices_alone():
     """Its update of a slice is orthogonal; what is no matrix, as a norm's scale, goes to Adam."""
     tuned, batch = tuning("full"), batch_of(tiny.examples(6), 6, lengths=[16])
     options = OptimizerOptions(optimizer="muon", lr=1.0, warmup=0, clip=None)
-    state, _ = one_step(tuned, batch, optimizer=make_optimizer(options, tuned, 10), options=options)
+    with pytest.raises(ValueError, match="muon needs the model's matrices"):
+        make_optimizer(options, tuned, 10)
+    matrices = models.matrices(models.config_from_dict(tiny.CONFIG))
+    optimizer = make_optimizer(options, tuned, 10, matrices)
+    state, _ = one_step(tuned, batch, optimizer=optimizer, options=options)
     step = jax.tree.map(jnp.subtract, state.trainable["full"], tuned.trainable["full"])
     values = np.linalg.svd(step["layers/gate/kernel"], compute_uv=False)
     assert values.shape == (2, 16)
@@ -250,6 +254,16 @@ def test_muon_takes_the_stacked_matrices_alone():
     assert values.max() < 1.5
     adam = np.abs(step["norm/scale"])  # all entries alike, whatever their gradients
     np.testing.assert_allclose(adam, adam.max(), rtol=1e-3)
+    with_embeddings = make_optimizer(
+        dataclasses.replace(options, muon_embeddings=True), tuned, 10, matrices
+    )
+    also, _ = one_step(tuned, batch, optimizer=with_embeddings, options=options)
+    same = {
+        p: bool((also.trainable["full"][p] == x).all()) for p, x in state.trainable["full"].items()
+    }
+    assert {p for p, equal in same.items() if not equal} == {
+        p for p in matrices if "/" in p and not p.startswith("layers")
+    }
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -47,7 +47,9 @@ class Options:
       python -m train pretrain --resume
     """
 
-    optimizer: OptimizerOptions = OptimizerOptions(optimizer="muon", lr=0.02, warmup=100)
+    optimizer: OptimizerOptions = OptimizerOptions(
+        optimizer="muon", muon_embeddings=True, lr=0.02, warmup=100
+    )
     run: RunOptions = RunOptions(folder=Path("runs/pretrain"), steps=3100, eval_every=500)
     task: OneStep = OneStep()
 
@@ -58,9 +60,8 @@ class Options:
 
     @property
     def adapter(self) -> AdapterOptions:
-        """Every parameter trains; the targets name the axes of the matrices, for Muon."""
-        matrices = ("all-linear", "embed/.*=in out", "head/.*=in out")
-        return AdapterOptions(method="full", targets=matrices)
+        """Every parameter trains."""
+        return AdapterOptions(method="full")
 
 
 def run(options: Options) -> None:

@@ -211,7 +211,8 @@ class _Session:
         self.job, self.folder, self.run = job, folder, run
         self._checkpoints, self._signals = checkpoints, signals
         self.steps = total_steps(run, job.batches.per_epoch)
-        chain = make_optimizer(optimizer, job.tuning, self.steps)
+        matrices = models.matrices(job.base.config)
+        chain = make_optimizer(optimizer, job.tuning, self.steps, matrices)
         rates = learning_rates(optimizer, job.tuning, self.steps)
         self._step = make_step(job.loss, chain, rates, accumulate=run.accumulate)
         self._state = start(job.tuning, chain, run.seed)

@@ -41,7 +41,10 @@ def schedule(options: OptimizerOptions, peak: float, steps: int) -> optax.Schedu
 
 
 def make_optimizer(
-    options: OptimizerOptions, tuning: Tuning, steps: int
+    options: OptimizerOptions,
+    tuning: Tuning,
+    steps: int,
+    matrices: Mapping[str, str] | None = None,
 ) -> optax.GradientTransformation:
     """Clipping, then one optimizer for each of row, col and what trains fully.
 
@@ -49,7 +52,13 @@ def make_optimizer(
       options: which optimizer, and its numbers.
       tuning: what trains.
       steps: optimizer steps of the whole run.
+      matrices: for Muon, the model's matrices, as `hyperadapt_jax.models.matrices` gives them.
+
+    Raises:
+      ValueError: Muon is asked for, and the matrices are not given.
     """
+    if options.optimizer == "muon" and matrices is None:
+        raise ValueError("muon needs the model's matrices: give models.matrices(config)")
 
     def one(rate: float | None) -> optax.GradientTransformation:
         rate = schedule(options, options.lr if rate is None else rate, steps)
@@ -62,9 +71,12 @@ def make_optimizer(
             adam_b1=options.b1,
             adam_b2=options.b2,
             adam_weight_decay=options.weight_decay,
-            muon_weight_dimension_numbers=functools.partial(_matrices, axes=tuning.axes),
+            muon_weight_dimension_numbers=dimensions,
         )
 
+    dimensions = functools.partial(
+        _dimensions, matrices=matrices, embeddings=options.muon_embeddings
+    )
     own = _own(options)
     optimizers = {label: one(own.get(label)) for label in set(jax.tree.leaves(tuning.labels))}
     parts = [optax.partition(optimizers, tuning.labels)]
@@ -108,11 +120,16 @@ def _own(options: OptimizerOptions) -> dict[str, float | None]:
     return {"row": options.row_lr, "col": options.col_lr, "full": options.head_lr}
 
 
-def _matrices(params: Any, *, axes: Mapping[str, str]) -> Any:
-    """The axes of the parameters that are matrices for Muon; the others are left to Adam."""
+def _dimensions(params: Any, *, matrices: Mapping[str, str], embeddings: bool) -> Any:
+    """The axes of the parameters that are matrices for Muon; the others are left to Adam.
+
+    Those are the stacked matrices of the layers and, if asked for, the embedding and the head.
+    """
 
     def numbers(path: str) -> optax.contrib.MuonDimensionNumbers | None:
-        roles = axes.get(path, "").split()
+        roles = matrices.get(path, "").split()
+        if "stack" not in roles and not embeddings:
+            return None
         sides = {s: tuple(i for i, r in enumerate(roles) if r == s) for s in ("in", "out")}
         if not all(sides.values()):
             return None
