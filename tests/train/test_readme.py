@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -46,3 +47,29 @@ def test_a_classifiers_adapter_is_applied_with_its_head(monkeypatch):
     wanted = encoder(merged, batch["input_ids"], **more).logits
     assert wanted.shape == (2, 2)
     np.testing.assert_allclose(names["logits"], wanted, atol=1e-5)
+
+
+def test_a_run_from_python(tmp_path, monkeypatch, capsys):
+    """The lines as they stand, then the subclass with its own loss in their place."""
+    readme = (ROOT / "README.md").read_text()
+    (code,) = re.findall(r"```\n(import train\n[^`]*)```", readme)
+    (more,) = re.findall(r"```\n(import dataclasses, jax[^`]*)```", readme)
+    monkeypatch.chdir(ROOT)
+    names = {"__name__": "__main__"}
+
+    def run(code: str) -> None:
+        exec(compile(code, "README.md", "exec", dont_inherit=True), names)
+
+    run(code.replace("runs/double", str(tmp_path / "run")))
+    assert "accuracy" in capsys.readouterr().out
+    result, scales = names["result"], ha.load(tmp_path / "run/adapter").scales
+    assert result.best["loss"] < result.before["loss"]
+    jax.tree.map(np.testing.assert_array_equal, names["vectors"], scales)
+    assert result._repr_markdown_().startswith("| metric | before | best | last |\n|---|---:|")
+    run(more)
+    again = code.replace("runs/double", str(tmp_path / "two")).replace("steps=40", "steps=4")
+    again = again.replace("train.Instructions(", "Smoothed(")
+    run(again)
+    first = [json.loads((tmp_path / run / "metrics.jsonl").read_text().splitlines()[1])["loss"]
+             for run in ("run", "two")]  # fmt: skip
+    assert np.isfinite(first).all() and first[0] != first[1]

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from hyperadapt_jax.tables import table
 from train.errors import InputError
 from train.files import write
 from train.run.log import CURVES, EVENTS, METRICS, Log, read_metrics
 from train.run.plots import curves
-from train.run.report import markdown_table
 
 
 def train(folder, first, last, total=12, **options):
@@ -317,4 +317,8 @@ def test_curves_fit_their_axes(count):
 
 
 def test_markdown_cells_cannot_break_the_table():
-    assert markdown_table(["a|b"], [["c|d"]]).splitlines() == [r"| a\|b |", "|---|", r"| c\|d |"]
+    assert table(["a|b"], [["c|d"]], markdown=True).splitlines() == [
+        r"| a\|b |",
+        "|---|",
+        r"| c\|d |",
+    ]

@@ -25,7 +25,6 @@ from ..options import (
 from ..run import report
 from ..run.folder import open_run
 from ..run.plots import draw
-from ..run.report import markdown_table
 from ..tasks.arithmetic.task import MOST, TwoSteps
 
 TINY = Path(__file__).resolve().parents[1] / "tasks" / "arithmetic" / "tiny"
@@ -85,7 +84,7 @@ def run(options: Options) -> None:
         learned = f"{tuning.count:,} of {total:,} trainable parameters ({tuning.count / total:.1%})"
         report.write_text(folder, REPORT.format(
             method=options.adapter.method, learned=learned, step=result.step, answers=answers,
-            table=markdown_table(header, rows, "before after"),
+            table=table(header, rows, "before after", markdown=True),
             rank=f"\n![singular values]({RANK})\n" if scales else "", plan=made.plan,
             took=report.took(result.facts, command_line("demo", options)),
         ))  # fmt: skip

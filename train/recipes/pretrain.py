@@ -24,7 +24,6 @@ from ..options import (
 )
 from ..run import report
 from ..run.folder import open_run
-from ..run.report import markdown_table
 from ..tasks.arithmetic import problems
 from ..tasks.arithmetic.task import OneStep
 
@@ -140,7 +139,9 @@ def write_model(folder: Path, model: ModelOptions, params: object, rows: list[li
         overwrite=True,
         progress=False,
     )
-    write(folder / "README.md", CARD.format(table=markdown_table(["", "right"], rows, "right")))
+    write(
+        folder / "README.md", CARD.format(table=table(["", "right"], rows, "right", markdown=True))
+    )
 
 
 CARD = """---

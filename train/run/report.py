@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 import hyperadapt_jax as ha
+from hyperadapt_jax.tables import table
 
 from .. import files, options
 from .folder import REPORT
@@ -45,7 +46,7 @@ def write(
     header, rows = metrics
     parts = [
         f"# {title}",
-        markdown_table(header, rows, right=" ".join(header[1:])),
+        table(header, rows, " ".join(header[1:]), markdown=True),
         f"![curves]({CURVES})",
         *(f"![{Path(name).stem}]({name})" for name in figures),
         took(facts, command),
@@ -68,9 +69,8 @@ def write_text(folder: Path, text: str) -> None:
 
 def took(facts: Mapping[str, str], command: str) -> str:
     """A table of what a run took and ran on, and its command, in Markdown."""
-    return "\n\n".join(
-        [markdown_table(["", "run"], (facts | _environment()).items()), _fenced(command)]
-    )
+    facts = list((dict(facts) | _environment()).items())
+    return "\n\n".join([table(["", "run"], facts, markdown=True), _fenced(command)])
 
 
 def _environment() -> dict[str, str]:
@@ -101,17 +101,3 @@ def _fenced(text: str) -> str:
     """A block of text in Markdown, whatever it holds."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}\n{text}\n{fence}"
-
-
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]], right: str = "") -> str:
-    """A table in Markdown; columns whose header is a word of ``right`` align right.
-
-    >>> print(markdown_table(["task", "accuracy"], [["mrpc", 0.83]], right="accuracy"))
-    | task | accuracy |
-    |---|---:|
-    | mrpc | 0.83 |
-    """
-    marks = ["---:" if name in right.split() else "---" for name in header]
-    cells = [[str(cell).replace("|", r"\|") for cell in row] for row in (header, *rows)]
-    lines = [f"| {' | '.join(row)} |" for row in cells]
-    return "\n".join([lines[0], f"|{'|'.join(marks)}|", *lines[1:]])

@@ -112,6 +112,10 @@ class Result:
         text = table(*self.rows, right="before best last")
         return f"{text}\nbest after step {self.step}"
 
+    def _repr_markdown_(self) -> str:
+        text = table(*self.rows, right="before best last", markdown=True)
+        return f"{text}\n\nbest after step {self.step}"
+
     @property
     def facts(self) -> dict[str, str]:
         """What the run took, for a report."""
