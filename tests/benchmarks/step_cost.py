@@ -217,7 +217,7 @@ def main(argv: list[str]) -> None:
         rows = measure(args, remat)
         for row in rows:
             row["peak bytes"] = peaks.get((row["method"], remat))
-        data["example_ids"] += rows
+        data["rows"] += rows
         config = decoder_of(args, remat)
         print(
             f"\n{config.layers} layers, width {config.width}, {config.batch} x {config.length}"

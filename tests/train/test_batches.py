@@ -63,7 +63,7 @@ def test_each_epoch_holds_every_example_once_and_unchanged(sizes, batch_size, pa
     for epoch in range(2):
         seen = []
         for i in range(batches.per_epoch):
-            batch = batches[epoch * batches.per_epoch + i]
+            batch = with_ids(batches, epoch * batches.per_epoch + i)
             assert batch["tokens"].shape[0] == batches.batch_size <= batch_size
             assert batch["tokens"].shape[1] in ([pack] if pack else [4, 8, 20])
             assert not batch["tokens"][~batch["mask"]].any()
@@ -92,16 +92,25 @@ def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else():
         batches[30]
 
 
+def with_ids(batches, i):
+    """A batch, and the indices of its examples."""
+    return {**batches[i], "example_ids": batches.example_ids(i)}
+
+
 def by_epoch(batches):
     return [
-        [batches[i] for i in range(start, start + batches.per_epoch)]
+        [with_ids(batches, i) for i in range(start, start + batches.per_epoch)]
         for start in range(0, len(batches), batches.per_epoch)
     ]
 
 
 def test_evaluation_goes_through_the_rows_once_and_in_order():
     batches = Batches(make_examples([5] * 7), 3, shuffle=False)
-    assert [b["example_ids"].tolist() for b in batches] == [[0, 1, 2], [3, 4, 5], [6, -1, -1]]
+    assert [batches.example_ids(i).tolist() for i in range(3)] == [
+        [0, 1, 2],
+        [3, 4, 5],
+        [6, -1, -1],
+    ]
     assert [b["weight"].tolist() for b in batches] == [[1, 1, 1], [1, 1, 1], [1, 0, 0]]
 
 
@@ -127,7 +136,7 @@ def test_a_packed_row_is_tight_and_tells_its_examples_apart():
             lengths = np.bincount(segments)[1:]
             assert (segments[mask] == np.repeat(np.arange(1, len(lengths) + 1), lengths)).all()
             assert (positions[mask] == np.concatenate([np.arange(n) for n in lengths])).all()
-    assert len({batch["example_ids"].shape for batch in batches}) == 1
+    assert len({batches.example_ids(i).shape for i in range(len(batches))}) == 1
 
 
 def test_no_form_of_rows_changes_what_a_model_makes_of_an_example():
@@ -153,7 +162,10 @@ def test_no_form_of_rows_changes_what_a_model_makes_of_an_example():
 
     def losses(batches):
         """The loss of each example, by its number."""
-        batches = [{**batch, "loss": np.asarray(token_losses(batch))} for batch in batches]
+        batches = [
+            {**with_ids(batches, i), "loss": np.asarray(token_losses(batches[i]))}
+            for i in range(len(batches))
+        ]
         return {n: sum(loss) for batch in batches for n, loss in examples_of(batch, "loss")}
 
     examples = make_examples([3, 9, 1, 9, 3, 1])

@@ -49,9 +49,7 @@ def one_step(tuned, batch, *, accumulate=1, options=OPTIONS, optimizer=None):
 
 
 def batch_of(examples, batch_size, **options):
-    batch = Batches(examples, batch_size, shuffle=False, **options)[0]
-    batch.pop("example_ids")
-    return batch
+    return Batches(examples, batch_size, shuffle=False, **options)[0]
 
 
 def close(one, other, tolerance=2e-6):
@@ -171,7 +169,6 @@ def test_each_length_compiles_once():
     lengths = set()
     for i in range(len(batches)):
         batch = batches[i]
-        batch.pop("example_ids")
         lengths.add(batch["tokens"].shape[1])
         state, _ = step(state, tuned.frozen, batch)
     assert lengths == {8, 16}

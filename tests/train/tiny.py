@@ -61,7 +61,6 @@ def task(model: Path, *, method: str = "hyperadapt", **options) -> loop.Job:
     tuning = methods.tune(loaded, AdapterOptions(method=method))
     loss = token_loss(tuning)
     held_out = Batches(examples(8, seed=1), 8, lengths=[16], shuffle=False)[0]
-    held_out.pop("example_ids")
     measured = jax.jit(lambda t, f: loss(t, f, held_out, None))
 
     def evaluate(trainable):

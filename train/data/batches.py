@@ -28,12 +28,10 @@ class Batches(Sequence):
     """The batches of all epochs, each a pure function of the seed and its number.
 
     A batch is a dict of arrays. The examples' fields are padded to ``[B, T]``, where T is one of
-    the lengths, or gathered to ``[B]``; integers are int32, other numbers float32. Beside them:
+    the lengths, or gathered to ``[B]``; integers are int32, other numbers float32. With them come:
 
     * ``mask``: True at tokens, ``[B, T]``;
     * ``weight``: 1 for a row, 0 where the last batch of an epoch is filled up, ``[B]`` float32;
-    * ``example_ids``: the numbers of the examples, -1 where there is none, ``[B]`` int64; packed
-      ``[B, n]``;
     * packed: ``segment_ids``, from 1 on in each row and 0 at padding, and ``positions``, counted
       anew in each example, ``[B, T]`` int32.
 
@@ -115,20 +113,33 @@ class Batches(Sequence):
         return self.epochs * self.per_epoch
 
     def __getitem__(self, number: int) -> Batch:
-        epoch, place = divmod(range(len(self))[number], self.per_epoch)
-        batch = self._epoch(epoch)[place]
-        rows = np.full((self.batch_size, self._rows.shape[1]), -1, np.int64)
-        rows[: len(batch)] = self._rows[batch]
         # The length is the whole batch's, so that all its parts have one.
-        return self._collate(rows[self._part], self._lengths[batch].max())
+        return self._collate(self._members(number), self._lengths[self._batch(number)].max())
 
-    def where(self, rows: Sequence[int], limit: int = 8) -> str:
-        """Where examples stand: the files and lines of some, or else their numbers."""
-        numbers = sorted({int(row) for row in np.ravel(rows) if row >= 0})
+    def example_ids(self, number: int) -> np.ndarray:
+        """The indices of a batch's examples, -1 where there is none: ``[B]``; packed ``[B, n]``."""
+        rows = self._members(number)
+        return rows if self.packed else rows[:, 0]
+
+    def where(self, example_ids: Any, limit: int = 8) -> str:
+        """Where examples stand: the files and lines of some, or else their indices."""
+        numbers = sorted({int(row) for row in np.ravel(example_ids) if row >= 0})
         some = [str(n) if self._places is None else self._places[n] for n in numbers[:limit]]
         kind = "" if self._places is not None else "rows " if len(numbers) > 1 else "row "
         more = f" and {len(numbers) - limit} more" if numbers[limit:] else ""
         return f"{kind}{', '.join(some)}{more}"
+
+    def _batch(self, number: int) -> np.ndarray:
+        """The rows of a batch, of all shards."""
+        epoch, place = divmod(range(len(self))[number], self.per_epoch)
+        return self._epoch(epoch)[place]
+
+    def _members(self, number: int) -> np.ndarray:
+        """The examples of each row of this shard's batch, ``[B, n]``, filled up with -1."""
+        batch = self._batch(number)
+        rows = np.full((self.batch_size, self._rows.shape[1]), -1, np.int64)
+        rows[: len(batch)] = self._rows[batch]
+        return rows[self._part]
 
     def _cut(self, epoch: int) -> list[np.ndarray]:
         """The rows of each batch of an epoch."""
@@ -145,7 +156,7 @@ class Batches(Sequence):
     def _collate(self, rows: np.ndarray, length: int) -> Batch:
         """The batch of ``rows: [B, n]``, which ends with those that only fill it up."""
         real = [self._row(row[row >= 0]) for row in rows if row[0] >= 0]
-        batch: Batch = {"example_ids": rows if self.packed else rows[:, 0]}
+        batch: Batch = {}
         for name, like in (real or [self._row(self._rows[0, :1])])[0].items():
             shape = (len(rows), length)[: 1 + like.ndim]
             batch[name] = np.full(shape, IGNORE if name == "labels" else 0, like.dtype)

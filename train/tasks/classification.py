@@ -68,7 +68,7 @@ class Classification(Task):
             for split, batches in sets.items():
                 outputs, labels = [], []
                 for batch in stream(batches):
-                    real = batch.pop("example_ids") >= 0
+                    real = batch["weight"] > 0
                     outputs.append(np.asarray(logits(trainable, tuning.frozen, batch))[real])
                     labels.append(batch["label"][real])
                 found[split] = np.concatenate(outputs), np.concatenate(labels)

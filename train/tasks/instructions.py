@@ -230,7 +230,7 @@ class Instructions(Task):
         def evaluate(trainable: Any) -> Metrics:
             total, weight, kept = 0.0, 0.0, []
             for batch in stream(batches):
-                real = batch.pop("example_ids") >= 0
+                real = batch["weight"] > 0
                 part, count, good = measure(trainable, tuning.frozen, batch)
                 total, weight = total + float(part), weight + float(count)
                 kept += np.asarray(good)[real].tolist()

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
 import hyperadapt_jax as ha
@@ -232,7 +231,7 @@ class _Session:
         self._first = self.done = int(self._state.step)
         self._began = self._saved = time.monotonic()
         self._tokens = 0  # of this session
-        self._pending: list[tuple[int, Any, int, np.ndarray]] = []
+        self._pending: list[tuple[int, Any, int]] = []
         self._shapes: set[tuple[int, ...]] = set()  # that are compiled
         self.log = Log(folder, self.steps, start_step=self.done, quiet=run.quiet, label=job.name)
         self.log.best = checkpoints.best
@@ -310,25 +309,25 @@ class _Session:
     def _advance(self) -> None:
         """One optimizer step; its metrics stay on the device for now."""
         batch = next(self._batches)
-        example_ids, tokens = batch.pop("example_ids"), int(batch["mask"].sum())
-        shape = batch["tokens"].shape
+        tokens, shape = int(batch["mask"].sum()), batch["tokens"].shape
         known = shape in self._shapes
         with contextlib.nullcontext() if known else self.log.paused():  # it compiles
             self._state, metrics = self._step(self._state, self.job.tuning.frozen, batch)
         self._shapes.add(shape)
         self.done, self.metrics, self._tokens = self.done + 1, None, self._tokens + tokens
-        self._pending.append((self.done, metrics, tokens, example_ids))
+        self._pending.append((self.done, metrics, tokens))
 
     def _report(self, keep: int) -> None:
         """Logs the metrics of all steps but the last ``keep``, and stops where none is finite."""
+        batches = self.job.batches
         while len(self._pending) > keep:
-            step, metrics, tokens, example_ids = self._pending.pop(0)
+            step, metrics, tokens = self._pending.pop(0)
             numbers = {name: float(value) for name, value in metrics.items()}
             nonfinite = int(numbers.pop("nonfinite_steps"))
             self.log.step(step, numbers, tokens=tokens)
             if not nonfinite:
                 continue
-            where = f"step {step} ({self.job.batches.where(example_ids)})"
+            where = f"step {step} ({batches.where(batches.example_ids(step - 1))})"
             self.log.warn(f"the loss or its gradient is not finite in {where}: nothing was changed")
             if nonfinite >= self.run.patience:
                 self._save()
