@@ -150,7 +150,7 @@ def report(rows: list[dict[str, Any]]) -> str:
     """A markdown table; times are medians, and ratios medians over the rounds with quartiles."""
     floor = rows[0]
     on_cpu = jax.default_backend() == "cpu"
-    header = ["method", "numbers trained", "FLOPs / floor", "step ms", "time / floor", "quartiles"]
+    header = ["method", "trainable", "FLOPs / floor", "step ms", "time / floor", "quartiles"]
     header += (["CPU time / floor"] if on_cpu else []) + ["temp MB"]
     peaks = any(row.get("peak bytes") for row in rows)
     header += ["peak MB"] if peaks else []

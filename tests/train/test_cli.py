@@ -88,7 +88,7 @@ def test_a_run_of_glue(command, tmp_path, capsys):
     assert main(command) == 0
     shown = capsys.readouterr()
     assert shown.out.index("trainable parameters of") < shown.out.index("best after step")
-    assert "train: 8 rows, 0 dropped, 0 cut" in shown.out
+    assert "train: 8 rows, 0 dropped, 0 truncated" in shown.out
     run = tmp_path / "run"
     made = {path.name for path in run.iterdir() if not path.name.startswith(".")}
     assert made == {"adapter", "checkpoints", "config.yaml", "curves.png", "metrics.jsonl",
@@ -115,7 +115,7 @@ def test_quiet_says_nothing(command, capfd):
     "words, message",
     [
         (["--model", "no/such/folder"], "--model: no folder 'no/such/folder'"),
-        (["--targets", "qkx"], "preset 'qkx': expected one of qv"),
+        (["--targets", "qkx"], "preset='qkx': expected one of qv"),
         (["--targets", ".*/kernal=in out"], "nearest: "),
         (["--targets", ".*/q/kernel=in out"], "layers/q/kernel"),
         (["--exclude", "nothing"], "nothing"),
@@ -357,6 +357,7 @@ def test_a_signal_that_python_drops_is_not_lost(command, tmp_path, name, status)
     run = tmp_path / "run"
     script = f"""
 import gc, os, runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
 def callback(*_):
     if os.path.exists({str(run / "config.yaml")!r}):
         gc.callbacks.remove(callback)

@@ -114,9 +114,9 @@ def test_plan_fetches_the_configuration_alone(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("args, reason", [
-    (["--model", "no/such-model"], "no/such-model is no folder, and its config.json is not to be"),
+    (["--model", "no/such-model"], "no/such-model is no folder, and its config.json could not be"),
     (["--model", "."], "config.json: no such file"),
-    (["--model", "{llama}", "--targets", "qx"], "preset 'qx': expected one of qv"),
+    (["--model", "{llama}", "--targets", "qx"], "preset='qx': expected one of qv"),
     (["--model", "{llama}", "--targets", "nothing=in out"], "'nothing' matches none"),
     (["--model", "{llama}", "--method", "head"], "trains nothing here"),
     (["--model", "{llama}", "--labels", "2"], "is a decoder, llama"),

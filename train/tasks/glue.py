@@ -39,7 +39,7 @@ class Glue(Classification):
         return self.known.outputs
 
     @property
-    def known(self) -> glue.Task:
+    def known(self) -> glue.GlueTask:
         """What GLUE says of the task."""
         return glue.TASKS[self.task]
 
