@@ -14,8 +14,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ import numpy as np
 import safetensors.numpy
 
 from hyperadapt_jax import paths
+from hyperadapt_jax.files import new_folder
 from hyperadapt_jax.plan import Target
 from hyperadapt_jax.scales import SIDES, Scales, ScaleVectors, side_axes, side_shape
 from hyperadapt_jax.scales import check as check_scales
@@ -410,25 +409,12 @@ def _read(folder: Path) -> tuple[dict[str, Any], bytes]:
     return config, files[TENSORS]
 
 
-def _write(folder: Path, files: Mapping[str, bytes]) -> None:
+def _write(folder: Path, contents: Mapping[str, bytes]) -> None:
     """Writes a folder of files atomically: under a temporary name next to it, then renamed."""
     if folder.is_file():
         raise AdapterError(f"{folder}: is a file; choose another name")
     if folder.exists() and any(folder.iterdir()):
         raise AdapterError(f"{folder}: is not empty; choose another folder, or remove this one")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.new")
-    new.mkdir()
-    try:
-        for name, data in files.items():
-            with open(new / name, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        new.rename(folder)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-    if hasattr(os, "O_DIRECTORY"):  # a rename is durable once the folder around it is
-        around = os.open(folder.parent, os.O_DIRECTORY)
-        os.fsync(around)
-        os.close(around)
+    with new_folder(folder) as new:
+        for name, data in contents.items():
+            (new / name).write_bytes(data)

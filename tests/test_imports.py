@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # counts wherever it stands, in a function or under TYPE_CHECKING too.
 ROOMS = {
     "helpers": (
-        "hyperadapt_jax/paths.py hyperadapt_jax/tables.py hyperadapt_jax/version.py",
+        "hyperadapt_jax/files.py hyperadapt_jax/paths.py hyperadapt_jax/tables.py"
+        " hyperadapt_jax/version.py",
         "",
     ),
     "scales": (

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written atomically, or refused in one line."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+from hyperadapt_jax import files
 
 from .errors import InputError
 
@@ -23,17 +25,10 @@ def writing(file: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def write(file: str | os.PathLike[str], content: str | bytes) -> None:
-    """Writes a file whole or not at all: under another name first, then renamed into place.
+    """Writes a file atomically; see `hyperadapt_jax.files`.
 
     Raises:
       InputError: the system refuses.
     """
-    file = Path(file)
-    new = file.with_name(f".{file.name}.new")
     with writing(file):
-        try:
-            new.write_bytes(content.encode() if isinstance(content, str) else content)
-            new.replace(file)
-        finally:
-            with contextlib.suppress(OSError):
-                new.unlink(missing_ok=True)
+        files.write(Path(file), content.encode() if isinstance(content, str) else content)

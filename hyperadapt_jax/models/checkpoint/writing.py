@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -10,7 +9,6 @@ import json
 import math
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hyperadapt_jax.files import new_folder
 from hyperadapt_jax.models.checkpoint.hub import (
     INDEX,
     companions,
@@ -133,7 +132,8 @@ def export(
     file_of = {name: file for file in files for name in file.offsets}
     size = {name: math.prod(shape) * each.itemsize for name, (shape, each) in entries.items()}
 
-    with _new_folder(folder, overwrite) as partial:
+    _check_free(folder, overwrite)
+    with new_folder(folder) as partial:
         _write_json(partial / "config.json", _with_dtype(config, entries, size))
         for name, original in copied.items():
             (partial / name).parent.mkdir(exist_ok=True)
@@ -313,9 +313,8 @@ def _file(name: str, entries: Mapping[str, tuple[tuple[int, ...], np.dtype]]) ->
     return _File(name, raw, offsets, len(raw) + end)
 
 
-@contextlib.contextmanager
-def _new_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder next to the wanted one, which takes its name when all is written, or goes."""
+def _check_free(folder: Path, overwrite: bool) -> None:
+    """Refuses a folder that an export may not take the place of."""
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file")
     if folder.is_dir() and any(folder.iterdir()):
@@ -326,25 +325,3 @@ def _new_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
             raise FileExistsError(
                 f"{folder} is more than a model, or none: to overwrite it, remove it yourself"
             )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    mark = f".{folder.name}.{secrets.token_hex(4)}"
-    partial, old = folder.parent / f"{mark}.partial", folder.parent / f"{mark}.old"
-    partial.mkdir()
-    try:
-        yield partial
-        for file in partial.rglob("*"):  # on the disk before it has its name
-            if file.is_file():
-                with open(file, "rb") as written:
-                    os.fsync(written.fileno())
-        if folder.exists():
-            folder.rename(old)
-        try:
-            partial.rename(folder)
-        except BaseException:
-            if old.exists():
-                old.rename(folder)
-            raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
