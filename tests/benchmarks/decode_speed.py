@@ -1,4 +1,4 @@
-"""Greedy decoding speed beside torch transformers, on one CPU with the same weights.
+"""Greedy decoding speed next to torch transformers, on one CPU with the same weights.
 
 Both continue the same prompts for the same number of tokens with a key-value cache; the first run,
 which compiles, is reported apart. Needs torch and transformers:

@@ -118,7 +118,7 @@ def _lora(config: decoder.Decoder, key: jax.Array, rank: int) -> Contender:
 
 
 def _beside(layer: dict[str, Any], trained: dict[str, Any]) -> dict[str, Any]:
-    """A layer's weights, with what trains beside the kernel that it changes."""
+    """A layer's weights, with what trains besides the kernel that it changes."""
     return layer | {name: layer[name] | trained[name] for name in trained}
 
 

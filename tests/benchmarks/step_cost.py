@@ -1,4 +1,4 @@
-"""What a training step costs: time, memory and FLOPs, HyperAdapt beside its rivals, in one run.
+"""What a training step costs: time, memory and FLOPs, HyperAdapt next to its rivals, in one run.
 
     python -m tests.benchmarks.step_cost
     python -m tests.benchmarks.step_cost --size llama-8b --layers 4 --attention cudnn --peak

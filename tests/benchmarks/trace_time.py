@@ -1,4 +1,4 @@
-"""How long JAX takes to trace and lower an adapted function, beside the base function, in one run.
+"""How long JAX takes to trace and lower an adapted function, next to the base function, in one run.
 
     python -m tests.benchmarks.trace_time
 
@@ -49,7 +49,7 @@ def pairs(config: decoder.Decoder) -> dict[str, dict[str, tuple[Callable, Any]]]
     """``{what: {"base": (fn, args), "adapted": (fn, args)}}``.
 
     The base's training step is full fine-tuning. The frozen floor, its loss and gradient to the
-    input, is measured beside it: there nothing trains.
+    input, is measured too: there nothing trains.
     """
     params = jax.eval_shape(lambda key: decoder.init(key, config), jax.random.key(0))
     x = jax.ShapeDtypeStruct((config.batch, config.length, config.width), config.dtype)

@@ -1,4 +1,4 @@
-"""How answers are marked, and that a model is asked each question as if it were alone."""
+"""How answers are scored, and that a model is asked each question as if it were alone."""
 
 import decimal
 import functools

@@ -216,7 +216,7 @@ def parse_row(where: str, row: Row | None, columns: Mapping[str, Column]) -> dic
 
 
 def unique_pairs(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """An object, in which what comes twice is marked."""
+    """An object, in which a name that comes twice has the value `TWICE`."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = collections.Counter(name for name, _ in pairs)

@@ -45,11 +45,11 @@ class Options:
     """Folder of a run that came to its end."""
     data: Place | None = None
     """Other rows, with the columns that the run's had: for glue, GLUE's folder, a file or a data
-    set of the hub; for sft, what --eval-data may be."""
+    set of the hub; for sft and classify, what --eval-data may be."""
     split: str | None = None
-    """Split of --data where that is a folder or a data set of the hub; for sft."""
+    """Split of --data where that is a folder or a data set of the hub; for sft and classify."""
     rows: int | None = None
-    """How many rows of --data are measured on; for sft."""
+    """How many rows of --data are measured on; for sft and classify."""
     questions: int | None = None
     """How many of the rows the model answers; for sft."""
     model: Place | None = None
@@ -57,7 +57,7 @@ class Options:
     metrics: Path | None = None
     """Write the metrics to this JSON file; null is one that is not finite."""
     predictions: Path | None = None
-    """Write the model's answers to this file, one JSON object a line; for sft."""
+    """Write the generated answers to this file, one JSON object a line; for sft."""
     quiet: bool = False
     """Print errors alone."""
 

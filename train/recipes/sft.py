@@ -17,13 +17,13 @@ class Options:
 
     Rows are read as --prompt and --answer say, or are whole chats in a column "messages", shown by
     the tokenizer's chat template. Held-out rows give the loss before, during and after; the best
-    step's adapter is kept. The model's own answers to some of them go to predictions.jsonl.
+    step's adapter is kept. Generations for some of them go to predictions.jsonl.
 
     Examples:
       # Questions and answers in two columns; the base model shows no chat template.
       python -m train sft --model Qwen/Qwen2.5-0.5B --data rows.jsonl \\
           --folder runs/sft --prompt '{question}' --answer ' {answer}' --epochs 3
-      # Whole chats in a column "messages", scored by the model's own answers.
+      # Whole chats in a column "messages", scored by what the model generates.
       python -m train sft --model Qwen/Qwen2.5-0.5B-Instruct --data chats.parquet \\
           --folder runs/chat --score last-number --questions 200 --dtype bfloat16
       # A run that was stopped, from where it was saved.

@@ -40,7 +40,7 @@ def write(
       metrics: header and rows of a table; the numbers are right-aligned.
       facts: what else to tell, by name, such as `Result.facts` and counts of rows.
       command: with which it was started; see `options.command_line`.
-      generations: some of the model's own answers, with ``prompt``, ``answer``, ``reference``.
+      generations: some of what the model generates, with ``prompt``, ``answer``, ``reference``.
       figures: file names of other pictures in the folder.
     """
     header, rows = metrics

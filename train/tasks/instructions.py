@@ -70,7 +70,7 @@ class Instructions(Task):
     questions: int = 64
     """How many held-out rows the model answers."""
     max_new_tokens: int = 128
-    """Most tokens of an answer of the model's own."""
+    """Most tokens of a generated answer."""
 
     name = "sft"
 

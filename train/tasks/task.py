@@ -69,7 +69,7 @@ class Evaluation:
       on: ``on(tuning)`` gives a function from what trains to metrics.
       sources: digests of what it is measured on, by name.
       summary: how many rows there are and what was lost, by name, for the report.
-      generate: ``generate(tuning, trainable)`` gives the model's own answers, a mapping each, with
+      generate: ``generate(tuning, trainable)`` gives what the model generates, a mapping each, with
         ``prompt``, ``answer`` and ``reference``; None where there are none.
       figures: ``figures(tuning, trainable)`` gives pictures of the result by file name, such as a
         confusion matrix; None where there are none.
