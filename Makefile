@@ -50,7 +50,7 @@ lowest: ## run the suite, or TESTS, on the lowest versions that pyproject.toml a
 bench: $(VENV)/.ready-bench ## measure speed and memory against other adapters
 	set -e; for script in $(BENCH); do $(bin)/python -m $$script; done
 
-lint: $(VENV)/.ready ## check the code's style and the library's types
+lint: $(VENV)/.ready ## check the code's style and types
 	$(bin)/ruff check
 	$(bin)/ruff format --check
 	$(bin)/mypy

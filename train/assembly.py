@@ -143,7 +143,7 @@ def launch(recipe: str, options: Any, title: str, command: str | None = None) ->
         if made.evaluation.generate is not None:
             rows = made.evaluation.generate(tuning, result.trainable)
             write_rows(folder / PREDICTIONS, rows)
-        figures = {}
+        figures: Mapping[str, Any] = {}
         if made.evaluation.figures is not None:
             figures = made.evaluation.figures(tuning, result.trainable)
             for name, figure in figures.items():

@@ -11,6 +11,7 @@ import argparse
 import ast
 import dataclasses
 import inspect
+import itertools
 import math
 import shlex
 import shutil
@@ -112,7 +113,7 @@ class OptimizerOptions:
     clip: float | None = 1.0
     """Largest norm of the gradient; None does not clip."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("lr", "row_lr", "col_lr", "head_lr"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
@@ -159,7 +160,7 @@ class RunOptions:
     """YAML file of options, under the names that they have here; what the command line says wins.
     A run's own config.yaml is one."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "eval_every", "save_every", "patience"):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= LARGEST:
@@ -316,7 +317,7 @@ def dump(values: Mapping[str, Any]) -> str:
     return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, default_flow_style=None)
 
 
-def _leaves(options: Any):
+def _leaves(options: Any) -> Iterator[tuple[str, Any]]:
     """Pairs of flat name and value, through the groups."""
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
@@ -412,7 +413,7 @@ def _at_home(text: str) -> str:
         raise ValueError("there is no such user: give the whole path") from None
 
 
-def _fields(cls: type) -> Iterator[_Field]:
+def _fields(cls: Any) -> Iterator[_Field]:
     """A recipe's options in the order of their groups."""
     kinds, helps = typing.get_type_hints(cls, include_extras=True), _helps(cls)
     for field in dataclasses.fields(cls):
@@ -444,18 +445,16 @@ def _helps(cls: type) -> dict[str, str]:
     """The docstrings that stand below the fields of a dataclass and of those that it extends."""
     helps: dict[str, str] = {}
     for base in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
-        (body,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
-        helps |= {
-            field.target.id: " ".join(text.value.value.split())
-            for field, text in zip(body.body, body.body[1:], strict=False)
-            if isinstance(field, ast.AnnAssign)
-            and isinstance(text, ast.Expr)
-            and isinstance(text.value, ast.Constant)
-        }
+        body: Any = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+        for field, text in itertools.pairwise(body.body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                target: Any = field.target
+                if isinstance(text.value, ast.Constant):
+                    helps[target.id] = " ".join(str(text.value.value).split())
     return helps
 
 
-def _build(cls: type[T], values: Mapping[str, Any], default: Any = None) -> T:
+def _build(cls: Any, values: Mapping[str, Any], default: Any = None) -> Any:
     """A dataclass of groups from flat values; what is not given is the default's."""
     kinds, parts = typing.get_type_hints(cls), {}
     for field in dataclasses.fields(cls):
@@ -510,7 +509,7 @@ class _Read(argparse.Action):
         super().__init__(**options)
         self.field = field
 
-    def __call__(self, parser, namespace, values, option_string=None):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
         try:
             setattr(namespace, self.dest, self.field.read(values))
         except ValueError as error:
@@ -519,7 +518,7 @@ class _Read(argparse.Action):
 
 
 def _parser(recipe: str, cls: type, fields: Iterable[_Field]) -> _Parser:
-    about, _, examples = inspect.getdoc(cls).partition("\n\nExamples:\n")
+    about, _, examples = (inspect.getdoc(cls) or "").partition("\n\nExamples:\n")
     width = min(shutil.get_terminal_size().columns - 2, 98)
     about = "\n\n".join(textwrap.fill(text, width) for text in about.split("\n\n"))
     parser = _Parser(

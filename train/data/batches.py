@@ -24,7 +24,7 @@ WINDOW = 64  # batches among which rows of similar length are gathered
 Batch = dict[str, np.ndarray]
 
 
-class Batches(Sequence):
+class Batches(Sequence[Batch]):
     """The batches of all epochs, each a pure function of the seed and its number.
 
     A batch is a dict of arrays. The examples' fields are padded to ``[B, T]``, where T is one of
@@ -112,7 +112,7 @@ class Batches(Sequence):
     def __len__(self) -> int:
         return self.epochs * self.per_epoch
 
-    def __getitem__(self, number: int) -> Batch:
+    def __getitem__(self, number: Any) -> Any:
         # The length is the whole batch's, so that all its parts have one.
         return self._collate(self._members(number), self._lengths[self._batch(number)].max())
 
@@ -161,7 +161,8 @@ class Batches(Sequence):
             shape = (len(rows), length)[: 1 + like.ndim]
             batch[name] = np.full(shape, IGNORE if name == "labels" else 0, like.dtype)
             for i, row in enumerate(real):
-                batch[name][(i, *map(slice, row[name].shape))] = row[name]
+                place: tuple[Any, ...] = (i, *map(slice, row[name].shape))
+                batch[name][place] = row[name]
         return batch
 
     def _row(self, members: np.ndarray) -> dict[str, np.ndarray]:
@@ -222,7 +223,7 @@ def stream(batches: Batches, state: Mapping[str, Any] | None = None) -> grain.Da
     return iterator
 
 
-def _sizes(examples: Sequence[Mapping[str, Any]]) -> np.ndarray:
+def _sizes(examples: Any) -> np.ndarray:
     """The number of tokens of each example, ``[N]``."""
     if hasattr(examples, "with_format"):  # a datasets.Dataset: Arrow knows, no row need be read
         import pyarrow.compute

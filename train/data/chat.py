@@ -79,7 +79,7 @@ class Template:
 
     text: str
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for _, name in self.pieces:
             if name is not None and (not name.strip() or set(name) & set(".[]")):
                 raise InputError(f"template {self.text!r}: {{{name}}} is no plain column name")
@@ -422,19 +422,20 @@ class _Chat:
             return None
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        _, (spans,) = render_jinja_template(
+        rendered: Any = render_jinja_template(
             conversations=[self._messages],
             tools=self._tools,
             chat_template=template,
             return_assistant_tokens_mask=True,
             **self._tokenizer.special_tokens_map,
         )
+        (spans,) = rendered[1]
         theirs = [i for i, turn in enumerate(self._messages) if turn["role"] == "assistant"]
         if len(spans) != len(theirs):
             raise InputError(
                 f"the chat template marks {len(spans)} generations for {len(theirs)} turns"
             )
-        return [tuple(span) for i, span in zip(theirs, spans, strict=True) if i in said]
+        return [(span[0], span[1]) for i, span in zip(theirs, spans, strict=True) if i in said]
 
     def span(self, i: int) -> Span | None:
         """Where the whole chat shows the i-th turn as the model is to say it; None if nowhere."""
@@ -511,12 +512,12 @@ def _encode(
     rows = [[piece for piece in pieces if piece.parts or piece.answer] for pieces in rows]
     texts = [[part for piece in pieces for part in piece.parts] for pieces in rows]
     begins = iter(encode([parts[0] for parts in texts if parts]))
-    texts = [part for parts in texts for part in parts[1:]]
-    (broken,), after = encode([_BREAK]), encode([_BREAK + text for text in texts])
+    others = [part for parts in texts for part in parts[1:]]
+    (broken,), after = encode([_BREAK]), encode([_BREAK + text for text in others])
     # Where the break melts into what follows, the text's own tokens have to do.
     melted = [i for i, tokens in enumerate(after) if tokens[: len(broken)] != broken]
     after = [tokens[len(broken) :] for tokens in after]
-    for i, tokens in zip(melted, encode([texts[i] for i in melted]), strict=True):
+    for i, tokens in zip(melted, encode([others[i] for i in melted]), strict=True):
         after[i] = tokens
     rest = iter(after)
 

@@ -198,7 +198,7 @@ def parse_row(where: str, row: Row | None, columns: Mapping[str, Column]) -> dic
         return dict.fromkeys(columns)
     if not isinstance(row, Mapping):
         raise InputError(f"{where} is {kind(row)}: expected an object with named columns")
-    values = {}
+    values: dict[str, Any] = {}
     for name, column in columns.items():
         if name not in row and getattr(column, "optional", False):
             values[name] = None

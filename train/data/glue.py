@@ -124,11 +124,12 @@ def read(
     options: dict[str, Any] = {"header": task.header, "short": task.short}
     if folder.is_dir():
         files = [folder / name / f"{split}.tsv" for name in (task.folder, ".")]
-        source = next((file for file in files if file.is_file()), None)
-        if source is None:
+        present = [file for file in files if file.is_file()]
+        if not present:
             raise InputError(f"{folder} holds neither {task.folder}/{split}.tsv nor {split}.tsv")
+        source = present[0]
     else:
-        texts, label = task.texts or texts, "label"
+        texts, label = list(task.texts or texts), "label"
         options = {"config": task.name, "split": split.replace("dev", "validation")}
     columns = {**dict.fromkeys(texts, Text()), label: kind}
     rows = readers.read(source, columns, places=True, cache_dir=cache_dir, **options)

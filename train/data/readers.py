@@ -13,9 +13,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 import numpy as np
@@ -29,7 +29,7 @@ from .columns import SHORT, Column, Row, parse_row, unique_pairs
 
 PLACE = "(place)"  # a column that says where a row stands: its file and line
 _HELD_OUT = ("validation", "valid", "val", "dev")  # names of one and the same split
-Rows = Sequence[Row] | datasets.Dataset  # in memory
+Rows: TypeAlias = Sequence[Row] | datasets.Dataset  # in memory
 
 
 # ---------------------------------------------------------------------------------------- reading
@@ -71,6 +71,7 @@ def read(
         what it should be; with file and line.
     """
     files = _find(source, split) if isinstance(source, str | Path) else []
+    groups: list[Iterable[tuple[str, Any]]]
     if not isinstance(source, str | Path):
         name = "the rows given"
         groups = [((f"row {n}", row) for n, row in enumerate(source, 1))]
@@ -96,8 +97,8 @@ def read(
     if places:
         features[PLACE] = datasets.Value("string")
     # The name is part of what is said of a row; what a file holds, time and size do not tell.
-    contents = [(str(file.resolve()), _contents(file)) for file in files]
-    if not files:
+    contents = [(str(file.resolve()), _contents(file)) for file in files or ()]
+    if not isinstance(source, str | Path):
         held = json.dumps(list(source), default=repr).encode()
         contents = [(name, hashlib.sha256(held).hexdigest())]
     try:
@@ -146,8 +147,8 @@ def _find(source: str | Path, split: str) -> list[Path] | None:
         if path.suffix in _READERS or re.match(r"[./~]", str(source)):
             raise InputError(f"there is no file or folder {path}")
         return None
-    files = (*path.iterdir(), *path.glob("data/*"))
-    files = sorted(file for file in files if file.suffix in _READERS and file.is_file())
+    inside = (*path.iterdir(), *path.glob("data/*"))
+    files = sorted(file for file in inside if file.suffix in _READERS and file.is_file())
     names = _HELD_OUT if split in _HELD_OUT else (split,)
     pattern = re.compile(rf"({'|'.join(map(re.escape, names))})(?![a-z])")
     found = {file: match[1] for file in files if (match := pattern.match(file.name))}

@@ -194,7 +194,7 @@ class _Names:
                 return self._own[self._known[whole.casefold()]]
         for pattern in self._patterns:
             if found := pattern.search(text):
-                return self._own[self._found[found.lastindex - 1]]
+                return self._own[self._found[(found.lastindex or 1) - 1]]
         return None
 
 

@@ -55,7 +55,7 @@ class Options:
     show: int = 4
     """Answers to show."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 1 <= self.show <= MOST:
             raise InputError(f"--show {self.show}: give a number from 1 to {MOST}")
 
@@ -132,7 +132,7 @@ def _rows(
 
 def _answers(final: GenerationEval, before: Generations, after: Generations, count: int) -> str:
     """The first answers to the new task, before and after; None where they were not finite."""
-    rows = zip(final.groups, before, final.records(after), strict=True)
+    rows = zip(final.groups or (), before, final.records(after), strict=True)
     rides = [(old, row) for kind, old, row in rows if kind == "ride"][:count]
     return "\n\n".join(
         f"{row['prompt']}\n  before: {old}\n  after:  {row['answer']}  "

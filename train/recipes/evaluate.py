@@ -104,11 +104,12 @@ def load_options(options: Options) -> Any:
     """
     file = options.folder / CONFIG
     recipe = read_config(file).get("recipe")
-    known = isinstance(recipe, str) and recipe in RECIPES
-    module = importlib.import_module(f".{recipe}", __package__) if known else None
+    module: Any = None
+    if isinstance(recipe, str) and recipe in RECIPES:
+        module = importlib.import_module(f".{recipe}", __package__)
     if "task" not in getattr(getattr(module, "Options", None), "__dataclass_fields__", ()):
         raise InputError(f"{file} is of no recipe that trains: its recipe is {recipe!r}")
-    theirs = parse(recipe, module.Options, ["--config", str(file)])
+    theirs = parse(str(recipe), module.Options, ["--config", str(file)])
     return dataclasses.replace(theirs, run=dataclasses.replace(theirs.run, folder=options.folder))
 
 

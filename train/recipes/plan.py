@@ -9,7 +9,7 @@ import huggingface_hub
 
 from .. import base, methods
 from ..errors import InputError, first_line
-from ..options import AdapterOptions, ModelOptions
+from ..options import AdapterOptions, ModelOptions, Place
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,4 +61,4 @@ def _config_alone(options: ModelOptions) -> ModelOptions:
             f" downloaded from the hub: {first_line(error)} Check the name, the network"
             " (HF_HUB_OFFLINE) and, for a gated repository, the login (HF_TOKEN)"
         ) from error
-    return dataclasses.replace(options, model=str(Path(file).parent))
+    return dataclasses.replace(options, model=Place(str(Path(file).parent)))

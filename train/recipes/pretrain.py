@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import hyperadapt_jax as ha
 from hyperadapt_jax import models
@@ -128,7 +129,7 @@ def fresh(folder: Path, seed: int) -> Path:
     return folder
 
 
-def write_model(folder: Path, model: ModelOptions, params: object, rows: list[list[str]]) -> None:
+def write_model(folder: Path, model: ModelOptions, params: Any, rows: list[list[str]]) -> None:
     """Writes the Hugging Face folder: weights in float16, tokenizer, and a model card."""
     loaded = base.load_abstract(model)
     models.export(

@@ -6,7 +6,7 @@ import io
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -75,7 +75,8 @@ def curves(rows: Sequence[Mapping[str, float]], best: int | None = None) -> Figu
             label = f"best step, {best}"
             ax.axvline(best, color="0.45", ls=(0, (4, 3)), lw=1.2, zorder=0, label=label)
         for name in names:
-            _plot(ax, name, *map(np.asarray, series[name]), color=next(colors))
+            at, found = map(np.asarray, series[name])
+            _plot(ax, name, at, found, color=next(colors))
         if any("perplexity" in name for name in names):
             ax.set_yscale("log")
             ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))
@@ -116,12 +117,12 @@ def _plot(ax: Axes, name: str, steps: np.ndarray, values: np.ndarray, color: str
     marker = "o" if len(steps) == 1 or (evaluated and len(steps) <= 40) else None
     lost = steps[~np.isfinite(values)]
     if evaluated and len(lost):
-        cross = {"color": color, "marker": "x", "markersize": 8, "mew": 2, "ls": ""}
+        cross: dict[str, Any] = {"color": color, "marker": "x", "markersize": 8, "mew": 2, "ls": ""}
         cross |= {"transform": ax.get_xaxis_transform(), "clip_on": False}
         ax.plot(lost, np.full(len(lost), 0.03), label=f"{label}, not finite", **cross)
         values = np.where(np.isfinite(values), values, np.nan)
     window = 0 if evaluated or name.startswith("lr") else len(steps) // 20
-    faint = {"alpha": 0.3, "lw": 1} if window > 1 else {"lw": 1.8, "label": label}
+    faint: dict[str, Any] = {"alpha": 0.3, "lw": 1} if window > 1 else {"lw": 1.8, "label": label}
     ax.plot(steps, values, color=color, marker=marker, markersize=4, **faint)
     if window > 1:
         ones, finite = np.ones(window), np.isfinite(values)

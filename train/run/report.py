@@ -69,8 +69,8 @@ def write_text(folder: Path, text: str) -> None:
 
 def took(facts: Mapping[str, str], command: str) -> str:
     """A table of what a run took and ran on, and its command, in Markdown."""
-    facts = list((dict(facts) | _environment()).items())
-    return "\n\n".join([table(["", "run"], facts, markdown=True), _fenced(command)])
+    rows = list((dict(facts) | _environment()).items())
+    return "\n\n".join([table(["", "run"], rows, markdown=True), _fenced(command)])
 
 
 def _environment() -> dict[str, str]:

@@ -97,7 +97,7 @@ def load_run(options: TrainedOptions) -> Trained:
         raise InputError(f"{folder} does not name its base model: give it with --model")
     known = adapter.base_config
     labels = None if known is None else _labels(known, folder)
-    base = load_abstract(ModelOptions(model=model, revision=options.revision), labels)
+    base = load_abstract(ModelOptions(model=Place(model), revision=options.revision), labels)
     try:
         adapter.check(base.params, None if known is None else models.config_to_dict(base.config))
     except ha.AdapterError as error:

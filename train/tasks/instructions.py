@@ -18,7 +18,7 @@ from hyperadapt_jax.methods import Tuning
 
 from .. import base
 from ..data import chat, readers
-from ..data.batches import Batches, stream
+from ..data.batches import Batch, Batches, stream
 from ..data.chat import PromptFormat, Template
 from ..data.columns import Column, Text
 from ..data.examples import Examples, digest
@@ -183,14 +183,15 @@ class Instructions(Task):
 
     def ask(self, setting: Setting, held_out: datasets.Dataset) -> GenerationEval:
         """The questions of the first held-out rows."""
-        config, tokenizer = setting.base.config, setting.tokenizer
+        config: Any = setting.base.config  # a decoder's; see `check`
+        tokenizer = setting.tokenizer
         rows = held_out.select(range(min(len(held_out), self.questions)))
         right = self._references(held_out, tokenizer)
         choices = tuple(dict.fromkeys(right))
         references = right[: len(rows)]
 
         def correct(generations: Sequence[str]) -> list[bool]:
-            return score(self.score, generations, references, choices)
+            return score(self.score, generations, references, choices) or []
 
         questions = GenerationEval(
             prompts=chat.prompts(rows, self.form, tokenizer) if len(rows) else [],
@@ -222,7 +223,7 @@ class Instructions(Task):
         token_losses = losses.token_losses(tuning)
 
         @jax.jit
-        def measure(trainable, frozen, batch):
+        def measure(trainable: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, ...]:
             found, counts = token_losses(trainable, frozen, batch)
             good = jnp.all(jnp.isfinite(found), axis=1, where=counts)
             return jnp.sum(found, where=counts), jnp.sum(counts), good

@@ -121,7 +121,7 @@ class Checkpoints:
                 metrics={"score": score} if measured else None,
             )
 
-    def restore(self, like: Any, step: int | None = None) -> tuple[Any, CheckpointMetadata] | None:
+    def restore(self, like: Any, step: int | None = None) -> tuple[Any, CheckpointMetadata]:
         """Reads a checkpoint.
 
         Args:
@@ -129,14 +129,14 @@ class Checkpoints:
           step: which one; the last if not given.
 
         Returns:
-          The state and the rest; None where there is no checkpoint at all.
+          The state, and what was kept with it.
 
         Raises:
-          InputError: the checkpoint is damaged, or not of such a state.
+          InputError: there is no checkpoint, or it is damaged, or not of such a state.
         """
         step = self._manager.latest_step() if step is None else step
         if step is None:
-            return None
+            raise InputError(f"there is no checkpoint in {self._folder}")
         names, leaves, treedef = paths.flatten(like)
         shapes = {
             name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)

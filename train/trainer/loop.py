@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import signal
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -179,7 +180,7 @@ def fit(
         session = _Session(job, folder, optimizer, run, checkpoints, signals)
         with session.log:
             session.train()
-        spent = Spent(session.steps, **session.spent())
+        spent = session.total()
         trainable, best, metrics = session.best()
     rows = read_metrics(folder / METRICS)
     first = next((row for row in rows if _evaluated(row)), {})
@@ -284,15 +285,20 @@ class _Session:
         if best is None:
             raise InputError(
                 f"no evaluation of the run in {self.folder} gave a finite score, the last"
-                f" {self.job.criterion(self.metrics)}: start again with a lower --lr, or"
+                f" {self.job.criterion(self.metrics or {})}: start again with a lower --lr, or"
                 " --dtype float32"
             )
         if best == self.done:
-            return self._state.trainable, best, self.metrics
+            return self._state.trainable, best, self.metrics or {}
         _free(self._state)
         restored, known = self._checkpoints.restore(self._like, best)
         _free(restored.optimizer)
-        return restored.trainable, best, known.metrics
+        return restored.trainable, best, known.metrics or {}
+
+    def total(self) -> Spent:
+        """What the whole run took so far."""
+        found = self.spent()
+        return Spent(self.steps, int(found["tokens"]), found["seconds"], int(found["sessions"]))
 
     def spent(self) -> dict[str, float]:
         """Tokens, seconds and sessions of the run so far."""
@@ -369,7 +375,8 @@ class _Session:
         self._saved, self.log.best = time.monotonic(), self._checkpoints.best
 
     def _stop(self) -> NoReturn:
-        raise Interrupted(self._signals.received, f"saved after step {self.done} of {self.steps}")
+        number = self._signals.received or signal.SIGTERM
+        raise Interrupted(number, f"saved after step {self.done} of {self.steps}")
 
 
 def _free(tree: Any) -> None:

@@ -28,7 +28,9 @@ def next_token(tuning: Tuning) -> Loss:
 
     losses = token_losses(tuning)
 
-    def loss(trainable, frozen, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def loss(
+        trainable: Any, frozen: Any, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         found, counts = losses(trainable, frozen, batch)
         return jnp.sum(found, where=counts), jnp.sum(counts, dtype=jnp.float32)
 
@@ -38,7 +40,7 @@ def next_token(tuning: Tuning) -> Loss:
 def token_losses(tuning: Tuning) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """As :func:`next_token`, of each label ``[B, T]``, and which of them count."""
 
-    def losses(trainable, frozen, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def losses(trainable: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         # Unpacked, a token sees those before it alone, and no label follows the padding: it needs
         # no mask. But where rotary frequencies depend on the length, padding must not count.
         places = {"positions": jnp.cumsum(batch["mask"], axis=1, dtype=jnp.int32) - 1}
@@ -74,7 +76,9 @@ def classification(tuning: Tuning, *, dropout: bool) -> Loss:
       A loss of batches with ``tokens`` and ``mask`` ``[B, T]``, ``label`` and ``weight`` ``[B]``.
     """
 
-    def loss(trainable, frozen, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def loss(
+        trainable: Any, frozen: Any, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         outputs = logits(tuning, trainable, frozen, batch, key if dropout else None)
         if outputs.shape[-1] == 1:
             losses = jnp.square(outputs[:, 0] - batch["label"])

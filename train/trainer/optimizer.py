@@ -57,8 +57,10 @@ def make_optimizer(
     Raises:
       ValueError: Muon is asked for, and the matrices are not given.
     """
-    if options.optimizer == "muon" and matrices is None:
-        raise ValueError("muon needs the model's matrices: give models.matrices(config)")
+    if matrices is None:
+        if options.optimizer == "muon":
+            raise ValueError("muon needs the model's matrices: give models.matrices(config)")
+        matrices = {}
 
     def one(rate: float | None) -> optax.GradientTransformation:
         rate = schedule(options, options.lr if rate is None else rate, steps)
@@ -97,11 +99,11 @@ def learning_rates(
     """
     own, found = _own(options), {}
     for label in sorted(set(jax.tree.leaves(tuning.labels))):
-        if own.get(label) is None:
+        if (rate := own.get(label)) is None:
             found["lr"] = schedule(options, options.lr, steps)
         else:
             name = "lr/head" if label == "full" else f"lr/{label}"
-            found[name] = schedule(options, own[label], steps)
+            found[name] = schedule(options, rate, steps)
     return found
 
 

@@ -17,7 +17,7 @@ class StoppedNow(BaseException):
 class Signals:
     """Notes SIGINT and SIGTERM instead of dying of them; the second one kills at once."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.received: int | None = None
         self._raises = False
         self._before: dict[int, Any] = {}

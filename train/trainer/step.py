@@ -68,25 +68,27 @@ def make_step(
       learning rates, and ``nonfinite_steps``, how many steps in a row were not finite.
     """
 
-    def part(trainable, frozen, batch, key):
+    def part(
+        trainable: Any, frozen: Any, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, jax.Array, Any]:
         (total, weight), grads = jax.value_and_grad(loss, has_aux=True)(
             trainable, frozen, batch, key
         )
         return total, weight, grads
 
-    def update(grads, trainable, moments):
+    def update(grads: Any, trainable: Any, moments: Any) -> tuple[Any, Any]:
         updates, moments = optimizer.update(grads, moments, trainable)
         return optax.apply_updates(trainable, updates), moments
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(state: State, frozen: Any, batch: Batch):
+    def step(state: State, frozen: Any, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         if accumulate == 1:
             total, weight, grads = part(state.trainable, frozen, batch, key)
         else:
             parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), dict(batch))
 
-            def add(carry, piece):
+            def add(carry: Any, piece: Any) -> tuple[Any, None]:
                 keyed, batch = piece
                 more = part(state.trainable, frozen, batch, keyed)
                 return jax.tree.map(jnp.add, carry, more), None

@@ -34,11 +34,12 @@ def exam(kinds: Sequence[str], count: int, *, seed: int, tokenizer: Tokenizer) -
         return [problems.correct(p, answer) for p, answer in zip(asked, answers, strict=True)]
 
     prompts = problems.prompts(asked, tokenizer)
+    stop: Any = tokenizer.token_to_id(problems.EOS)
     return GenerationEval(
         prompts=prompts,
         references=[problem.answer for problem in asked],
         decode=tokenizer.decode,
-        stop_tokens=[tokenizer.token_to_id(problems.EOS)],
+        stop_tokens=[stop],
         max_new_tokens=LONGEST,
         longest=max(map(len, prompts)),
         batch_size=BATCH_SIZE,

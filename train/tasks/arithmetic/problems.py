@@ -17,7 +17,7 @@ import hashlib
 import re
 import string
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -133,7 +133,7 @@ def chain(rng: np.random.Generator, held: bool, operators: str) -> list[Fact]:
             return drawn
 
 
-def _pick(rng: np.random.Generator, choices: Sequence):
+def _pick(rng: np.random.Generator, choices: Sequence[Any]) -> Any:
     return choices[int(rng.integers(len(choices)))]
 
 
@@ -228,7 +228,7 @@ def _fill(rng: np.random.Generator, template: str, **given: object) -> str:
     values = dict(given)
     for _, field, _, _ in string.Formatter().parse(template):
         if field and field not in values:
-            taken = values.get(pairs.get(field))
+            taken = values.get(pairs.get(field, ""))
             values[field] = _pick(rng, [w for w in FIELDS[pairs.get(field, field)] if w != taken])
     return template.format(**values)
 
@@ -281,7 +281,9 @@ def reading(rng: np.random.Generator, held: bool) -> Problem:
     numbers = [int(number) for number in rng.integers(1, LARGEST + 1, 3)]
     stops = [str(stop) for stop in rng.permutation(FIELDS["stop"])[:3]]
     which = int(rng.integers(3))
-    prompt = READING.format(**dict(zip("xyzabc", numbers + stops, strict=True)), asked=stops[which])
+    prompt = READING.format(
+        **dict(zip("xyzabc", [*numbers, *stops], strict=True)), asked=stops[which]
+    )
     return Problem(prompt, str(numbers[which]), "reading")
 
 
@@ -416,7 +418,7 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
 
 def prompts(problems: Sequence[Problem], tokenizer: Tokenizer) -> list[list[int]]:
     """What a model is given to answer: ``<bos> prompt``."""
-    bos = tokenizer.token_to_id(BOS)
+    bos: Any = tokenizer.token_to_id(BOS)
     return [[bos, *ids] for ids in encode(tokenizer, [problem.prompt for problem in problems])]
 
 

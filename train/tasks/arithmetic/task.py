@@ -36,7 +36,7 @@ class Arithmetic(Task):
     problems: int = 512
     """Problems of each kind to measure on."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("texts", "problems"):
             if not 1 <= getattr(self, name) <= MOST:
                 raise InputError(f"--{name} {getattr(self, name)}: give a number from 1 to {MOST}")
