@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,8 @@ class Assembly:
             self.run.batch_size,
             pack=self.training.pack,
             seed=self.run.seed,
-            epochs=self.run.passes,
+            epochs=math.ceil(self.run.epochs),
+            steps=self.run.steps,
             divisor=self.run.accumulate,
             places=self.training.places,
         )

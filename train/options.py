@@ -175,11 +175,6 @@ class RunOptions:
         if not 0 <= self.seed <= LARGEST:
             raise InputError(f"--seed {self.seed}: give a number from 0 to {LARGEST}")
 
-    @property
-    def passes(self) -> int:
-        """Epochs that are enough for all steps."""
-        return self.steps or math.ceil(self.epochs)
-
 
 def parse(recipe: str, cls: type[T], args: Sequence[str]) -> T:
     """Reads a recipe's options.

@@ -92,6 +92,12 @@ def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else():
         batches[30]
 
 
+def test_there_are_as_many_epochs_as_steps_need():
+    examples = make_examples([3] * 10)
+    assert len(Batches(examples, 4, steps=7)) == 9 and len(Batches(examples, 4, steps=3)) == 3
+    assert equal(Batches(examples, 4, steps=7)[5], Batches(examples, 4, epochs=2)[5])
+
+
 def with_ids(batches, i):
     """A batch, and the indices of its examples."""
     return {**batches[i], "example_ids": batches.example_ids(i)}

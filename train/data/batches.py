@@ -45,6 +45,7 @@ class Batches(Sequence[Batch]):
       shuffle: draw a new order for each epoch. Without, rows come in the examples' order, but for
         those of similar length being gathered.
       epochs: how often each example comes.
+      steps: the number of batches that have to be there, in place of ``epochs``.
       shard: ``(index, count)``: of each batch, the index-th of ``count`` equal parts.
       divisor: of the rows of a batch, for each shard.
       places: where the row of each example stands, for error messages.
@@ -73,6 +74,7 @@ class Batches(Sequence[Batch]):
         seed: int = 0,
         shuffle: bool = True,
         epochs: int = 1,
+        steps: int | None = None,
         shard: tuple[int, int] = (0, 1),
         divisor: int = 1,
         places: Sequence[str] | None = None,
@@ -107,6 +109,8 @@ class Batches(Sequence[Batch]):
         filled = np.where(self._rows < 0, 0, sizes[self._rows]).sum(axis=1)
         self._lengths = np.asarray(lengths)[np.searchsorted(lengths, filled)]
         self.per_epoch = -(-len(self._rows) // batch_size)
+        if steps is not None:
+            self.epochs = max(1, -(-steps // self.per_epoch))
         self._epoch = functools.lru_cache(maxsize=2)(self._cut)
 
     def __len__(self) -> int:
@@ -206,7 +210,7 @@ def length_buckets(longest: int) -> list[int]:
 
 
 def stream(batches: Batches, state: Mapping[str, Any] | None = None) -> grain.DatasetIterator:
-    """Read batches in their order, a few ahead of the device.
+    """Reads batches in their order, a few ahead of the device.
 
     Args:
       batches: what to read.

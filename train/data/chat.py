@@ -151,7 +151,7 @@ class PromptFormat:
 def examples(
     rows: datasets.Dataset, form: PromptFormat, tokenizer: Any, max_length: int
 ) -> Examples:
-    """Make examples of rows, whose labels are the answers' tokens alone.
+    """Makes examples of rows, whose labels are the answers' tokens alone.
 
     The end-of-text token follows an answer, unless the chat template has put it there. An example
     that is too long is truncated at its end; where that leaves no label, the row is dropped.

@@ -67,7 +67,7 @@ def build_examples(
     key: Any,
     counted: Sequence[str] = (),
 ) -> Examples:
-    """Make examples of rows, once: they are kept with the rows in the cache.
+    """Makes examples of rows, once: they are kept with the rows in the cache.
 
     Args:
       data: the rows.

@@ -101,7 +101,7 @@ TASKS: dict[str, GlueTask] = {
 def read(
     task: GlueTask, source: str | Path = HUB, split: str = "train", *, cache_dir: Path | None = None
 ) -> tuple[datasets.Dataset, int]:
-    """Read a split of a task.
+    """Reads a split of a task.
 
     Args:
       task: which.

@@ -46,7 +46,7 @@ def read(
     places: bool = False,
     cache_dir: str | Path | None = None,
 ) -> datasets.Dataset:
-    """Read a data set.
+    """Reads a data set.
 
     Whatever the file's format, a value is refused that is null, NaN or infinite, that is not valid
     Unicode, or whose column comes twice; in columns that are not wanted, nothing is looked at.

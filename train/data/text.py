@@ -16,7 +16,7 @@ EMPTY = "with an empty text"
 
 
 def tokenize(rows: datasets.Dataset, tokenizer: Any, max_length: int) -> Examples:
-    """Make examples of rows, between special tokens, the longer text of a pair truncated first.
+    """Makes examples of rows, between special tokens, the longer text of a pair truncated first.
 
     Text that spells a special token is text.
 

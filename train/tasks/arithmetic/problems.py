@@ -332,7 +332,7 @@ MIXTURE: dict[str, int] = {
 
 
 def draw(tasks: str | dict[str, int], count: int, *, seed: int, held: bool) -> list[Problem]:
-    """Draw problems.
+    """Draws problems.
 
     Args:
       tasks: one of `TASKS`, or names with their shares, as `MIXTURE`.
