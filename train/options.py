@@ -136,7 +136,7 @@ class RunOptions:
     folder: Path
     """Run folder, new or empty: configuration, metrics, checkpoints, adapter, curves, report."""
     resume: bool = False
-    """Go on from the last checkpoint of the folder, exactly; from the start if it has none."""
+    """Continue from the last checkpoint of the folder, exactly; from the start if it has none."""
     epochs: float = 3.0
     """Passes over the training data."""
     steps: int | None = None
