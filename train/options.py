@@ -274,9 +274,12 @@ def identity_options(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
-    """The first option whose change makes another run of it, or None; both as :func:`flat`."""
+    """The first option whose change makes another run of it, or None; both as :func:`flat`.
+
+    An option that an old file lacks came later: until then what it asks for was off.
+    """
     old, new = identity_options(old), identity_options(new)
-    names = {*old, *new} - _PLACES
+    names = {*old, *(name for name, value in new.items() if value or name in old)} - _PLACES
     for name in sorted(names, key=lambda name: (name != "recipe", name)):
         if old.get(name) != new.get(name):
             return f"{name} was {old.get(name)!r} and is {new.get(name)!r}"

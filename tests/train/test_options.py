@@ -210,6 +210,10 @@ def test_what_is_compared_when_a_run_goes_on():
     assert options.changed(old, other) == "lr was 0.5 and is 0.4"
     # As it comes back from the file.
     assert options.changed(yaml.safe_load(options.dump(old)), old) is None
+    earlier = {name: value for name, value in old.items() if name != "muon_embeddings"}
+    assert options.changed(earlier, old) is None
+    later = old | {"muon_embeddings": True}
+    assert options.changed(earlier, later) == "muon_embeddings was None and is True"
 
 
 def test_every_method_can_be_chosen(capsys):
