@@ -78,7 +78,7 @@ class Assembly:
         optimizer: OptimizerOptions,
         config: Mapping[str, Any],
     ) -> Result:
-        """Trains, in a run folder that was claimed; see `train.trainer.loop.fit`."""
+        """Trains, in a run folder that `open_run` opened; see `train.trainer.loop.fit`."""
         batches = Batches(
             self.training.examples,
             self.run.batch_size,
@@ -169,7 +169,7 @@ class _Settings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Chosen(_Settings):
+class _Options(_Settings):
     task: Task
 
 
@@ -194,7 +194,7 @@ def fit(model: str | Path, method: str, task: Task, **given: Any) -> Result:
     known = make(_Settings, {"model": model, "method": method, **given})
     groups = {field.name: getattr(known, field.name) for field in dataclasses.fields(known)}
     title = f"{task.name}: {known.adapter.method}"
-    return launch("fit", _Chosen(task=task, **groups), title, "train.fit(...)")
+    return launch("fit", _Options(task=task, **groups), title, "train.fit(...)")
 
 
 def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:

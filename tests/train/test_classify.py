@@ -129,6 +129,7 @@ def test_from_python_with_rows_of_ones_own(bert, tmp_path):  # noqa: F811
         ({"eval_data": [{"text": "a", "label": "x"}]}, "row 1: column 'label' is 'x', which"),
         ({"data": [{"text": "a", "label": None}]}, "row 1: column 'label' is null"),
         ({"eval_rows": 48}, "--eval-rows 48 leaves nothing of 48 rows"),
+        ({"eval_rows": 0}, "--eval-rows 0: give at least 1"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_learned_is_refused(given, message, bert, tmp_path):  # noqa: F811

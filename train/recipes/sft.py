@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import datasets
-
 from ..assembly import launch
 from ..options import AdapterOptions, ModelOptions, OptimizerOptions, RunOptions
 from ..tasks.instructions import Instructions
@@ -40,8 +38,3 @@ class Options:
 def run(options: Options) -> None:
     """Trains; see `train.assembly.launch`."""
     launch("sft", options, f"Fine-tuning: {options.adapter.method}")
-
-
-def read(options: Options) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """The rows that a run of these options learns from, and those that it holds out."""
-    return options.task.rows(options.run.seed)

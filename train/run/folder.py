@@ -1,4 +1,4 @@
-"""A run's folder: claimed by one process, for one configuration."""
+"""A run's folder: opened by one process, for one configuration."""
 
 from __future__ import annotations
 

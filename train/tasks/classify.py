@@ -13,13 +13,14 @@ from hyperadapt_jax import paths
 from hyperadapt_jax.methods import Tuning
 
 from ..data import readers
-from ..data.columns import Text
+from ..data.columns import Column, Text
 from ..data.examples import Examples
 from ..errors import InputError
 from ..metrics import finite
 from ..options import Place
 from .classification import Classification, predicted
-from .task import Evaluation, Metrics, Setting, Task, Training
+from .held_out import HeldOut
+from .task import Evaluation, Metrics, Setting, Training
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,22 +31,10 @@ SHOWN = 24  # classes that are named in the figure
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Classify(Classification):
+class Classify(HeldOut, Classification):
     """Single texts, each of one class, such as news and their topics."""
 
-    data: Place | readers.Rows
-    """Training rows: a .json, .jsonl, .parquet, .csv or .tsv file, a folder of such, or a data set
-    of the hub."""
-    data_config: str | None = None
-    """Configuration of a data set of the hub that has several."""
-    split: str = "train"
-    """Split of a folder or a data set of the hub."""
-    eval_data: Place | readers.Rows | None = None
-    """Held-out rows; if not given, some of the training rows are held out."""
-    eval_split: str = "test"
-    """Split of --eval-data where that is a folder or a data set of the hub."""
     eval_rows: int = 1_000
-    """How many rows are held out; with --eval-data, how many of its first are used."""
     text: str = "text"
     """Column of the texts."""
     label: str = "label"
@@ -54,6 +43,12 @@ class Classify(Classification):
     """All classes, in the order of the model's outputs; those of --data if not given."""
 
     name = "classify"
+
+    @property
+    def columns(self) -> dict[str, Column]:
+        if self.text == self.label:
+            raise InputError(f"--text and --label are both {self.text!r}: give two columns")
+        return {self.text: Text(), self.label: Text()}
 
     @property
     def num_labels(self) -> int:
@@ -67,7 +62,7 @@ class Classify(Classification):
         """
         classes = self.classes
         if not classes:
-            classes = tuple(sorted(self._read(self.data, self.split).unique("label"), key=_order))
+            classes = tuple(sorted(self._named(self.data, self.split).unique("label"), key=_order))
         if len(set(classes)) < len(classes):
             raise InputError(f"--classes {' '.join(classes)}: one is named twice")
         if not 2 <= len(classes) <= MOST:
@@ -79,27 +74,14 @@ class Classify(Classification):
         return dataclasses.replace(self, classes=classes)
 
     def prepare(self, setting: Setting) -> tuple[Training, Evaluation]:
-        rows, held_out = self._rows(setting.seed)
+        rows, held_out = self.rows(setting.seed)
         training, digest, summary = self.examples(rows, "training rows", setting)
         name = "training rows"
         train = Training(training.data, {name: digest}, {name: summary}, training.places)
-        return train, self._evaluation(setting, held_out)
-
-    def evaluation(self, setting: Setting) -> Evaluation:
-        held_out = self._held_out() if self.eval_data is not None else self._rows(setting.seed)[1]
-        return self._evaluation(setting, held_out)
+        return train, self.measured_on(setting, held_out)
 
     def criterion(self, metrics: Metrics) -> float:
         return metrics["accuracy"]
-
-    def elsewhere(self, **options: Any) -> Task:
-        """The same classes in other held-out rows; see `Task.elsewhere`."""
-        if options.get("rows") is not None and options.get("data") is self.eval_data is None:
-            raise InputError("--rows: the run held out rows of its own; give --data")
-        names = {"data": "eval_data", "split": "eval_split", "rows": "eval_rows"}
-        given = {names[k]: v for k, v in options.items() if k in names and v is not None}
-        super().elsewhere(**{k: v for k, v in options.items() if k not in names})
-        return dataclasses.replace(self, **given)
 
     def measure(self, tuning: Tuning, examples: Examples) -> Callable[[Any], Metrics]:
         """A function from what trains to accuracy and macro F1 on the held-out rows.
@@ -121,7 +103,7 @@ class Classify(Classification):
 
         return evaluate
 
-    def _evaluation(self, setting: Setting, held_out: datasets.Dataset) -> Evaluation:
+    def measured_on(self, setting: Setting, held_out: datasets.Dataset) -> Evaluation:
         examples, digest, summary = self.examples(held_out, "held-out rows", setting)
 
         def figures(tuning: Tuning, trainable: Any) -> dict[str, Figure]:
@@ -136,24 +118,13 @@ class Classify(Classification):
             figures=figures,
         )
 
-    def _rows(self, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
-        """The training rows and the held-out ones."""
-        rows = self._numbered(self._read(self.data, self.split))
-        if self.eval_data is not None:
-            return rows, self._held_out()
-        return readers.hold_out(rows, self.eval_rows, seed)
+    def read(self, source: Place | readers.Rows, split: str) -> datasets.Dataset:
+        """Rows with a ``text``, the number of its class as ``label``, and their places."""
+        return self._numbered(self._named(source, split))
 
-    def _held_out(self) -> datasets.Dataset:
-        """The first rows of ``eval_data``."""
-        rows = self._numbered(self._read(self.eval_data, self.eval_split))
-        return rows.select(range(min(len(rows), self.eval_rows)))
-
-    def _read(self, source: Place | readers.Rows, split: str) -> datasets.Dataset:
-        """Rows with the columns ``text`` and ``label``, both text, and their places."""
-        if self.text == self.label:
-            raise InputError(f"--text and --label are both {self.text!r}: give two columns")
-        columns = {self.text: Text(), self.label: Text()}
-        rows = readers.read(source, columns, split=split, config=self.data_config, places=True)
+    def _named(self, source: Place | readers.Rows, split: str) -> datasets.Dataset:
+        """Rows whose ``label`` is the name of a class."""
+        rows = super().read(source, split)
         return rows.rename_columns({self.text: "text", self.label: "label"})
 
     def _numbered(self, rows: datasets.Dataset) -> datasets.Dataset:

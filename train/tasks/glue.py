@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from ..metrics import finite
 from ..metrics.classification import METRICS
 from ..options import Place
 from .classification import Classification, predicted
-from .task import Evaluation, Metrics, Setting, Task, Training
+from .task import Evaluation, Metrics, Setting, Training
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class Glue(Classification):
     def criterion(self, metrics: Metrics) -> float:
         return metrics[best(self.known)]
 
-    def elsewhere(self, *, data: Place | None = None, **others: Any) -> Task:
+    def elsewhere(self, *, data: Place | None = None, **others: Any) -> Self:
         """The same task on other rows: GLUE's folder, a file or a data set of the hub."""
         super().elsewhere(**others)
         return self if data is None else dataclasses.replace(self, data=data)

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import datasets
 import jax
@@ -17,7 +17,7 @@ from hyperadapt_jax import models
 from hyperadapt_jax.methods import Tuning
 
 from .. import base
-from ..data import chat, readers
+from ..data import chat
 from ..data.batches import Batch, Batches, stream
 from ..data.chat import PromptFormat, Template
 from ..data.columns import Column, Text
@@ -26,29 +26,16 @@ from ..errors import InputError
 from ..metrics import finite
 from ..metrics.generation import GenerationEval
 from ..metrics.scoring import Score, score
-from ..options import Place
 from ..trainer import losses
 from ..trainer.step import Loss
-from .task import Evaluation, Metrics, Setting, Task, Training
+from .held_out import HeldOut
+from .task import Evaluation, Metrics, Setting, Training
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Instructions(Task):
+class Instructions(HeldOut):
     """Answers to instructions: rows are read as ``prompt`` and ``answer`` say, or are chats."""
 
-    data: Place | readers.Rows
-    """Training rows: a .json, .jsonl, .parquet, .csv or .tsv file, a folder of such, or a data set
-    of the hub."""
-    data_config: str | None = None
-    """Configuration of a data set of the hub that has several."""
-    split: str = "train"
-    """Split of a folder or a data set of the hub."""
-    eval_data: Place | readers.Rows | None = None
-    """Held-out rows; if not given, some of the training rows are held out."""
-    eval_split: str = "test"
-    """Split of --eval-data where that is a folder or a data set of the hub."""
-    eval_rows: int = 500
-    """How many rows are held out; with --eval-data, how many of its first are used."""
     prompt: str | None = None
     r"""What the model is given, a text with columns' names in braces: '{question}\n'. If not given,
     rows are chats in the column "messages"."""
@@ -93,7 +80,8 @@ class Instructions(Task):
         return Template(self.answer if self.reference is None else self.reference)
 
     def check(self, config: models.Config) -> None:
-        for name in ("eval_rows", "eval_batch_size", "max_new_tokens"):
+        super().check(config)
+        for name in ("eval_batch_size", "max_new_tokens"):
             if getattr(self, name) < 1:
                 flag = name.replace("_", "-")
                 raise InputError(f"--{flag} {getattr(self, name)}: give at least 1")
@@ -119,14 +107,9 @@ class Instructions(Task):
             examples.places,
             self.max_length if self.pack else None,
         )
-        return training, self._evaluation(setting, held_out)
+        return training, self.measured_on(setting, held_out)
 
-    def evaluation(self, setting: Setting) -> Evaluation:
-        if self.eval_data is None:
-            return self._evaluation(setting, self.rows(setting.seed)[1])
-        return self._evaluation(setting, self._read_eval())
-
-    def _evaluation(self, setting: Setting, held_out: datasets.Dataset) -> Evaluation:
+    def measured_on(self, setting: Setting, held_out: datasets.Dataset) -> Evaluation:
         examples, summary = self._examples(held_out, "held-out rows", setting)
         right = self._references(held_out, setting.tokenizer)
         questions = self.ask(setting, held_out)
@@ -153,33 +136,10 @@ class Instructions(Task):
     def criterion(self, metrics: Metrics) -> float:
         return metrics.get("accuracy", -metrics["loss"])
 
-    def elsewhere(self, **options: Any) -> Task:
+    def elsewhere(self, *, questions: int | None = None, **others: Any) -> Self:
         """The same task on other held-out rows, or with more questions; see `Task.elsewhere`."""
-        given = {name: value for name, value in options.items() if value is not None}
-        if "rows" in given and "data" not in given and self.eval_data is None:
-            raise InputError("--rows: the run held out rows of its own; give --data")
-        names = {"data": "eval_data", "split": "eval_split", "rows": "eval_rows"}
-        return dataclasses.replace(self, **{names.get(k, k): v for k, v in given.items()})
-
-    def rows(self, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
-        """The training rows and the held-out ones."""
-        rows = readers.read(
-            self.data, self.columns, split=self.split, config=self.data_config, places=True
-        )
-        if self.eval_data is not None:
-            return rows, self._read_eval()
-        return readers.hold_out(rows, self.eval_rows, seed)
-
-    def _read_eval(self) -> datasets.Dataset:
-        """The first rows of ``eval_data``."""
-        rows = readers.read(
-            self.eval_data,
-            self.columns,
-            split=self.eval_split,
-            config=self.data_config,
-            places=True,
-        )
-        return rows.select(range(min(len(rows), self.eval_rows)))
+        task = super().elsewhere(**others)
+        return task if questions is None else dataclasses.replace(task, questions=questions)
 
     def ask(self, setting: Setting, held_out: datasets.Dataset) -> GenerationEval:
         """The questions of the first held-out rows."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from hyperadapt_jax import models
 from hyperadapt_jax.methods import Tuning
@@ -126,7 +126,7 @@ class Task:
         """A number, higher is better, by which the best step is options."""
         raise NotImplementedError
 
-    def elsewhere(self, **options: Any) -> Task:
+    def elsewhere(self, **options: Any) -> Self:
         """The same task, measured on other data or in another way.
 
         Args:

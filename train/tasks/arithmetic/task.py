@@ -18,9 +18,7 @@ from ..task import Evaluation, Metrics, Setting, Task, Training
 from . import problems
 from .exam import exam, measure
 
-WATCHED = (
-    128  # problems of each kind while the demo trains, other ones than are measured in the end
-)
+WATCHED = 128  # problems of each kind while the demo trains, others than in the end
 MOST = 10_000_000  # problems or texts, which are made on the spot
 
 
