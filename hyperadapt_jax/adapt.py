@@ -116,7 +116,7 @@ class Adapted:
         )
         for i, (path, weight) in enumerate(weights.items()):  # the parameters come first
             if path in scales:
-                operands[i] = interpreter.attach(weight, scales[path].factors(), path)
+                operands[i] = interpreter.attach(weight, scales[path], path)
         results = interpreter.materialize(None, interpreter.run(jaxpr, operands))
         return out_def.unflatten(results), interpreter
 

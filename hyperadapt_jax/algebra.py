@@ -1,6 +1,7 @@
 """The algebra of adapters: their scales multiply, invert and average exactly.
 
 Every function takes adapters, ``{path: ScaleVectors}``, and returns a new one. All are traceable.
+Low-rank terms have no such algebra: an adapter with one raises ValueError.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ def compose(first: Scales, second: Scales) -> Scales:
     >>> compose(a, a)["w"].row
     Array([3.], dtype=float32)
     """
+    _check_diagonal(first, second)
     both = {**first, **second}
     for path, a in first.items():
         if (b := second.get(path)) is None:
@@ -58,6 +60,7 @@ def invert(scales: Scales, tol: float = 1e-6) -> Scales:
     >>> invert({"w": ScaleVectors(jnp.array([1.0]), None, "- out")})["w"].row
     Array([-0.5], dtype=float32)
     """
+    _check_diagonal(scales)
     check_invertible(scales, tol)
     return jax.tree.map(lambda delta: -delta / (1 + delta), scales)
 
@@ -152,12 +155,24 @@ def canonical(scales: Scales) -> Scales:
             col=col / jnp.expand_dims(c, over_col) - 1,
         )
 
+    _check_diagonal(scales)
     return {path: gauge(vectors) for path, vectors in scales.items()}
+
+
+def _check_diagonal(*adapters: Scales) -> None:
+    for scales in adapters:
+        for path, vectors in scales.items():
+            if vectors.down is not None:
+                raise ValueError(
+                    f"{path}: has a low-rank term, which neither multiplies nor averages with"
+                    " another; merge the adapters into weights instead"
+                )
 
 
 def _mean(adapters: Sequence[Scales], weights: Sequence[Any], signs: str) -> Scales:
     if signs not in ("error", "linear"):
         raise ValueError(f'signs must be "error" or "linear", not {signs!r}')
+    _check_diagonal(*adapters)
     first = adapters[0]
     for other in adapters[1:]:
         if unshared := first.keys() ^ other.keys():

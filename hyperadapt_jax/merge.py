@@ -24,9 +24,9 @@ from hyperadapt_jax.scales import (
     ScaleVectors,
     broadcast_scale,
     check,
-    combined_delta,
     compute_dtype,
     iter_stack,
+    low_rank_product,
 )
 from hyperadapt_jax.tables import table
 
@@ -38,7 +38,7 @@ class Rounding:
     Attributes:
       path: the weight's path.
       dtype: the dtype to which the product was rounded.
-      update: norm of the exact update, ``W * ((1 + row) * (1 + col) - 1)``.
+      update: norm of the exact update, ``(W + up down) * (1 + row) * (1 + col) - W``.
       error: norm of the merged weight minus the exact product.
     """
 
@@ -67,9 +67,9 @@ class MergeReport:
 
 
 def merge(params: Any, scales: Scales, *, dtype: Any = None, report: bool = False) -> Any:
-    """Returns the parameters with the adapter multiplied in: ``W * (1 + row) * (1 + col)``.
+    """Returns the parameters with the adapter in them: ``(W + up down) * (1 + row) * (1 + col)``.
 
-    The product is made in float32, or in a wider dtype of weight or result, and rounded once.
+    It is computed in float32, or in a wider dtype of weight or result, and rounded once.
     All other leaves, biases among them, are passed on as they are, and each weight keeps its
     sharding. Traceable, where no report is asked for.
 
@@ -100,7 +100,7 @@ def merge(params: Any, scales: Scales, *, dtype: Any = None, report: bool = Fals
             "report: needs the values of all weights; ask for it outside of jit, in a process that"
             " holds all shards"
         )
-    new = {path: _rescaled(jnp.multiply, w, scales[path], dtype) for path, w in old.items()}
+    new = {path: _converted(_adapted, w, scales[path], dtype) for path, w in old.items()}
     merged = paths.replace(params, new)
     if not report:
         return merged
@@ -108,9 +108,9 @@ def merge(params: Any, scales: Scales, *, dtype: Any = None, report: bool = Fals
 
 
 def unmerge(merged: Any, scales: Scales, tol: float = 1e-6) -> Any:
-    """Returns the base parameters of merged ones: ``W / (1 + row) / (1 + col)``.
+    """Returns the base parameters of merged ones: ``W / (1 + row) / (1 + col) - up down``.
 
-    Divided in float32 and rounded once, like :func:`merge`. What merging rounded away stays lost:
+    Computed in float32 and rounded once, like :func:`merge`. What merging rounded away stays lost:
     in bfloat16 about one entry in a hundred differs from the base in its last bit.
 
     Raises:
@@ -123,7 +123,7 @@ def unmerge(merged: Any, scales: Scales, tol: float = 1e-6) -> Any:
     """
     old = _weights(merged, scales)
     check_invertible(scales, tol)
-    new = {path: _rescaled(jnp.divide, weight, scales[path]) for path, weight in old.items()}
+    new = {path: _converted(_restored, weight, scales[path]) for path, weight in old.items()}
     return paths.replace(merged, new)
 
 
@@ -141,7 +141,7 @@ def _weights(params: Any, scales: Scales) -> dict[str, Any]:
     return weights
 
 
-def _rescaled(
+def _converted(
     op: Callable[..., jax.Array], weight: Any, vectors: ScaleVectors, dtype: Any = None
 ) -> jax.Array:
     dtype = jnp.dtype(weight.dtype if dtype is None else dtype)
@@ -155,10 +155,21 @@ def _rounded_once(
     op: Callable[..., jax.Array], dtype: Any, weight: Any, vectors: ScaleVectors
 ) -> jax.Array:
     wide = jnp.promote_types(compute_dtype(weight.dtype), compute_dtype(dtype))
-    product = weight.astype(wide)
+    return op(weight.astype(wide), vectors).astype(dtype)
+
+
+def _adapted(weight: jax.Array, vectors: ScaleVectors) -> jax.Array:
+    if vectors.down is not None:
+        weight = weight + low_rank_product(vectors)
     for axes, delta in vectors.factors():
-        product = op(product, broadcast_scale(delta.astype(wide), axes, weight.ndim))
-    return product.astype(dtype)
+        weight = weight * broadcast_scale(delta.astype(weight.dtype), axes, weight.ndim)
+    return weight
+
+
+def _restored(weight: jax.Array, vectors: ScaleVectors) -> jax.Array:
+    for axes, delta in vectors.factors():
+        weight = weight / broadcast_scale(delta.astype(weight.dtype), axes, weight.ndim)
+    return weight if vectors.down is None else weight - low_rank_product(vectors)
 
 
 def _known(array: Any) -> bool:
@@ -169,9 +180,9 @@ def _known(array: Any) -> bool:
 def _rounding(path: str, weight: Any, merged: Any, vectors: ScaleVectors) -> Rounding:
     wide = jnp.promote_types(weight.dtype, np.float64)
     update = error = 0.0
-    for _, deltas, (base, rounded) in iter_stack(vectors, np.asarray(weight), np.asarray(merged)):
+    for part, (base, rounded) in iter_stack(vectors, np.asarray(weight), np.asarray(merged)):
         base = base.astype(wide)
-        step = base * combined_delta(deltas)
+        step = part.update(base)
         update = math.hypot(update, np.linalg.norm(step))
         error = math.hypot(error, np.linalg.norm(rounded.astype(wide) - (base + step)))
     return Rounding(path, merged.dtype.name, update, error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -11,7 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from hyperadapt_jax import paths
-from hyperadapt_jax.scales import ROLES, SIDES, Scales, ScaleVectors, side_axes, side_shape
+from hyperadapt_jax.scales import (
+    ARRAYS,
+    ROLES,
+    SIDES,
+    Scales,
+    ScaleVectors,
+    side_axes,
+    side_shape,
+    stack_axes,
+)
 from hyperadapt_jax.sharding import check_axes, vector_sharding
 from hyperadapt_jax.tables import table
 
@@ -67,7 +77,16 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class PlannedWeight:
-    """One adapted weight in a plan: its place, its shape and what its axes mean."""
+    """One adapted weight in a plan: its place, its shape and what its axes mean.
+
+    Attributes:
+      path, shape, dtype: the weight's.
+      axes: its roles, as in :class:`Target`.
+      sharding: its own, or None.
+      replicate: mesh axes along which the arrays that adapt it are kept whole.
+      sides: which scale vectors it has, of those that its roles call for.
+      rank: of a low-rank term; None for none.
+    """
 
     path: str
     shape: tuple[int, ...]
@@ -75,24 +94,28 @@ class PlannedWeight:
     axes: str
     sharding: jax.sharding.NamedSharding | None = None
     replicate: tuple[str, ...] = ()
+    sides: tuple[str, ...] = tuple(SIDES)
+    rank: int | None = None
 
-    def _shape(self, side: str) -> tuple[int, ...] | None:
-        return side_shape(self.shape, self.axes, side)
+    @property
+    def arrays(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the arrays that adapt it, by name: row, col, down, up."""
+        names = (*self.sides, "down", "up")
+        shapes = {name: side_shape(self.shape, self.axes, name, self.rank) for name in names}
+        return {name: shape for name, shape in shapes.items() if shape is not None}
 
-    def _sharding(self, side: str) -> jax.sharding.NamedSharding | None:
+    @property
+    def shardings(self) -> dict[str, jax.sharding.NamedSharding | None]:
+        """The shardings of its arrays, from the weight's; None where it has none."""
         if self.sharding is None:
-            return None
-        return vector_sharding(self.sharding, side_axes(self.axes, side), self.replicate)
-
-    row_shape = property(lambda self: self._shape("row"), doc="Shape of the row vector, or None.")
-    col_shape = property(lambda self: self._shape("col"), doc="Shape of the col vector, or None.")
-    row_sharding = property(lambda self: self._sharding("row"), doc="From the weight's, or None.")
-    col_sharding = property(lambda self: self._sharding("col"), doc="From the weight's, or None.")
+            return dict.fromkeys(self.arrays)
+        axes = {name: side_axes(self.axes, name) for name in self.arrays}
+        return {n: vector_sharding(self.sharding, a, self.replicate) for n, a in axes.items()}
 
     @property
     def count(self) -> int:
-        """The number of trainable parameters in this weight's vectors."""
-        return sum(int(np.prod(shape)) for shape in (self.row_shape, self.col_shape) if shape)
+        """The number of parameters in the arrays that adapt it."""
+        return sum(math.prod(shape) for shape in self.arrays.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,18 +155,43 @@ class Plan:
             weights.append(dataclasses.replace(weight, axes=axes))
         return dataclasses.replace(self, weights=tuple(weights))
 
+    def with_low_rank(self, rank: int, sides: Sequence[str] = ()) -> Plan:
+        """Returns the plan with a low-rank term for each weight.
+
+        Args:
+          rank: r.
+          sides: which scale vectors each weight keeps, of ``"row"`` and ``"col"``; none if empty.
+
+        Raises:
+          PlanError: the rank is not positive.
+
+        >>> import hyperadapt_jax as ha
+        >>> low_rank = ha.plan({"w": jnp.ones((3, 5))}, ("w", "in out")).with_low_rank(2)
+        >>> low_rank.weights[0].arrays, low_rank.count
+        ({'down': (3, 2), 'up': (5, 2)}, 16)
+        """
+        if rank < 1:
+            raise PlanError(f"rank: is {rank}; give at least 1")
+        changed = [
+            dataclasses.replace(w, rank=rank, sides=tuple(s for s in w.sides if s in sides))
+            for w in self.weights
+        ]
+        return dataclasses.replace(self, weights=tuple(changed))
+
     def __str__(self) -> str:
         sharded = any(weight.sharding is not None for weight in self.weights)
-        header = ["weight", "shape", "dtype", "roles", "row", "col", "parameters"]
+        names = [n for n in ARRAYS if any(n in weight.arrays for weight in self.weights)]
+        header = ["weight", "shape", "dtype", "roles", *names, "parameters"]
         rows = [
-            [w.path, _shape(w.shape), jnp.dtype(w.dtype).name, w.axes, _shape(w.row_shape)]
-            + [_shape(w.col_shape), f"{w.count:,}"]
+            [w.path, _shape(w.shape), jnp.dtype(w.dtype).name, w.axes]
+            + [_shape(w.arrays.get(name)) for name in names]
+            + [f"{w.count:,}"]
             for w in self.weights
         ]
         if sharded:
-            header += ["row spec", "col spec"]
+            header += [f"{name} spec" for name in names]
             for row, weight in zip(rows, self.weights, strict=True):
-                row += [_spec(weight.row_sharding), _spec(weight.col_sharding)]
+                row += [_spec(weight.shardings.get(name)) for name in names]
         return (
             f"{table(header, rows, right='parameters')}\n"
             f"{len(self.weights)} weights, {self.count:,} trainable parameters, "
@@ -218,15 +266,25 @@ def plan(
     return Plan(tuple(weights), total).restrict(sides)
 
 
-def init(plan: Plan) -> Scales:
-    """Returns zero scale vectors for a plan: the adapted model equals the base, bit for bit.
+_NONE: dict[str, Any] = dict.fromkeys(SIDES)
+
+
+def init(plan: Plan, key: jax.Array | None = None) -> Scales:
+    """Returns initial arrays for a plan, with which the adapted model equals the base.
+
+    Scale vectors and ``up`` are zero; ``down`` is uniform within ``1 / sqrt(inputs)``, as LoRA's
+    authors and PEFT draw it (Kaiming's, with a slope of ``sqrt(5)``).
 
     Args:
       plan: what :func:`plan` returned.
+      key: to draw ``down`` with; for a plan with low-rank terms.
 
     Returns:
       ``{path: ScaleVectors}`` in float32, whatever the dtype of the base; where a weight carries a
-      ``NamedSharding``, its vectors carry the part of it that belongs to their axes.
+      ``NamedSharding``, its arrays carry the part of it that belongs to their axes.
+
+    Raises:
+      PlanError: the plan has low-rank terms, and there is no key.
 
     >>> import hyperadapt_jax as ha
     >>> params = {"dense": {"kernel": jnp.ones((3, 5), jnp.bfloat16)}}
@@ -235,10 +293,21 @@ def init(plan: Plan) -> Scales:
     ((5,), (3,))
     """
     scales = {}
-    for w in plan.weights:
-        sides = [(w.row_shape, w.row_sharding), (w.col_shape, w.col_sharding)]
-        row, col = [s and jnp.zeros(s, jnp.float32, device=sharding) for s, sharding in sides]
-        scales[w.path] = ScaleVectors(row, col, w.axes)
+    for i, w in enumerate(plan.weights):
+        places, arrays = w.shardings, _NONE.copy()
+        for name, shape in w.arrays.items():
+            if name == "down":
+                if key is None:
+                    raise PlanError("key: is needed to draw the low-rank terms of this plan with")
+                slices = math.prod(w.shape[axis] for axis in stack_axes(w.axes))
+                inputs = math.prod(shape[:-1]) // slices
+                limit = 1 / math.sqrt(inputs)
+                own = jax.random.fold_in(key, i)
+                drawn = jax.random.uniform(own, shape, jnp.float32, -limit, limit)
+                arrays[name] = jax.device_put(drawn, places[name]) if places[name] else drawn
+            else:
+                arrays[name] = jnp.zeros(shape, jnp.float32, device=places[name])
+        scales[w.path] = ScaleVectors(axes=w.axes, **arrays)
     return scales
 
 

@@ -1,8 +1,9 @@
 """The rank of an adapter's updates: its bound, and measures that tell more than a count.
 
-The update of a weight is ``dW = W0 * (a b^T - 1)``, so ``rank(dW) <= min(2 rank(W0), n, m)``, and
-nearly any vectors attain that. A count of non-zero singular values therefore says little. The
-measures here weigh them, and controls show what the same weight, or random vectors, give untrained.
+The update of a weight by scale vectors is ``dW = W0 * (a b^T - 1)``, so
+``rank(dW) <= min(2 rank(W0), n, m)``, and nearly any vectors attain that; a low-rank term adds its
+r. A count of non-zero singular values therefore says little. The measures here weigh them, and
+controls show what the same weight, or random arrays in the place of the trained ones, give.
 """
 
 from __future__ import annotations
@@ -24,29 +25,28 @@ from hyperadapt_jax.scales import (
     Scales,
     ScaleVectors,
     check,
-    combined_delta,
     iter_stack,
-    known_values,
 )
 from hyperadapt_jax.tables import table
 
-UPDATE, RANDOM, BASE = "hyperadapt", "random", "base"
+UPDATE, RANDOM, BASE = "update", "random", "base"
 
 
-def bound(base_rank: int, shape: tuple[int, int], sides: int = 2) -> int:
-    """Returns the highest rank of an update: ``min(sides * rank(W0), n, m)``.
+def bound(base_rank: int, shape: tuple[int, int], sides: int = 2, low_rank: int = 0) -> int:
+    """Returns the highest rank of an update: ``min(sides * rank(W0) + r, n, m)``.
 
     ``A W0 B - W0`` is the sum of two matrices of at most that rank; ``(A - I) W0`` is one.
 
     Args:
       base_rank: the rank of the frozen weight.
       shape: its shape (n, m) as a matrix.
-      sides: 2 where rows and columns are scaled, 1 where only one of them is.
+      sides: 2 where rows and columns are scaled, 1 where only one of them is, 0 where none is.
+      low_rank: r, of a low-rank term.
 
     >>> bound(20, (64, 64)), bound(40, (64, 64)), bound(20, (64, 64), sides=1)
     (40, 64, 20)
     """
-    return min(sides * base_rank, *shape)
+    return min(sides * base_rank + low_rank, *shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +116,8 @@ class Spectrum:
     Attributes:
       path: the weight's path.
       index: which slice of the weight's stack axes; empty where there are none.
-      source: ``"hyperadapt"`` (the update), ``"random"`` (what random vectors of the same norm
-        make), ``"base"`` (the frozen weight) or the name of a control.
+      source: ``"update"``, ``"random"`` (what random arrays of the same norm make), ``"base"``
+        (the frozen weight) or the name of a control.
       shape: (n, m) of the matrix.
       bound: the bound on the rank of an update, None for the base and for dense controls.
       singular_values: float64, from the largest down.
@@ -191,7 +191,7 @@ def analyze(
       scales: the scale vectors.
       controls: dense updates to compare with, ``{name: {path: dW}}``, such as LoRA's product or
         full fine-tuning's difference, each in the shape of its weight; any subset of the paths.
-      seed: of the random vectors: Gaussian, with the norm of the trained ones, slice by slice.
+      seed: of the random arrays: Gaussian, with the norm of the trained ones, slice by slice.
 
     Raises:
       ValueError: an adapter that does not fit the parameters, a control of another path or shape
@@ -201,7 +201,7 @@ def analyze(
     >>> scales = {"w": ScaleVectors(jnp.array([1.0, 0, 0, 0]), None, "- out")}
     >>> report = analyze(params, scales)
     >>> [(s.source, s.bound, s.measures.numerical) for s in report.spectra]
-    [('hyperadapt', 4, 1), ('random', 4, 4), ('base', None, 4)]
+    [('update', 4, 1), ('random', 4, 4), ('base', None, 4)]
     """
     arrays, controls, spectra = paths.arrays(params), controls or {}, []
     check(scales, arrays)
@@ -215,10 +215,10 @@ def analyze(
             if has != needs:
                 raise ValueError(f"{name}: {path}: has shape {has}, but the weight has {needs}")
     for path, vectors in scales.items():
-        given = {**controls, BASE: arrays}
-        dense = {name: np.asarray(of[path]) for name, of in given.items() if path in of}
-        sides = {side: delta for (_, side), delta in known_values({path: vectors}).items()}
-        for name, array in {**dense, **sides}.items():
+        known = {**controls, BASE: arrays}
+        dense = {name: np.asarray(of[path]) for name, of in known.items() if path in of}
+        given = {name: np.asarray(array) for name, array in vectors.arrays.items()}
+        for name, array in {**dense, **given}.items():
             if not jnp.issubdtype(array.dtype, jnp.floating):
                 raise ValueError(f"{name}: {path}: has dtype {array.dtype}, not a floating one")
             if not np.isfinite(array).all():
@@ -234,16 +234,19 @@ def _spectra(
     roles = [role for role in vectors.axes.split() if role != "stack"]
     rows = [i for i, role in enumerate(roles) if role == ("out" if "out" in roles else "-")]
     spectra = []
-    for index, deltas, arrays in iter_stack(vectors, *dense.values()):
+    for part, arrays in iter_stack(vectors, *dense.values()):
         given = {name: a.astype(np.float64) for name, a in zip(dense, arrays, strict=True)}
         base = given.pop(BASE)
-        rng = np.random.default_rng([seed, zlib.crc32(path.encode()), *index])
-        noise = [rng.standard_normal(delta.shape) for delta in deltas]
-        noise = [x * (norm(d) / norm(x)) for x, d in zip(noise, deltas, strict=True)]
+        rng = np.random.default_rng([seed, zlib.crc32(path.encode()), *part.index])
+        deltas, low_rank = (
+            [x * (norm(d) / norm(x)) for d in like for x in [rng.standard_normal(d.shape)]]
+            for like in (part.deltas, part.low_rank)
+        )
+        noise = dataclasses.replace(part, deltas=deltas, low_rank=low_rank)
         sources = {
-            UPDATE: base * combined_delta(deltas),
+            UPDATE: part.update(base),
             **given,
-            RANDOM: base * combined_delta(noise),
+            RANDOM: noise.update(base),
             BASE: base,
         }
         found = {}
@@ -254,10 +257,11 @@ def _spectra(
             tolerance = max(eps, max(matrix.shape) * np.finfo(np.float64).eps)
             singular = svd(matrix, compute_uv=False)
             found[source] = singular, measure(singular, tolerance)
-        limit = bound(found[BASE][1].numerical, matrix.shape, len(deltas))
+        added = low_rank[0].shape[-1] if low_rank else 0
+        limit = bound(found[BASE][1].numerical, matrix.shape, len(deltas), added)
         for source, measured in found.items():
             most = limit if source in (UPDATE, RANDOM) else None
-            spectra.append(Spectrum(path, index, source, matrix.shape, most, *measured))
+            spectra.append(Spectrum(path, part.index, source, matrix.shape, most, *measured))
     return spectra
 
 
@@ -292,8 +296,8 @@ def figure(report: RankReport, columns: int = 3) -> Any:
     looks: dict[str, dict[str, Any]] = {
         name: {"color": next(colors), "label": name} for name in names
     }
-    looks[UPDATE] = {"color": "#0072B2", "lw": 2.4, "label": "HyperAdapt"}
-    looks[RANDOM] = {"color": "#D55E00", "ls": "--", "label": "random vectors"}
+    looks[UPDATE] = {"color": "#0072B2", "lw": 2.4, "label": "update"}
+    looks[RANDOM] = {"color": "#D55E00", "ls": "--", "label": "random arrays"}
     looks[BASE] = {"color": "#777777", "label": "frozen weight"}
 
     across = max(1, min(columns, len(groups)))

@@ -1,6 +1,7 @@
 """The shardings of the vectors, derived from those of their weights.
 
-A vector is sharded as the axes of its weight that it spans. Under tensor parallelism that is best:
+A vector is sharded as the axes of its weight that it spans, and so is each side of a low-rank
+term, whose last axis, that of the rank, is whole. Under tensor parallelism that is best:
 each device holds the part of the vector that it multiplies by. Mesh axes that shard both the batch
 and the weights (FSDP) are different: there a weight is gathered before its use, and a vector that
 is sharded like it is gathered with it, in every pass, while its gradient is not sharded.
@@ -19,7 +20,7 @@ from typing import Any
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from hyperadapt_jax import paths
-from hyperadapt_jax.scales import SIDES, Scales, ScaleVectors, side_axes
+from hyperadapt_jax.scales import Scales, ScaleVectors, side_axes
 
 
 def vector_spec(
@@ -119,9 +120,8 @@ def vector_shardings(scales: Scales, weights: Any, replicate: Sequence[str] = ()
             f" NamedSharding or PartitionSpec; {paths.suggest(path, known)}"
         )
 
-    def both(path: str, vectors: ScaleVectors) -> ScaleVectors:
-        sides = [side for side in SIDES if getattr(vectors, side) is not None]
-        specs = {side: of(path, side_axes(vectors.axes, side)) for side in sides}
+    def all_of(path: str, vectors: ScaleVectors) -> ScaleVectors:
+        specs = {name: of(path, side_axes(vectors.axes, name)) for name in vectors.arrays}
         return dataclasses.replace(vectors, **specs)
 
-    return {path: both(path, vectors) for path, vectors in scales.items()}
+    return {path: all_of(path, vectors) for path, vectors in scales.items()}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 from jax.extend.core import JaxprEqn
 
 from hyperadapt_jax.interpreter import jax_versions
@@ -15,6 +17,7 @@ from hyperadapt_jax.interpreter.values import (
     Value,
     factors_of,
     is_inexact,
+    low_rank_of,
     origin_of,
     same_factors,
     value_of,
@@ -27,13 +30,25 @@ def mul(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> list[Val
     operands = interpreter.materialize_where(
         lambda x: x.is_vector and x.value.size < size, eqn, operands
     )
+    codes = still_codes(interpreter, operands)
+    if any(map(low_rank_of, operands)) and not codes:
+        operands = interpreter.materialize_where(lambda x: _number(operands) is None, eqn, operands)
     if not any(isinstance(x, Scaled) for x in operands):
         return jax_versions.bind(eqn, *operands)
     [y] = jax_versions.bind(eqn, *map(value_of, operands))
     factors = [pair for x in operands for pair in factors_of(x)]
     scaled = [x for x in operands if isinstance(x, Scaled)]
     product = any(x.product for x in scaled)
-    return [Scaled.of(y, factors, origin_of(*scaled), product, still_codes(interpreter, operands))]
+    term = low_rank_of(scaled[0])
+    if term is not None and not codes:
+        term = term.times(_number(operands))
+    return [Scaled.of(y, factors, origin_of(*scaled), product, codes, term)]
+
+
+def _number(operands: Operands) -> Any:
+    """The one number that a Scaled is multiplied with or divided by; None where there are more."""
+    plain = [x for x in operands if not isinstance(x, Scaled)]
+    return plain[0] if len(plain) == 1 and np.ndim(plain[0]) == 0 else None
 
 
 def div(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Results:
@@ -43,9 +58,13 @@ def div(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Results:
         return None
     if not is_inexact(scaled.value):
         return None
+    codes, term = still_codes(interpreter, operands), scaled.low_rank
+    if term is not None and not codes:
+        if np.ndim(divisor) > 0:
+            return None
+        term = term.times(1 / divisor)
     [y] = jax_versions.bind(eqn, scaled.value, divisor)
-    codes = still_codes(interpreter, operands)
-    return [Scaled.of(y, scaled.factors, scaled.origin, scaled.product, codes)]
+    return [Scaled.of(y, scaled.factors, scaled.origin, scaled.product, codes, term)]
 
 
 def affine(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Results:
@@ -54,6 +73,8 @@ def affine(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Resul
     if others:
         [second] = others
         alike = (first.product, first.codes) == (second.product, second.codes)
+        if first.low_rank is not None and not first.codes:
+            return None  # a sum has the term twice
         return _waiting(eqn, operands, first) if alike and same_factors(first, second) else None
     return _waiting(eqn, operands, first) if _decodes(interpreter, operands) else None
 
@@ -85,6 +106,8 @@ def decode(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Resul
         return _waiting(eqn, operands, first)  # as of a sign and a magnitude; else it is a square
     if name in _ON_CODES or name in _ON_INTEGERS and not any(is_inexact(x.value) for x in codes):
         return _waiting(eqn, operands, first)
+    if first.low_rank is not None and name in ("gather", "bitcast_convert_type"):
+        return None  # of several codes that one array packs, no term is known
     if name == "gather" and len(codes) == 1 and operands[1] is first:
         windows = eqn.params["dimension_numbers"].offset_dims
         rows = [i for i in range(jax_versions.result_of(eqn).ndim) if i not in windows]
@@ -118,4 +141,5 @@ def _waiting(
     [y] = jax_versions.bind(eqn, *map(value_of, operands))
     axes = like.axes if to is None else [tuple(to[axis] for axis in spans) for spans in like.axes]
     factors = list(zip(axes, like.deltas, strict=True))
-    return [Scaled.of(y, factors, origin_of(*operands), like.product, like.codes)]
+    origin = origin_of(*operands)
+    return [Scaled.of(y, factors, origin, like.product, like.codes, like.low_rank)]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,22 +19,29 @@ from hyperadapt_jax.interpreter import jax_versions
 from hyperadapt_jax.interpreter.interpreter import Interpreter
 from hyperadapt_jax.interpreter.values import (
     Factors,
+    LowRank,
     Operands,
     Results,
     Scaled,
     Value,
     factors_of,
     is_inexact,
+    low_rank_of,
     moved,
+    multiplied_out,
     origin_of,
     scale,
     value_of,
     vector_like,
 )
 
+BOTH = "it is multiplied with another adapted weight"
+
 # What an axis of a contraction is called: ("contract", i) or ("batch", i), the same on both sides;
-# ("free", side, axis); or ("group",), that of the groups of a ragged dot.
+# ("free", side, axis); or GROUP, that of the groups of a ragged dot, or RANK, of a low-rank term.
 Name: TypeAlias = tuple[Any, ...]
+RANK: Name = ("rank",)
+GROUP: Name = ("group",)
 Names: TypeAlias = Sequence[Sequence[Name]]  # of every axis of both operands
 NamedFactors: TypeAlias = list[tuple[Sequence[Name], jax.Array]]
 
@@ -46,6 +54,8 @@ def dot_general(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> 
     a product already, such as looked-up rows, is an activation: its own vectors scale it.
     """
     operands, result = _settled(interpreter, eqn, operands), jax_versions.result_of(eqn)
+    if any(map(low_rank_of, operands)) and all(isinstance(x, Scaled) for x in operands):
+        [operands[1]] = interpreter.materialize(eqn, operands[1:], BOTH)
     names = _name_axes(operands, eqn.params["dimension_numbers"])
     out, sizes = _result_axes(names), _sizes(operands, names)
     products = math.prod(sizes.values())
@@ -60,7 +70,7 @@ def dot_general(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> 
         free = [name for name in names[side] if name[0] == "free"]
         shared = [name for name in free if any(name in spans for spans, _ in go)]
         pending = isinstance(operand, Scaled) and not operand.product
-        if factors and pending and is_inexact(value_of(operand)):
+        if pending and is_inexact(value_of(operand)):
             repeats = math.prod(sizes[name] for name in shared)
             if why := _dearer(operands, side, result, products, repeats, len(stay), len(go)):
                 [operands[side]] = interpreter.materialize(eqn, [operand], why)
@@ -68,7 +78,7 @@ def dot_general(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> 
         after += stay
         before[1 - side].extend(go)
         repeated += shared
-    if _integers_meet(result, operands, before):
+    if _integers_meet(result, operands, before) or _codes_meet(operands):
         return None
     if repeated and eqn.params.get("out_sharding") is not None:
         return None
@@ -108,6 +118,11 @@ def _named(names: Sequence[Name], factors: Factors) -> NamedFactors:
 
 def _placed(names: Sequence[Name], factors: NamedFactors) -> Factors:
     return [(tuple(map(names.index, spans)), delta) for spans, delta in factors]
+
+
+def _codes_meet(operands: Operands) -> bool:
+    """Whether a low-rank term would have to be added to codes, not to what they stand for."""
+    return any(low_rank_of(x) and not is_inexact(value_of(x)) for x in operands)
 
 
 def _integers_meet(result: Any, operands: Operands, before: Sequence[NamedFactors]) -> bool:
@@ -153,14 +168,20 @@ def _apply(
         ]
         names = [[*new, *old] for new, old in zip(missing, names, strict=True)]
         changed["dimension_numbers"], new_out = _dimension_numbers(names)
-    parts = []
     for side in (0, 1):
         x = Scaled.of(values[side], _placed(names[side], before[side]), ())
-        parts.append(_parts(eqn, side, x.value, x.factors))
+        values[side] = _scaled_operand(eqn, side, x.value, x.factors)
+    parts = [_parts(eqn, side, x) for side, x in enumerate(values)]
     y = _contract(eqn, parts, *others, **changed)
     if repeated:
         y = lax.transpose(y, [new_out.index(name) for name in out])
-    return _scale_result(interpreter, eqn, operands, y, _placed(out, after))
+    added = None
+    for side in (0, 1):
+        if (term := low_rank_of(operands[side])) is not None:
+            interpreter.record(eqn, operands[side])
+            other = Named(_dropped(values[1 - side], term), names[1 - side])
+            added = _low_rank(eqn, other, term, names[side], out, *others)
+    return _scale_result(interpreter, eqn, operands, y, _placed(out, after), added)
 
 
 def _dimension_numbers(names: Names) -> tuple[Any, list[Name]]:
@@ -168,9 +189,9 @@ def _dimension_numbers(names: Names) -> tuple[Any, list[Name]]:
     then the free ones of either side."""
     left, right = names
     shared = [name for name in left if name in right]
-    contract = [name for name in shared if name[0] == "contract"]
-    batch = [name for name in shared if name[0] != "contract"]
-    free = [n for side in names for n in side if n[0] == "free" and n not in batch]
+    contract = [name for name in shared if name[0] in ("contract", "rank")]
+    batch = [name for name in shared if name not in contract]
+    free = [n for side in names for n in side if n not in shared]
     numbers = tuple(
         tuple(tuple(map(side.index, group)) for side in names) for group in (contract, batch)
     )
@@ -221,7 +242,7 @@ def _settled(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> lis
         inexact = is_inexact(value_of(x)) or is_inexact(jax_versions.result_of(eqn))
         if isinstance(x, Scaled) and x.product and inexact:
             interpreter.record(eqn, x)
-            settled[side] = scale(x.value, x.factors, _operand_dtype(eqn, side))
+            settled[side] = multiplied_out(x, _operand_dtype(eqn, side))
     return settled
 
 
@@ -237,16 +258,22 @@ def _operand_dtype(eqn: JaxprEqn, side: int) -> Any:
     return jnp.finfo(max([*types, jnp.bfloat16], key=lambda t: jnp.finfo(t).bits)).dtype
 
 
-def _parts(eqn: JaxprEqn, side: int, x: jax.Array, factors: Factors) -> list[jax.Array]:
-    """One operand of a contraction, scaled; as several that add up where it is scaled wider.
+def _scaled_operand(eqn: JaxprEqn, side: int, x: jax.Array, factors: Factors) -> jax.Array:
+    """One operand of a contraction, multiplied by the other one's factors."""
+    if not factors and x.dtype == jax_versions.operand_of(eqn, side).dtype:
+        return x
+    return scale(x, factors, _operand_dtype(eqn, side))
+
+
+def _parts(eqn: JaxprEqn, side: int, x: jax.Array) -> list[jax.Array]:
+    """One operand of a contraction; as several that add up where it was scaled wider.
 
     A product in 16 bits with a wider result stays one, as fast and, at zero deltas, as exact to the
     last bit: what its operand's dtype does not hold of a scaled number is a second operand.
     """
     own, dtype = jax_versions.operand_of(eqn, side).dtype, _operand_dtype(eqn, side)
-    if not factors and x.dtype == own:
+    if x.dtype == own:
         return [x]
-    x = scale(x, factors, dtype)
     other = jax_versions.operand_of(eqn, 1 - side).dtype
     bits = [jnp.finfo(t).bits if jnp.issubdtype(t, jnp.inexact) else 0 for t in (own, other)]
     if dtype == own or bits[0] < max(16, bits[1]):
@@ -264,8 +291,7 @@ def _contract(
     dtypes = [jax_versions.operand_of(eqn, side).dtype for side in (0, 1)]
     if [p[0].dtype for p in parts] != dtypes:
         changed["preferred_element_type"] = jax_versions.result_of(eqn).dtype
-        if not isinstance(eqn.params["precision"], (tuple, lax.Precision)):
-            changed["precision"] = None  # an algorithm for the dtypes that there were
+        changed["precision"] = _precision(eqn)
     ys = [jax_versions.bind(eqn, a, b, *others, **changed)[0] for a, b in itertools.product(*parts)]
     return functools.reduce(jnp.add, ys)
 
@@ -283,11 +309,11 @@ def ragged_dot_general(interpreter: Interpreter, eqn: JaxprEqn, operands: Operan
     ragged = eqn.params["ragged_dot_dimension_numbers"]
     names = _name_axes(operands, ragged.dot_dimension_numbers)
     for axis in ragged.rhs_group_dimensions:
-        names[1][axis] = ("group",)
+        names[1][axis] = GROUP
     [rows] = (names[0][axis] for axis in ragged.lhs_ragged_dimensions)
     out = _result_axes(names)
     if rows[0] == "contract":
-        out = [("group",), *out]
+        out = [GROUP, *out]
     outer = out[: out.index(rows)] if group_sizes.ndim > 1 and rows in out else []
     outer = [name for name in outer if name in names[0]]
     count = _sizes(operands, names)[rows]
@@ -296,7 +322,7 @@ def ragged_dot_general(interpreter: Interpreter, eqn: JaxprEqn, operands: Operan
     before: tuple[NamedFactors, NamedFactors] = [], []  # of each operand
     for side, operand in enumerate(operands):
         for spans, delta in _named(names[side], factors_of(operand)):
-            if ("group",) in spans:
+            if GROUP in spans:
                 spans, delta = _by_row(spans, delta, group_sizes, [*outer, rows], count)
             if set(spans) <= set(out):
                 after.append((spans, delta))
@@ -304,7 +330,10 @@ def ragged_dot_general(interpreter: Interpreter, eqn: JaxprEqn, operands: Operan
                 before[1 - side].append((spans, delta))
             else:
                 return None
-    if _integers_meet(result, operands, before):
+    if _integers_meet(result, operands, before) or _codes_meet(operands):
+        return None
+    # A low-rank term: of the rows' own matrices alone, whose two sides are such matrices too.
+    if any(map(low_rank_of, operands)) and (isinstance(operands[0], Scaled) or rows[0] != "free"):
         return None
     return [_apply(interpreter, eqn, operands, names, before, after, out, (), group_sizes)]
 
@@ -319,7 +348,7 @@ def _by_row(
     """A vector over groups as one over the rows that they consist of.
 
     Args:
-      spans: names of the vector's axes, among them ``("group",)``.
+      spans: names of the vector's axes, among them ``GROUP``.
       delta: the vector.
       group_sizes: [..., groups], how many rows each group has.
       rows: names of the axes that the rows lie on: those of ``...``, then the ragged one.
@@ -332,8 +361,8 @@ def _by_row(
     for name in shared:
         axis = rows.index(name)
         index.append(lax.broadcasted_iota(groups.dtype, groups.shape, axis))
-    left = [n for n in spans if n not in rows and n != ("group",)]
-    delta = lax.transpose(delta, [spans.index(n) for n in [("group",), *shared, *left]])
+    left = [n for n in spans if n not in rows and n != GROUP]
+    delta = lax.transpose(delta, [spans.index(n) for n in [GROUP, *shared, *left]])
     return [*rows, *left], delta.at[tuple(index)].get(mode="fill", fill_value=0)
 
 
@@ -342,7 +371,7 @@ def conv_general_dilated(interpreter: Interpreter, eqn: JaxprEqn, operands: Oper
     lhs, rhs = operands = _settled(interpreter, eqn, operands)
     numbers, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
     out_axis, in_axis = numbers.rhs_spec[:2]
-    if isinstance(lhs, Scaled):
+    if isinstance(lhs, Scaled) or _codes_meet(operands):
         return None
     after, before = [], []
     for axes, delta in factors_of(rhs):
@@ -365,10 +394,50 @@ def conv_general_dilated(interpreter: Interpreter, eqn: JaxprEqn, operands: Oper
         return None
     if before:
         interpreter.record(eqn, rhs)
-    kernel, inputs = value_of(rhs), _parts(eqn, 0, lhs, before)
+    placed = Scaled.of(lhs, before, ())
+    x, added = _scaled_operand(eqn, 0, lhs, placed.factors), None
+    if (term := low_rank_of(rhs)) is not None:
+        added = _low_rank_features(eqn, _dropped(x, term), term, value_of(rhs).shape)
+        if added is None:
+            return None
+    inputs = _parts(eqn, 0, x)
     # Unlike a product of matrices, a convolution takes operands of one dtype.
-    y = _contract(eqn, [inputs, [kernel.astype(inputs[0].dtype)]])
-    return [_scale_result(interpreter, eqn, operands, y, after)]
+    y = _contract(eqn, [inputs, [value_of(rhs).astype(inputs[0].dtype)]])
+    return [_scale_result(interpreter, eqn, operands, y, after, added)]
+
+
+def _low_rank_features(
+    eqn: JaxprEqn, x: jax.Array, term: LowRank, kernel: Sequence[int]
+) -> jax.Array | None:
+    """What a kernel's low-rank term adds: a convolution to r features, then a product with them.
+
+    Each group of features has a convolution of its own, with the same kernel of the term. None
+    where no side of the term spans the out axis alone.
+
+    Args:
+      eqn: the convolution.
+      x: its input.
+      term: of the kernel.
+      kernel: its shape.
+    """
+    numbers, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
+    out_axis, feature = numbers.rhs_spec[0], numbers.out_spec[1]
+    sides = sorted(term.factors[:2], key=lambda side: out_axis in side[0])
+    (axes, first), (out_axes, last) = sides
+    if eqn.params["batch_group_count"] != 1 or out_axis in axes or {*out_axes} - {out_axis}:
+        return None
+    missing = [axis for axis in range(len(kernel)) if axis not in (*axes, out_axis)]
+    first = jnp.moveaxis(jnp.expand_dims(first, [i for i, _ in enumerate(missing)]), -1, 0)
+    first = jnp.moveaxis(first, range(first.ndim), [out_axis, *missing, *axes])
+    shape = [term.rank if axis == out_axis else n for axis, n in enumerate(kernel)]
+    first = jnp.broadcast_to(first, shape)
+    first = jnp.concatenate([first] * groups, out_axis)
+    [y] = jax_versions.bind(eqn, x, first.astype(x.dtype), preferred_element_type=None)
+    y = jnp.moveaxis(y, feature, -1)
+    y = y.reshape(*y.shape[:-1], groups, term.rank)
+    last = jnp.broadcast_to(last, (kernel[out_axis], term.rank)).reshape(groups, -1, term.rank)
+    y = jnp.einsum("...gr,gor->...go", y, last.astype(y.dtype), precision=_precision(eqn))
+    return jnp.moveaxis(y.reshape(*y.shape[:-2], -1), -1, feature)
 
 
 def gather(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Results:
@@ -400,17 +469,27 @@ def gather(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Resul
     to = dict(zip(kept, numbers.offset_dims, strict=True))
     to |= {axis: rows[i] for axis, i in batching.items()}
     whole = {a for a, n in enumerate(table.value.shape) if sizes[a] == n or a in batching}
-    factors = []
-    for axes, delta in table.factors:
+
+    def picked(axes: tuple[int, ...], delta: jax.Array) -> tuple[tuple[int, ...], jax.Array]:
         if whole.issuperset(axes):
             spans = tuple(to[axis] for axis in axes if axis in to)
-            delta = lax.squeeze(delta, [i for i, axis in enumerate(axes) if axis not in to])
-        else:
-            windows = [axis for axis in axes if axis in kept]
-            spans = (*rows, *(to[axis] for axis in windows))
-            delta = _gather_vector(eqn, axes, delta, indices, windows, batching)
-        factors.append((spans, delta))
-    return [moved(table, y, factors, product=is_rows)]
+            return spans, lax.squeeze(delta, [i for i, axis in enumerate(axes) if axis not in to])
+        windows = [axis for axis in axes if axis in kept]
+        delta = _gather_vector(eqn, axes, delta, indices, windows, batching)
+        return (*rows, *(to[axis] for axis in windows)), delta
+
+    term = table.low_rank
+    if term is not None:
+        spans = {*term.down_axes, *term.up_axes}
+        if (
+            table.codes
+            or term.keys is not None
+            or any(axis not in whole and axis not in spans for axis in range(table.value.ndim))
+        ):
+            return None
+        term = term.moved(picked)
+    factors = [picked(*factor) for factor in table.factors]
+    return [moved(table, y, factors, is_rows, term)]
 
 
 def _fills_with_nothing(eqn: JaxprEqn) -> bool:
@@ -451,11 +530,133 @@ def _gather_vector(
 
 
 def _scale_result(
-    interpreter: Interpreter, eqn: JaxprEqn, operands: Operands, y: jax.Array, factors: Factors
+    interpreter: Interpreter,
+    eqn: JaxprEqn,
+    operands: Operands,
+    y: jax.Array,
+    factors: Factors,
+    added: jax.Array | None = None,
 ) -> Value:
+    """A result with the low-rank term's part added to it, and multiplied by its factors."""
+    if added is not None:
+        interpreter.record(eqn, next(x for x in operands if isinstance(x, Scaled)))
+        if not factors:
+            return y + added.astype(y.dtype)
+        return scale(y, Scaled.of(y, factors, ()).factors, added=added)
     if not factors:
         return y
     scaled = Scaled.of(y, factors, origin_of(*operands), product=True, codes=False)
     if not jnp.issubdtype(y.dtype, jnp.inexact):
         return scaled  # codes multiplied as integers: the scale waits for the dequantization
     return interpreter.materialize(eqn, [scaled])[0]
+
+
+class Named(NamedTuple):
+    """An array, and what its axes are called."""
+
+    array: jax.Array
+    names: Sequence[Name]
+
+
+def _low_rank(
+    eqn: JaxprEqn,
+    other: Named,
+    term: LowRank,
+    names: Sequence[Name],
+    out: Sequence[Name],
+    *group_sizes: jax.Array,
+) -> jax.Array:
+    """What a weight's low-rank term adds to a contraction: two products, of r columns each.
+
+    They run in the dtype of the activations, as products with the weight itself do.
+
+    Args:
+      eqn: the contraction.
+      other: the other operand.
+      term: of the weight.
+      names: what the weight's axes are called.
+      out: what the result's axes are called.
+      *group_sizes: of a ragged dot.
+
+    Returns:
+      An array that broadcasts to the result.
+    """
+    sides = [Named(x, [*(names[axis] for axis in axes), RANK]) for axes, x in term.factors[:2]]
+    # First the side that is summed over with the operand: the other would repeat it.
+    sides.sort(key=lambda side: -sum(name[0] == "contract" for name in side.names))
+    result = jax_versions.result_of(eqn).dtype
+    dtype = other.array.dtype if is_inexact(other.array) else sides[0].array.dtype
+    ragged = eqn.params.get("ragged_dot_dimension_numbers")
+    rows = None if ragged is None else other.names[ragged.lhs_ragged_dimensions[0]]
+    for side, last in zip(sides, (False, True), strict=True):
+        to = jnp.promote_types(dtype, result) if last else dtype
+        left = Named(other.array.astype(dtype), other.names)
+        right = Named(side.array.astype(dtype), side.names)
+        if rows is not None and GROUP in side.names:
+            other = _ragged_product(eqn, left, right, rows, group_sizes[0], to)
+            continue
+        needed = {*out} if last else {*out, *sides[1].names}
+        kept = [n for n in dict.fromkeys([*left.names, *right.names]) if n in needed]
+        other = Named(_einsum(eqn, left, right, kept, out, to), kept)
+    present = [name for name in out if name in other.names]
+    y = lax.transpose(other.array, [list(other.names).index(name) for name in present])
+    return jnp.expand_dims(y, [i for i, name in enumerate(out) if name not in present])
+
+
+def _einsum(
+    eqn: JaxprEqn, x: Named, y: Named, kept: Sequence[Name], out: Sequence[Name], dtype: Any
+) -> jax.Array:
+    """A product of two named arrays, summed over all axes but those that are kept."""
+    letters = {name: i for i, name in enumerate(dict.fromkeys([*x.names, *y.names]))}
+    stated = eqn.params.get("out_sharding")
+    if stated is not None:  # where the result's axes lie; those of the ranks are whole
+        places = dict(zip(out, [*stated.spec, *(None for _ in out)], strict=False))
+        spec = jax.sharding.PartitionSpec(*(places.get(name) for name in kept))
+        stated = jax.sharding.NamedSharding(stated.mesh, spec)
+    return jnp.einsum(
+        x.array,
+        [letters[name] for name in x.names],
+        y.array,
+        [letters[name] for name in y.names],
+        [letters[name] for name in kept],
+        precision=_precision(eqn),
+        preferred_element_type=dtype,
+        out_sharding=stated,
+    )
+
+
+def _precision(eqn: JaxprEqn) -> Any:
+    """A contraction's precision; None for an algorithm, which is for the dtypes that it has."""
+    precision = eqn.params["precision"]
+    return precision if isinstance(precision, (tuple, lax.Precision)) else None
+
+
+def _ragged_product(
+    eqn: JaxprEqn, x: Named, y: Named, rows: Name, sizes: jax.Array, dtype: Any
+) -> Named:
+    """The ragged dot of x, whose axis rows comes in groups, with a matrix y for each group."""
+    old = eqn.params["ragged_dot_dimension_numbers"]
+    numbers, out = _dimension_numbers((x.names, y.names))
+    product = lax.ragged_dot_general(
+        x.array,
+        y.array,
+        sizes,
+        dataclasses.replace(
+            old,
+            dot_dimension_numbers=numbers,
+            lhs_ragged_dimensions=(list(x.names).index(rows),),
+            rhs_group_dimensions=(list(y.names).index(GROUP),),
+        ),
+        precision=_precision(eqn),
+        preferred_element_type=dtype,
+    )
+    return Named(product, [name for name in out if name != GROUP])
+
+
+def _dropped(x: jax.Array, term: LowRank) -> jax.Array:
+    """An operand as a low-rank term sees it in training: some entries zero, the others larger."""
+    if term.keys is None:
+        return x
+    key = jax.random.wrap_key_data(term.keys.reshape(-1, term.keys.shape[-1])[0])
+    kept = jax.random.bernoulli(key, 1 - term.dropout, x.shape)
+    return jnp.where(kept, x / (1 - term.dropout), 0).astype(x.dtype)

@@ -128,12 +128,7 @@ def while_loop(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> l
 def shard_map(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> list[Value]:
     """Each vector is split over the mesh as the axes of its weight are."""
     params = eqn.params
-    specs = tuple(
-        dataclasses.replace(x, value=spec, deltas=tuple(vector_spec(spec, a) for a in x.axes))
-        if isinstance(x, Scaled)
-        else spec
-        for x, spec in zip(operands, params["in_specs"], strict=True)
-    )
+    specs = tuple(map(_specs, operands, params["in_specs"]))
     frozen = interpreter.are_frozen(operands)
 
     def inner(*xs: Value) -> tuple[jax.Array, ...]:
@@ -151,11 +146,21 @@ def shard_map(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> li
     return list(body(*operands))
 
 
+def _specs(x: Value, spec: Any) -> Any:
+    """How an operand is split over a mesh, whose value is split as spec says."""
+    if not isinstance(x, Scaled):
+        return spec
+    deltas, low_rank = tuple(vector_spec(spec, axes) for axes in x.axes), x.low_rank
+    if low_rank is not None:  # the last axis is whole
+        low_rank = low_rank.rebuilt([(a, vector_spec(spec, a)) for a, _ in low_rank.factors])
+    return dataclasses.replace(x, value=spec, deltas=deltas, low_rank=low_rank)
+
+
 def _shard(x: Value) -> Value:
     """A device's part of a weight, which may be of size one along an axis."""
     if not isinstance(x, Scaled):
         return x
-    return Scaled.of(x.value, x.factors, x.origin, x.product, x.codes)
+    return Scaled.of(x.value, x.factors, x.origin, x.product, x.codes, x.low_rank)
 
 
 def _split(operands: Operands, *counts: int) -> list[list[Value]]:
@@ -167,15 +172,20 @@ def _scan_operand(x: Value) -> tuple[Any, Callable[[Any], Value]]:
     """What of a scanned operand is sliced by the loop, and how a slice is made whole again."""
     if not isinstance(x, Scaled):
         return x, lambda part: part
-    sliced = [bool(axes) and axes[0] == 0 for axes in x.axes]
-    axes = tuple(tuple(a - 1 for a in spans if a != 0) for spans in x.axes)
+    factors, count = [*x.factors, *(x.low_rank.factors if x.low_rank else ())], len(x.deltas)
+    sliced = [bool(axes) and axes[0] == 0 for axes, _ in factors]
+    axes = [tuple(a - 1 for a in spans if a != 0) for spans, _ in factors]
 
     def make(part: Sequence[Any]) -> Scaled:
         value, rows = part[0], iter(part[1:])
-        deltas = (next(rows) if s else d for s, d in zip(sliced, x.deltas, strict=True))
-        return Scaled(value, tuple(deltas), axes, x.origin, x.product, x.codes)
+        arrays = (next(rows) if s else d for s, (_, d) in zip(sliced, factors, strict=True))
+        slices = list(zip(axes, arrays, strict=True))
+        low_rank = x.low_rank and x.low_rank.rebuilt(slices[count:])
+        deltas = tuple(delta for _, delta in slices[:count])
+        spans = tuple(axes[:count])
+        return Scaled(value, deltas, spans, x.origin, x.product, x.codes, low_rank)
 
-    return [x.value, *(d for s, d in zip(sliced, x.deltas, strict=True) if s)], make
+    return [x.value, *(d for s, (_, d) in zip(sliced, factors, strict=True) if s)], make
 
 
 class _Loop:

@@ -13,14 +13,15 @@ from jax.extend.core import JaxprEqn, Literal, Var
 
 from hyperadapt_jax.interpreter import jax_versions
 from hyperadapt_jax.interpreter.values import (
-    Factors,
     Facts,
+    LowRank,
     Operands,
     Results,
     Scaled,
     Value,
-    scale,
+    multiplied_out,
 )
+from hyperadapt_jax.scales import ScaleVectors, side_axes, stack_axes
 
 ON_ACTIVATIONS = "on activations"
 MATERIALIZED = "materialized"
@@ -83,9 +84,21 @@ class Interpreter:
     bodies: dict[Any, Callable[..., list[Value]]] = dataclasses.field(default_factory=dict)
     facts: Facts = dataclasses.field(default_factory=Facts)
 
-    def attach(self, weight: jax.Array, factors: Factors, path: str) -> Scaled:
-        """A weight with factors that wait to scale it."""
-        return Scaled.of(weight, factors, (path,) if self.explains else ())
+    def attach(self, weight: jax.Array, vectors: ScaleVectors, path: str) -> Scaled:
+        """A weight with factors that wait to scale it, and the low-rank term that waits too."""
+        low_rank = None
+        if vectors.down is not None:
+            low_rank = LowRank(
+                vectors.down,
+                vectors.up,
+                vectors.keys,
+                side_axes(vectors.axes, "down"),
+                side_axes(vectors.axes, "up"),
+                stack_axes(vectors.axes),
+                vectors.dropout,
+            )
+        origin = (path,) if self.explains else ()
+        return Scaled.of(weight, vectors.factors(), origin, low_rank=low_rank)
 
     def run(self, jaxpr: jax_versions.AnyJaxpr, operands: Operands) -> list[Value]:
         """Evaluates a jaxpr on operands of which some may be Scaled; so may the results be."""
@@ -190,7 +203,7 @@ class Interpreter:
             self._note(x, ON_ACTIVATIONS, eqn, "it is no larger than its vector")
         else:
             self._note(x, MATERIALIZED, eqn, reason or _reason(eqn))
-        return scale(x.value, x.factors)
+        return multiplied_out(x)
 
     def _note(self, x: Scaled, how: str, eqn: JaxprEqn | None, reason: str = "") -> None:
         self.materialized |= how == MATERIALIZED

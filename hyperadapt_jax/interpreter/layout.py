@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +18,14 @@ from hyperadapt_jax.interpreter import jax_versions
 from hyperadapt_jax.interpreter.interpreter import Interpreter, Rule
 from hyperadapt_jax.interpreter.values import (
     Factors,
+    LowRank,
     Operands,
     Results,
     Scaled,
     Value,
     factors_of,
     is_inexact,
+    low_rank_of,
     moved,
     origin_of,
     same_factors,
@@ -41,7 +43,7 @@ def moves_factors(move: Move) -> Rule:
     """A rule for one scaled operand and one result, made of a function that moves the factors.
 
     ``move(interpreter, eqn, others, x)`` gives x's factors on the axes of the result, or None where
-    they cannot pass.
+    they cannot pass. The arrays of a low-rank term move as vectors on their axes do.
     """
 
     @functools.wraps(move)
@@ -50,13 +52,25 @@ def moves_factors(move: Move) -> Rule:
         others = [other for other in rest if not isinstance(other, Scaled)]
         if not isinstance(x, Scaled) or len(others) < len(rest):
             return None
-        factors = move(interpreter, eqn, others, x)
-        if factors is None:
+        factors, low_rank = move(interpreter, eqn, others, x), x.low_rank
+        if low_rank is not None:
+
+            def one(axes: tuple[int, ...], vector: jax.Array) -> Any:
+                found = move(interpreter, eqn, others, _only(x, axes, vector))
+                return None if found is None else found[0]
+
+            low_rank = low_rank.moved(one)
+        if factors is None or low_rank is None is not x.low_rank:
             return None
         [y] = jax_versions.bind(eqn, x.value, *others)
-        return [moved(x, y, factors, product=vector_like(y.shape))]
+        return [moved(x, y, factors, vector_like(y.shape), low_rank)]
 
     return rule
+
+
+def _only(x: Scaled, axes: tuple[int, ...], delta: jax.Array) -> Scaled:
+    """The same value with one factor alone."""
+    return dataclasses.replace(x, axes=(axes,), deltas=(delta,), low_rank=None)
 
 
 @moves_factors
@@ -198,14 +212,44 @@ def dynamic_slice(interpreter: Interpreter, eqn: JaxprEqn, others: Arrays, x: Sc
     ]
 
 
-@moves_factors
-def reduce_sum(interpreter: Interpreter, eqn: JaxprEqn, others: Arrays, x: Scaled) -> Moved:
-    """A sum over axes that no vector spans."""
+def neg(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Results:
+    [x] = operands
+    assert isinstance(x, Scaled)
+    [y] = jax_versions.bind(eqn, x.value)
+    return [dataclasses.replace(x, value=y, low_rank=multiplied(x, -1))]
+
+
+def multiplied(x: Scaled, number: Any) -> LowRank | None:
+    """The low-rank term of a weight that is multiplied by a number; of codes, it waits."""
+    return x.low_rank if x.low_rank is None or x.codes else x.low_rank.times(number)
+
+
+def reduce_sum(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Results:
+    """A sum over axes that no vector spans, and one side of a low-rank term at most."""
+    [x] = operands
+    assert isinstance(x, Scaled)
     gone = eqn.params["axes"]
+    left = [axis for axis in range(x.value.ndim) if axis not in gone]
+
+    def shifted(axes: Sequence[int]) -> tuple[int, ...]:
+        return tuple(left.index(axis) for axis in axes if axis in left)
+
     if any(axis in gone for axes in x.axes for axis in axes):
         return None
-    left = [axis for axis in range(x.value.ndim) if axis not in gone]
-    return [(tuple(map(left.index, axes)), delta) for axes, delta in x.factors]
+    factors, low_rank = [(shifted(axes), delta) for axes, delta in x.factors], x.low_rank
+    if low_rank is not None:
+        spans = [axis for axes in (low_rank.down_axes, low_rank.up_axes) for axis in axes]
+        if x.codes or low_rank.keys is not None or any(spans.count(axis) == 2 for axis in gone):
+            return None
+        repeats = math.prod(x.value.shape[axis] for axis in gone if axis not in spans)
+        low_rank = low_rank.rebuilt(
+            [
+                (shifted(axes), jnp.sum(array, [i for i, a in enumerate(axes) if a in gone]))
+                for axes, array in low_rank.factors
+            ]
+        ).times(repeats)
+    [y] = jax_versions.bind(eqn, x.value)
+    return [moved(x, y, factors, vector_like(y.shape), low_rank)]
 
 
 @moves_factors
@@ -244,13 +288,22 @@ def split(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> list[V
     assert isinstance(x, Scaled)
     axis, sizes = eqn.params["axis"], eqn.params["sizes"]
     cuts = np.cumsum(sizes)[:-1].tolist()
-    pieces = [
-        jnp.split(d, cuts, axes.index(axis)) if axis in axes else [d] * len(sizes)
-        for axes, d in x.factors
-    ]
+
+    def pieces(factors: Factors) -> list[Factors]:
+        parts = [
+            jnp.split(d, cuts, axes.index(axis)) if axis in axes else [d] * len(sizes)
+            for axes, d in factors
+        ]
+        spans = [axes for axes, _ in factors]
+        return [[(a, p[i]) for a, p in zip(spans, parts, strict=True)] for i in range(len(sizes))]
+
+    values = jax_versions.bind(eqn, x.value)
+    terms: Sequence[LowRank | None] = [None] * len(sizes)
+    if (low_rank := x.low_rank) is not None:
+        terms = [low_rank.rebuilt(part) for part in pieces(low_rank.factors)]
     return [
-        Scaled.of(v, list(zip(x.axes, deltas, strict=True)), x.origin, x.product, x.codes)
-        for v, *deltas in zip(jax_versions.bind(eqn, x.value), *pieces, strict=True)
+        Scaled.of(v, factors, x.origin, x.product, x.codes, term)
+        for v, factors, term in zip(values, pieces(x.factors), terms, strict=True)
     ]
 
 
@@ -301,6 +354,13 @@ def concatenate(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> 
             shape = [sizes[i] if axis == joined else y.shape[axis] for axis in spans]
             columns.setdefault((spans, seen.count(spans)), {})[i] = jnp.broadcast_to(delta, shape)
             seen.append(spans)
+    low_rank = None
+    if any(x.low_rank is not None for x in scaled):
+        if any(x.codes for x in scaled):
+            return None
+        low_rank = _joined(operands, joined, new, y)
+        if low_rank is not None and low_rank.down.size + low_rank.up.size > y.size:
+            return None  # as large as the weights themselves
     for (spans, _), column in columns.items():
         shape = [y.shape[axis] for axis in spans]
         inexact = jnp.issubdtype(y.dtype, jnp.inexact)
@@ -314,7 +374,59 @@ def concatenate(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> 
             parts.append(column[i].astype(dtype) if i in column else jnp.zeros(shape, dtype))
         factors.append((spans, lax.concatenate(parts, along_it)))
     product = any(x.product for x in scaled)
-    return [Scaled.of(y, factors, origin_of(*scaled), product, any(x.codes for x in scaled))]
+    codes_left = any(x.codes for x in scaled)
+    return [Scaled.of(y, factors, origin_of(*scaled), product, codes_left, low_rank)]
+
+
+def _joined(operands: Operands, joined: int, new: bool, y: jax.Array) -> LowRank | None:
+    """The low-rank terms of arrays that are joined along an axis, as one term.
+
+    Along a new axis, or one that both sides of every term span, both sides are joined; else the
+    ranks add up, and the part of each array is zero for the others' ranks.
+    """
+    terms = [low_rank_of(x) for x in operands]
+    known = [term for term in terms if term is not None]
+    sizes = [1 if new else value_of(x).shape[joined] for x in operands]
+    ranks = [0 if term is None else term.rank for term in terms]
+
+    def shift(axes: Sequence[int]) -> tuple[int, ...]:
+        return tuple(axis + (new and axis >= joined) for axis in axes)
+
+    both_span = [
+        size == 1 or joined in term.down_axes and joined in term.up_axes
+        for term, size in zip(terms, sizes, strict=True)
+        if term is not None
+    ]
+    stacked = (new or all(both_span)) and len({term.rank for term in known}) == 1
+    sides: list[tuple[tuple[int, ...], jax.Array]] = []
+    for side in (0, 1):
+        spans = {axis for term in known for axis in shift(term.factors[side][0])}
+        # One side at least must span the axis, so that a term is zero outside of its part.
+        others = {axis for term in known for axis in shift(term.factors[1 - side][0])}
+        if stacked or side == 1 and joined not in others:
+            spans.add(joined)
+        axes = tuple(sorted(spans))
+        parts, first = [], 0
+        for term, size, rank in zip(terms, sizes, ranks, strict=True):
+            shape = [size if axis == joined else y.shape[axis] for axis in axes]
+            before, after = first, sum(ranks) - first - rank
+            first += rank
+            if term is None and not (stacked or joined in axes):
+                continue
+            if term is None:
+                width = known[0].rank if stacked else sum(ranks)
+                parts.append(jnp.zeros((*shape, width), known[0].up.dtype))
+                continue
+            own, array = term.factors[side]
+            missing = [i for i, axis in enumerate(axes) if axis not in shift(own)]
+            array = jnp.broadcast_to(jnp.expand_dims(array, missing), (*shape, rank))
+            if not stacked and joined in axes:
+                array = jnp.pad(array, [(0, 0)] * len(axes) + [(before, after)])
+            parts.append(array)
+        sides.append((axes, jnp.concatenate(parts, axes.index(joined) if joined in axes else -1)))
+    keys = known[0].keys
+    keys = keys if keys is None else keys.reshape(-1, keys.shape[-1])[0]
+    return dataclasses.replace(known[0], keys=None, keys_axes=()).rebuilt(sides).dropped(keys)
 
 
 def pad(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Results:
@@ -325,11 +437,17 @@ def pad(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Results:
     if not isinstance(x, Scaled) or grows and not interpreter.is_zero(padding):
         return None
     [y] = jax_versions.bind(eqn, x.value, padding)
-    factors = [
-        (axes, lax.pad(d, jnp.zeros((), d.dtype), [config[axis] for axis in axes]))
-        for axes, d in x.factors
-    ]
-    return [moved(x, y, factors)]
+
+    def padded(axes: tuple[int, ...], d: jax.Array) -> tuple[tuple[int, ...], jax.Array]:
+        return axes, lax.pad(d, jnp.zeros((), d.dtype), [config[axis] for axis in axes])
+
+    low_rank = x.low_rank
+    if low_rank is not None:
+        spans = {*low_rank.down_axes, *low_rank.up_axes}
+        if any(any(c) for axis, c in enumerate(config) if axis not in spans):
+            return None  # the term would be there where zeros are
+        low_rank = low_rank.moved(padded)
+    return [moved(x, y, [padded(*factor) for factor in x.factors], low_rank=low_rank)]
 
 
 def select_n(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Results:
@@ -340,13 +458,17 @@ def select_n(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Res
     others = [x for x in cases if not isinstance(x, Scaled)]
     if isinstance(which, Scaled) or not alike or not all(map(interpreter.is_zero, others)):
         return None
+    if others and scaled[0].low_rank is not None:
+        return None  # the term would be there where zeros are
     [y] = jax_versions.bind(eqn, which, *map(value_of, cases))
-    return [dataclasses.replace(moved(scaled[0], y, scaled[0].factors), origin=origin_of(*scaled))]
+    return [dataclasses.replace(scaled[0], value=y, origin=origin_of(*scaled))]
 
 
 def overwrite(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Results:
     """Zeros written into a weight, as into a padding token's row of a table."""
     x, *others = operands
+    if isinstance(x, Scaled) and x.low_rank is not None:
+        return None  # the term would be there where zeros are
     at = 1 if jax_versions.name_of(eqn) == "scatter" else 0  # the indices come first there
     if not isinstance(x, Scaled) or any(isinstance(other, Scaled) for other in others):
         return None

@@ -29,9 +29,10 @@ RULES: dict[str, Rule] = {
     "device_put": layout.each,
     **dict.fromkeys(
         ["convert_element_type", "copy", "reduce_precision", "pvary", "name"]
-        + ["neg", "sharding_constraint"],
+        + ["sharding_constraint"],
         layout.keep,
     ),
+    "neg": layout.neg,
     "div": codes.div,
     **dict.fromkeys(["add", "sub", "add_any"], codes.affine),
     "stop_gradient": layout.stop_gradient,

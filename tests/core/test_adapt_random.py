@@ -126,7 +126,9 @@ def test_any_nest(nest, depth, n, stacked, axes):
     roles = f"stack {axes}" if stacked else axes
     # A scale of one changes no bit, but it does change what XLA fuses, and so, in programs as
     # small as these, which of its own approximations of tanh XLA picks.
-    found = check_adapt(fn, params, [("w", roles)], draw(2, 2, n), exact=False)
+    # tanh(y) - y, of a weight of one number, cancels all but the last digits.
+    tolerance = 1e-4 if n == 1 else 1e-5
+    found = check_adapt(fn, params, [("w", roles)], draw(2, 2, n), exact=False, tolerance=tolerance)
     assert not found.materialized
 
 

@@ -2,7 +2,8 @@
 
 The model is a scanned stack of decoder-like blocks in plain ``jnp``. Its step, differentiated with
 respect to the scale vectors, is held against the base's: the frozen forward pass and the gradient
-of the input. The adapted program may add reductions of arrays no larger than the largest vector.
+of the input. The adapted program may add reductions of arrays no larger than the largest vector or,
+with low-rank terms, than the largest side of one.
 """
 
 import collections
@@ -96,14 +97,19 @@ def forward(params, x, layout=None, kind=AUTO, policy=None):
     return jnp.mean(jax.lax.scan(block, x, params)[0] ** 2)
 
 
-def inputs():
+RANKS = pytest.mark.parametrize("rank", [None, 2], ids=["vectors", "low-rank"])
+
+
+def inputs(rank=None):
     def normal(*shape):
         return rng.standard_normal(shape, np.float32)
 
     rng = np.random.default_rng(0)
     params = {name: 0.1 * normal(*shape) for name, (shape, _, _) in WEIGHTS.items()}
     plan = ha.plan(params, *((name, roles) for name, (_, roles, _) in WEIGHTS.items()))
-    scales = jax.tree.map(lambda delta: 0.1 * normal(*delta.shape), ha.init(plan))
+    plan = plan if rank is None else plan.with_low_rank(rank, ("row", "col"))
+    zeros = ha.init(plan, jax.random.key(0))
+    scales = jax.tree.map(lambda delta: 0.1 * normal(*delta.shape), zeros)
     return params, scales, normal(B, T, D)
 
 
@@ -113,8 +119,8 @@ def step_of(fn):
 
 
 @functools.cache
-def on_one_device():
-    params, scales, x = inputs()
+def on_one_device(rank=None):
+    params, scales, x = inputs(rank)
     return compile(step_of(forward), scales, params, x)(scales, params, x)
 
 
@@ -137,8 +143,8 @@ def compile(fn, *args):
     return jax.jit(fn).lower(*args).compile(compiler_options=options)
 
 
-def place(layout, mesh, replicate):
-    params, scales, x = inputs()
+def place(layout, mesh, replicate, rank=None):
+    params, scales, x = inputs(rank)
     named = functools.partial(NamedSharding, mesh)
     params = jax.device_put(params, {name: named(layout.weight(name)) for name in WEIGHTS})
     scales = jax.device_put(scales, vector_shardings(scales, params, replicate))
@@ -162,9 +168,10 @@ def kinds(found):
     return {kind for kind, _ in found}
 
 
-def large(found):
-    """Those that return more numbers than the largest vector has."""
-    return {key: n for key, n in found.items() if math.prod(key[1]) > LARGEST_VECTOR}
+def large(found, rank=None):
+    """Those that return more numbers than the largest vector, or side of a low-rank term, has."""
+    most = LARGEST_VECTOR * (rank or 1)
+    return {key: n for key, n in found.items() if math.prod(key[1]) > most}
 
 
 def assert_close(got, want):
@@ -182,18 +189,20 @@ def assert_sharded_alike(got, want):
     [(name, AUTO) for name in LAYOUTS]
     + [(name, EXPLICIT) for name in ("8-fsdp", "4x2-data-tensor", "2x2x2")],
 )
-def test_adds_only_reductions_of_vectors(name, kind):
+@RANKS
+def test_adds_only_reductions_of_vectors(name, kind, rank):
     layout = LAYOUTS[name]
     mesh = layout.make(kind)
     with jax.set_mesh(mesh):
-        params, scales, x = place(layout, mesh, replicate=layout.batch)
+        params, scales, x = place(layout, mesh, layout.batch, rank)
         fn = functools.partial(forward, layout=layout, kind=kind)
         base, adapted = compile_both(fn, params, scales, x)
         loss, grads = adapted(scales, params, x)
     extra = added(base, adapted)
-    assert kinds(extra) <= {"all-reduce", "reduce-scatter"} and not large(extra), extra
-    assert bool(extra) == bool(layout.batch)  # where all devices share the batch, nothing to reduce
-    assert_close((loss, grads), on_one_device())
+    assert kinds(extra) <= {"all-reduce", "reduce-scatter"} and not large(extra, rank), extra
+    # Where all devices share the batch, there is nothing to reduce but sums over ranks.
+    assert bool(extra) == bool(layout.batch or rank)
+    assert_close((loss, grads), on_one_device(rank))
     assert_sharded_alike(grads, scales)
 
 
@@ -280,14 +289,15 @@ def local_forward(params, x, layout):
     "name, where",
     [("4x2-data-tensor", "inside"), ("4x2-fsdp-tensor", "inside"), ("4x2-fsdp-tensor", "around")],
 )
-def test_shard_map(name, where):
+@RANKS
+def test_shard_map(name, where, rank):
     layout = LAYOUTS[name]
     mesh = layout.make(AUTO)
     local = functools.partial(local_forward, layout=layout)
     specs = {name: layout.weight(name) for name in WEIGHTS}
     batch = layout.activation()
     with jax.set_mesh(mesh):
-        params, scales, x = place(layout, mesh, replicate=())
+        params, scales, x = place(layout, mesh, (), rank)
         base = jax.shard_map(local, in_specs=(specs, batch), out_specs=P())
         if where == "around":
             forward = ha.adapt(base, materialize="error")
@@ -304,6 +314,7 @@ def test_shard_map(name, where):
     extra = added(base, adapted)
     # What the body gathers of a weight, it gathers of the weight's vectors.
     gathers = {"all-gather"} if layout.fsdp else set()
-    assert not large(extra) and kinds(extra) <= {"all-reduce", "reduce-scatter", *gathers}, extra
-    assert_close((loss, grads), on_one_device())
+    assert not large(extra, rank)
+    assert kinds(extra) <= {"all-reduce", "reduce-scatter", *gathers}, extra
+    assert_close((loss, grads), on_one_device(rank))
     assert_sharded_alike(grads, scales)

@@ -44,7 +44,7 @@ def test_every_container(name):
     make, weight, axes, bias = TREES[name]
     plan = ha.plan(make(), ha.Target(r"(params/)?(q|0)/(kernel|weight)", axes))
     assert chosen(plan) == [weight]
-    assert (plan.weights[0].row_shape, plan.weights[0].col_shape, plan.count) == ((5,), (3,), 8)
+    assert (plan.weights[0].arrays, plan.count) == ({"row": (5,), "col": (3,)}, 8)
     both = ha.plan(make(), (weight, axes), (bias, "out"))
     assert sorted(chosen(both)) == sorted([weight, bias]) and both.count == 8 + 5
 
@@ -107,7 +107,7 @@ def test_vector_shapes(name):
         "heads in": ((4,), (2, 3)),
         "convolution": ((5,), (3,)),
     }[name]
-    assert (weight.row_shape, weight.col_shape) == want
+    assert (weight.arrays.get("row"), weight.arrays.get("col")) == want
     assert weight.shape == shape and weight.axes == axes
 
 

@@ -33,7 +33,7 @@ def vectors(weight, axes, scale=0.3, sides="both"):
     return {"w": ha.ScaleVectors(row, col, zeros.axes)}
 
 
-def spectrum(report, source="hyperadapt", index=()):
+def spectrum(report, source="update", index=()):
     (found,) = [s for s in report.spectra if s.source == source and s.index == index]
     return found
 
@@ -92,7 +92,7 @@ def test_the_bound_is_attained(base, update, dtype):
     weight = low_rank(64, 64, base).astype(dtype)
     found = analyze({"w": weight}, vectors(weight, "in out"))
     assert spectrum(found, "base").measures.numerical == base
-    for source in ("hyperadapt", "random"):
+    for source in ("update", "random"):
         assert spectrum(found, source).measures.numerical == update
         assert spectrum(found, source).bound == bound(base, (64, 64)) == update
 
@@ -194,7 +194,7 @@ def test_no_training_no_rank():
 def test_one_row_one_column(shape):
     weight = np.ones(shape, np.float32)
     report = analyze({"w": weight}, vectors(weight, "in out"))
-    for source in ("hyperadapt", "random", "base"):
+    for source in ("update", "random", "base"):
         found = spectrum(report, source)
         assert found.measures.numerical == found.measures.energy_99 == 1
         assert found.measures.stable == pytest.approx(1)
@@ -239,7 +239,7 @@ def test_dense_controls_stand_beside_the_update():
     found = spectrum(report, "lora")
     assert found.measures.numerical == 2 and found.bound is None
     assert found.singular_values[:2] == pytest.approx(np.linalg.svd(lora)[1][:2], rel=1e-5)
-    assert [s.source for s in report.spectra] == ["hyperadapt", "lora", "random", "base"]
+    assert [s.source for s in report.spectra] == ["update", "lora", "random", "base"]
 
 
 # What is refused
@@ -291,11 +291,11 @@ def test_the_table_has_the_medians_of_each_kind(report):
     header, rows = lines[0], lines[1:]
     assert header[:4] == ["weight", "matrix", "count", "source"] and header[-1] == "bound"
     assert [row[:4] for row in rows] == [
-        ["layers/*/q", "6x6", "3", "hyperadapt"],
+        ["layers/*/q", "6x6", "3", "update"],
         ["layers/*/q", "6x6", "3", "random"],
         ["layers/*/q", "6x6", "3", "base"],
         ["layers/*/q", "6x6", "1", "LoRA"],
-        ["low", "8x6", "1", "hyperadapt"],
+        ["low", "8x6", "1", "update"],
         ["low", "8x6", "1", "random"],
         ["low", "8x6", "1", "base"],
     ]
@@ -316,16 +316,16 @@ def test_the_figure_has_a_panel_per_kind_and_a_legend_inside_the_page(report, tm
     drawn = figure(report, columns=1)
     assert [ax.get_title(loc="left") for ax in drawn.axes] == ["layers/*/q", "low"]
     top, low = drawn.axes
-    (line,) = [line for line in top.get_lines() if line.get_label() == "HyperAdapt"]
-    spectra = [s.singular_values for s in report.spectra if s.source == "hyperadapt"][:3]
+    (line,) = [line for line in top.get_lines() if line.get_label() == "update"]
+    spectra = [s.singular_values for s in report.spectra if s.source == "update"][:3]
     middle = np.median([s / s[0] for s in spectra], axis=0)
     np.testing.assert_allclose(line.get_ydata(), middle)
     np.testing.assert_allclose(line.get_xdata(), np.arange(1, 7) / 6)
     ends = {line.get_label(): line.get_xdata()[-1] for line in low.get_lines()}
     assert ends["frozen weight"] == pytest.approx(2 / 6)
-    assert ends["HyperAdapt"] == ends["bound on the rank"] == pytest.approx(4 / 6)
+    assert ends["update"] == ends["bound on the rank"] == pytest.approx(4 / 6)
     (legend,) = drawn.legends
-    labels = ["HyperAdapt", "random vectors", "frozen weight", "LoRA", "bound on the rank"]
+    labels = ["update", "random arrays", "frozen weight", "LoRA", "bound on the rank"]
     assert [text.get_text() for text in legend.get_texts()] == labels
     drawn.savefig(tmp_path / "rank.png")
     inside = legend.get_window_extent()
@@ -356,4 +356,4 @@ except ImportError as error:
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr
-    assert "hyperadapt" in done.stdout and "pip install 'hyperadapt-jax[plot]'" in done.stdout
+    assert "update" in done.stdout and "pip install 'hyperadapt-jax[plot]'" in done.stdout

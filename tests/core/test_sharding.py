@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import hyperadapt_jax as ha
+from hyperadapt_jax.scales import side_axes
 from hyperadapt_jax.sharding import vector_shardings, vector_spec
 
 KINDS = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
@@ -59,11 +60,18 @@ def test_vectors_are_sharded_as_their_axes(kind, roles, shape, spec, like, whole
         scales = ha.init(plan)
         for side, expected in zip(("row", "col"), want, strict=True):
             delta = getattr(scales["w"], side)
-            assert same(getattr(plan.weights[0], f"{side}_sharding"), mesh, expected)
+            assert same(plan.weights[0].shardings.get(side), mesh, expected)
             assert (delta is None) == (expected is None)
             if delta is not None:
                 assert delta.sharding == NamedSharding(mesh, expected)
                 assert delta.dtype == jnp.float32 and not np.any(delta)
+        # A low-rank term as vectors on its axes; the rank's own axis is whole.
+        low_rank = ha.init(plan.with_low_rank(2), jax.random.key(0))["w"]
+        for side in ("down", "up"):
+            found, axes = getattr(low_rank, side), side_axes(roles, side)
+            if axes:
+                at = vector_spec(spec, axes, replicate)
+                assert found.sharding.is_equivalent_to(NamedSharding(mesh, at), found.ndim)
         # The same out of every form in which the weights' shardings can be given.
         abstract = jax.tree.map(
             lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=w.sharding), params

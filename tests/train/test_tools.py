@@ -164,6 +164,23 @@ def test_the_exported_model_is_the_merged_one(stored, tmp_path, capsys):
         assert float(relative) == pytest.approx(weight.relative, rel=1e-2)
 
 
+def test_an_adapter_is_exported_for_peft(decoder, tmp_path, capsys):
+    model, scales, where = decoder
+    args = ["export", "--adapter", str(where / "run"), "--folder", str(tmp_path / "peft")]
+    assert main([*args, "--format", "peft"]) == 0
+    assert "PeftModel.from_pretrained" in capsys.readouterr().out
+    params = models.functional(model)[1]
+    found = ha.load(tmp_path / "peft", params, tensors=models.tensors(model.config))
+    assert found.scales.keys() == scales.keys() and found.base_model == str(where / "base")
+    for path, vectors in scales.items():
+        np.testing.assert_array_equal(found.scales[path].row, vectors.row)
+        np.testing.assert_array_equal(found.scales[path].col, vectors.col)
+    refused(capsys, [*args, "--format", "peft"], "is not empty")
+    other = [*args[:-1], str(tmp_path / "other"), "--format", "peft"]
+    refused(capsys, [*other, "--dtype", "bfloat16"], "--dtype: is for --format merged")
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_another_dtype_is_rounded_to_once_and_reported(stored, tmp_path, dtype, capsys):
     model, scales, where = stored
@@ -295,9 +312,9 @@ def test_rank_of_some_weights_and_layers(decoder, capsys, limit, layers):
     whole = {
         (s.path, *s.index): s.measures.stable
         for s in ha.rank.analyze(models.functional(model)[1], scales).spectra
-        if s.source == "hyperadapt"
+        if s.source == "update"
     }
-    found = {(r["path"], *r["index"]): r["stable"] for r in rows if r["source"] == "hyperadapt"}
+    found = {(r["path"], *r["index"]): r["stable"] for r in rows if r["source"] == "update"}
     keys = [(f"layers/{name}/kernel", layer) for name in ("q", "up") for layer in layers]
     assert found == {key: whole[key] for key in keys}
 
