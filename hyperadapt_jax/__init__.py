@@ -1,6 +1,6 @@
 """HyperAdapt in JAX: fine-tune a frozen weight ``W`` as ``diag(1 + row) W diag(1 + col)``."""
 
-from hyperadapt_jax import methods, rank, sharding, trainable
+from hyperadapt_jax import methods, peft, rank, sharding, trainable
 from hyperadapt_jax.adapt import (
     Adapted,
     Explanation,
@@ -10,10 +10,11 @@ from hyperadapt_jax.adapt import (
     adapt,
     explain,
 )
-from hyperadapt_jax.adapter import Adapter, AdapterError, load, save
+from hyperadapt_jax.adapter import Adapter, AdapterError
 from hyperadapt_jax.algebra import average, canonical, compose, interpolate, invert
 from hyperadapt_jax.merge import MergeReport, merge, unmerge
 from hyperadapt_jax.plan import Plan, PlanError, PlannedWeight, Target, init, plan
+from hyperadapt_jax.saving import load, save
 from hyperadapt_jax.scales import ScaleVectors, count
 from hyperadapt_jax.version import __version__
 
@@ -44,6 +45,7 @@ __all__ = [
     "load",
     "merge",
     "methods",
+    "peft",
     "plan",
     "rank",
     "save",

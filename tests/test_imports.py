@@ -25,8 +25,8 @@ ROOMS = {
     ),
     "core": (
         "hyperadapt_jax/adapt.py hyperadapt_jax/adapter.py hyperadapt_jax/algebra.py"
-        " hyperadapt_jax/merge.py hyperadapt_jax/plan.py hyperadapt_jax/rank.py"
-        " hyperadapt_jax/trainable.py",
+        " hyperadapt_jax/merge.py hyperadapt_jax/peft.py hyperadapt_jax/plan.py"
+        " hyperadapt_jax/rank.py hyperadapt_jax/saving.py hyperadapt_jax/trainable.py",
         "helpers scales interpreter",
     ),
     "methods": (

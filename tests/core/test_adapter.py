@@ -26,7 +26,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import hyperadapt_jax as ha
 from hyperadapt_jax import adapter as adapter_module
-from hyperadapt_jax.adapter import CONFIG, TENSORS, AdapterError, load, save
+from hyperadapt_jax import saving
+from hyperadapt_jax.adapter import CONFIG, TENSORS, AdapterError
+from hyperadapt_jax.saving import load, save
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE_CONFIG = {"hidden_size": 3, "rope_scaling": None, "torch_dtype": "bfloat16"}
@@ -80,7 +82,7 @@ def edit_config(folder, change, checksum=True):
     change(config)
     if checksum:
         config.pop("checksum", None)
-        config["checksum"] = adapter_module._digest(config)
+        config["checksum"] = saving._digest(config)
     (folder / CONFIG).write_text(json.dumps(config))
 
 
@@ -339,7 +341,8 @@ def test_save_says_how_to_gather_what_several_processes_hold(tmp_path):
         from jax.experimental.multihost_utils import process_allgather
         from jax.sharding import NamedSharding, PartitionSpec
         import hyperadapt_jax as ha
-        from hyperadapt_jax.adapter import AdapterError, load, save
+        from hyperadapt_jax.adapter import AdapterError
+        from hyperadapt_jax.saving import load, save
 
         folder, address, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
         jax.distributed.initialize(address, num_processes=2, process_id=rank)
@@ -396,7 +399,7 @@ def test_a_crash_at_any_point_leaves_a_whole_adapter_or_none(tmp_path):
         from pathlib import Path
         import numpy as np
         import hyperadapt_jax as ha
-        from hyperadapt_jax.adapter import load, save
+        from hyperadapt_jax.saving import load, save
 
         params = {"w": np.ones((3, 5), np.float32)}
 
@@ -528,7 +531,7 @@ def test_load_refuses_a_truncated_or_altered_file_of_numbers(saved):
 def test_load_refuses_a_configuration_that_is_none(saved, text):
     folder, params, _ = saved
     (folder / CONFIG).write_bytes(text.encode("latin-1"))
-    with pytest.raises(AdapterError, match=f"{CONFIG}:? (is no JSON|does not say peft_type)"):
+    with pytest.raises(AdapterError, match=f"{CONFIG}:? (is no JSON|says peft_type None)"):
         load(folder, params)
 
 
@@ -542,8 +545,8 @@ def test_load_refuses_an_altered_configuration(saved):
 
 def test_load_refuses_a_newer_format(saved):
     folder, params, _ = saved
-    edit_config(folder, lambda c: c.update(format_version=2, library_version="9.1", targets=[]))
-    with pytest.raises(AdapterError, match="format_version 2.*reads 1; upgrade it to 9.1"):
+    edit_config(folder, lambda c: c.update(format_version=3, library_version="9.1", targets=[]))
+    with pytest.raises(AdapterError, match="format_version 3.*reads 2; upgrade it to 9.1"):
         load(folder, params)
     for version in (0, -1, None, "1", 1.5):
         edit_config(folder, lambda c, v=version: c.update(format_version=v))
@@ -551,11 +554,36 @@ def test_load_refuses_a_newer_format(saved):
             load(folder, params)
 
 
-def test_load_refuses_the_adapter_of_another_method(saved):
+def test_an_adapter_of_peft_needs_the_names_of_the_checkpoint(saved):
     folder, params, _ = saved
     edit_config(folder, lambda c: c.update(peft_type="LORA"))
-    with pytest.raises(AdapterError, match="does not say peft_type 'HYPERADAPT'"):
+    with pytest.raises(AdapterError, match="'LORA', not 'HYPERADAPT'.*tensors=models.tensors"):
         load(folder, params)
+
+
+def test_low_rank_terms_are_saved_as_a_format_of_their_own(tmp_path):
+    """Read back bit for bit; an adapter without one is written as it was before there were any."""
+    params = {"w": jnp.ones((2, 3, 5)), "v": jnp.ones((3, 1))}
+    plan = ha.plan(params, ("w", "stack in out"), ("v", "in out"))
+    for sides in ((), ("row",), ("row", "col")):
+        scales = ha.init(plan.with_low_rank(2, sides), jax.random.key(0))
+        assert ha.count(scales) == plan.with_low_rank(2, sides).count
+        save(tmp_path / f"low-{len(sides)}", scales, params)
+        found = load(tmp_path / f"low-{len(sides)}", params).scales
+        assert jax.tree.structure(found) == jax.tree.structure(scales)
+        jax.tree.map(np.testing.assert_array_equal, found, scales)
+    config = json.loads((tmp_path / "low-1" / CONFIG).read_text())
+    assert config["format_version"] == 2
+    assert config["targets"]["v"]["arrays"] == ["row", "down", "up"]
+    save(tmp_path / "vectors", ha.init(plan), params)
+    config = json.loads((tmp_path / "vectors" / CONFIG).read_text())
+    assert config["format_version"] == 1 and "arrays" not in config["targets"]["v"]
+    edit_config(tmp_path / "low-0", lambda c: c["targets"]["v"].update(arrays=["down", "side"]))
+    with pytest.raises(AdapterError, match="v: has arrays of an unknown kind: 'side'"):
+        load(tmp_path / "low-0", params)
+    edit_config(tmp_path / "low-2", lambda c: c["targets"]["v"].update(rank=3))
+    with pytest.raises(AdapterError, match=r"v.down: has shape \(3, 2\), not \(3, 3\)"):
+        load(tmp_path / "low-2", params)
 
 
 BAD_TENSORS = {
