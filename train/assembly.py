@@ -68,7 +68,7 @@ class Assembly:
         """The model with its weights, and what trains on it."""
         labels, seed = self.task.num_labels, self.run.seed
         loaded = base.load(self.setting.model, labels, seed=seed, quiet=self.run.quiet)
-        return loaded, methods.tune(loaded, self.adapter)
+        return loaded, methods.tune(loaded, self.adapter, seed)
 
     def fit(
         self,

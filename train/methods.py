@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 
@@ -9,14 +10,47 @@ import jax
 
 import hyperadapt_jax as ha
 from hyperadapt_jax import models
-from hyperadapt_jax.methods import METHODS, Tuning
+from hyperadapt_jax.methods import METHODS, Method, Tuning
 
 from .base import Base
 from .errors import InputError
-from .options import AdapterOptions
+from .options import AdapterOptions, flag
+
+_DRAWN = 1  # folded into the run's key: what a method draws is not what the steps draw
 
 
-def tune(base: Base, options: AdapterOptions) -> Tuning:
+def method_of(options: AdapterOptions) -> Method:
+    """The method that the options name, with those of them that are its own.
+
+    Raises:
+      InputError: an option that the method does not have, or a value that it cannot take.
+    """
+    method = METHODS[options.method]
+    known = {field.name for field in dataclasses.fields(method)}
+    given = {}
+    for name, field in _OPTIONS.items():
+        value = getattr(options, name)
+        if value == _DEFAULTS[name]:
+            continue
+        if field not in known:
+            having = [n for n, m in METHODS.items() if hasattr(m, field)]
+            raise InputError(
+                f"{flag(name)} {value}: --method {options.method} has no such option; it is for"
+                f" {', '.join(having)}"
+            )
+        given[field] = value
+    try:
+        return dataclasses.replace(method, **given)
+    except ValueError as error:
+        raise InputError(f"--method {options.method}: {error}") from error
+
+
+# The options that are a method's own, and the names of its fields.
+_OPTIONS = {"rank": "rank", "alpha": "alpha", "rslora": "rslora", "lora_dropout": "dropout"}
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(AdapterOptions)}
+
+
+def tune(base: Base, options: AdapterOptions, seed: int = 0) -> Tuning:
     """Sets a method up on a model, on shapes alone or on arrays.
 
     A classifier's head, and what the checkpoint lacks, trains whatever else is named: left as it
@@ -25,6 +59,7 @@ def tune(base: Base, options: AdapterOptions) -> Tuning:
     Args:
       base: the model; where it was only described, nothing is allocated.
       options: which method and which weights.
+      seed: of initial values that a method draws.
 
     Raises:
       InputError: a target that matches nothing or cannot be meant; nothing would train.
@@ -41,14 +76,18 @@ def tune(base: Base, options: AdapterOptions) -> Tuning:
         full.append(f"(?:{options.full})")
     if classifies:
         full.append("classifier/.*")
+    method = method_of(options)
     try:
-        targets = _targets(base.config, options.targets)
+        targets = _targets(base.config, options.targets or [method.targets])
         plan = ha.plan(base.params, *targets, exclude=list(options.exclude) or None)
         pattern = "|".join(full) or None
-        method = METHODS[options.method]
-        tuning = ha.methods.tune(method, base.fn, base.params, plan, full=pattern, head=head)
+        key = jax.random.fold_in(jax.random.key(seed), _DRAWN)
+        tuning = ha.methods.tune(
+            method, base.fn, base.params, plan, full=pattern, head=head, key=key
+        )
     except ValueError as error:
-        raise InputError(f"--targets {' '.join(options.targets)}: {error}") from error
+        named = f"--targets {' '.join(options.targets)}" if options.targets else "--targets"
+        raise InputError(f"{named}: {error}") from error
     if not jax.tree.leaves(tuning.trainable):
         raise InputError(
             f"--method {options.method} trains nothing here: the model has no such parameters;"

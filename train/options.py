@@ -73,13 +73,23 @@ class AdapterOptions:
 
     method: Annotated[str, METHODS] = "hyperadapt"
     """What is trained."""
-    targets: tuple[str, ...] = ("all-linear",)
-    """Which weights are scaled: qv, qkvo, qkvud or all-linear, or "PATTERN=ROLES" pairs such as
-    ".*/(q|v)/kernel=stack in out"."""
+    targets: tuple[str, ...] = ()
+    """Which weights are adapted: qv, qkvo, qkvud, all-linear or ia3, or "PATTERN=ROLES" pairs such
+    as ".*/(q|v)/kernel=stack in out". If not given, what the method is meant for: all-linear, or
+    ia3 for that method."""
+    rank: int | None = None
+    """Rank of the low-rank terms, for methods that have them; if not given, 8 for lora, dora and
+    hyperadapt-lora, 256 for vera, 1 for hira."""
+    alpha: float | None = None
+    """LoRA's alpha: a term is multiplied by alpha / rank. Twice the rank if not given."""
+    rslora: bool = False
+    """Multiply by alpha / sqrt(rank) instead, as rsLoRA does."""
+    lora_dropout: float = 0.0
+    """The share of a weight's inputs that its low-rank term does not see in training."""
     exclude: tuple[str, ...] = ()
-    """Suffixes of paths that stay unscaled although a target matches them."""
+    """Suffixes of paths that stay as they are although a target matches them."""
     full: str | None = None
-    """Parameters that train fully, together with the vectors: a regular expression of whole paths.
+    """Parameters that train fully, together with the rest: a regular expression of whole paths.
     A classifier's head, and what the checkpoint lacked, always do."""
 
 

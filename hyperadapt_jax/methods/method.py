@@ -11,8 +11,9 @@ import jax
 
 from hyperadapt_jax import paths
 from hyperadapt_jax.adapt import adapt
+from hyperadapt_jax.adapter import Adapter
 from hyperadapt_jax.plan import Plan
-from hyperadapt_jax.scales import Scales
+from hyperadapt_jax.scales import Scales, compute_dtype
 from hyperadapt_jax.trainable import combine, split
 
 
@@ -29,6 +30,11 @@ class Method:
         """What trains, in a few words."""
         raise NotImplementedError
 
+    @property
+    def targets(self) -> str:
+        """The preset of `hyperadapt_jax.models.targets` that is meant where none is named."""
+        return "all-linear"
+
     def select(self, plan: Plan) -> Plan | None:
         """Returns the part of the plan that it adapts; None where it adapts no weight."""
         return None
@@ -44,8 +50,19 @@ class Method:
         return {}
 
     def scales(self, trained: Any, params: Any) -> Scales:
-        """Returns the scale vectors of each weight, for `hyperadapt_jax.adapt` and `merge`."""
+        """Returns the arrays that adapt each weight, for `hyperadapt_jax.adapt` and `merge`."""
         return trained
+
+    def dropped(self, scales: Scales, key: jax.Array) -> Scales:
+        """Returns what :meth:`scales` gave as a training step uses it, with dropout."""
+        return scales
+
+    def weights(self, trained: Any, params: Any) -> dict[str, jax.Array]:
+        """Returns the weights that it makes itself, by path: at the cost of arrays of their size.
+
+        For what is no sum and product of scale vectors and low-rank terms.
+        """
+        return {}
 
     def full(self, params: Mapping[str, Any], head: Callable[[str], bool]) -> Iterable[str]:
         """Returns the paths of the parameters that train fully.
@@ -67,6 +84,7 @@ class Tuning:
 
     Attributes:
       forward: ``forward(trainable, frozen, *args, **kwargs)``, the model's outputs.
+      fn: ``fn(params, *args, **kwargs)``, the frozen model's.
       trainable: what trains, float32: under ``"scales"`` what the method trains for the weights,
         under ``"full"`` other parameters by path.
       frozen: the rest; `hyperadapt_jax.trainable.combine` puts both together.
@@ -76,6 +94,7 @@ class Tuning:
     """
 
     forward: Callable[..., Any]
+    fn: Callable[..., Any]
     trainable: dict[str, Any]
     frozen: Any
     labels: dict[str, Any]
@@ -88,11 +107,18 @@ class Tuning:
         return sum(leaf.size for leaf in jax.tree.leaves(self.trainable))
 
     def adapter(self, trainable: Any) -> tuple[Scales, dict[str, jax.Array]]:
-        """Returns what an adapter holds: the scale vectors, and what trained fully, by path."""
-        if self.plan is None:
-            return {}, dict(trainable["full"])
+        """Returns what an adapter holds: what adapts each weight, and what trained fully, by path.
+
+        A weight that the method makes itself is one that trained fully.
+        """
         params, trained = combine(trainable, self.frozen)
-        return self.method.scales(trained, params), dict(trainable["full"])
+        made = self.method.weights(trained, params)
+        made = {path: w.astype(compute_dtype(w.dtype)) for path, w in made.items()}
+        return self.method.scales(trained, params), {**trainable["full"], **made}
+
+    def training(self, key: jax.Array) -> Tuning:
+        """The same with the method's dropout, which a key draws; for a loss that is trained on."""
+        return dataclasses.replace(self, forward=_forward(self.method, self.fn, key))
 
 
 def tune(
@@ -142,20 +168,53 @@ def tune(
         "scales": method.labels(trainable["scales"]),
         "full": dict.fromkeys(trainable["full"], "full"),
     }
-    forward = _forward(method, fn, adapted=bool(selected))
-    return Tuning(forward, trainable, frozen, labels, method, selected)
+    forward = _forward(method, fn)
+    return Tuning(forward, fn, trainable, frozen, labels, method, selected)
 
 
-def _forward(method: Method, fn: Callable[..., Any], adapted: bool) -> Callable[..., Any]:
-    transformed = adapt(fn) if adapted else None
+def restore(fn: Callable[..., Any], params: Any, adapter: Adapter) -> Tuning:
+    """Sets up on a model what an adapter holds, whichever method trained it.
+
+    Args:
+      fn: ``fn(params, *args)``, as for :func:`tune`.
+      params: the base's parameters, arrays.
+      adapter: the adapter, which fits them.
+    """
+    adapter.check(params)
+    adapter, method = adapter.placed(params), Method()
+    pattern = "|".join(map(re.escape, adapter.full)) or None
+    trainable, frozen = split(params, adapter.scales, full=pattern)
+    trainable["full"] = dict(adapter.full)
+    labels = {
+        "scales": method.labels(trainable["scales"]),
+        "full": dict.fromkeys(trainable["full"], "full"),
+    }
+    return Tuning(_forward(method, fn), fn, trainable, frozen, labels, method, None)
+
+
+def _forward(
+    method: Method, fn: Callable[..., Any], key: jax.Array | None = None
+) -> Callable[..., Any]:
+    transformed = adapt(fn)
 
     def forward(trainable: Any, frozen: Any, *args: Any, **kwargs: Any) -> Any:
         params, trained = combine(trainable, frozen)
-        if transformed is None:
+        scales = method.scales(trained, params)
+        if key is not None:
+            scales = method.dropped(scales, key)
+        if made := method.weights(trained, params):
+            params = paths.replace(params, made)
+        if not scales:
             return fn(params, *args, **kwargs)
-        return transformed(params, method.scales(trained, params), *args, **kwargs)
+        return transformed(params, scales, *args, **kwargs)
 
     return forward
+
+
+def check_rank(rank: int) -> None:
+    """Raises ValueError where a rank is not positive."""
+    if rank < 1:
+        raise ValueError(f"rank: is {rank}; give at least 1")
 
 
 def _regex(pattern: paths.Pattern) -> str:

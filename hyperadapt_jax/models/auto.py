@@ -27,12 +27,13 @@ from hyperadapt_jax.models.registry import Config, config_to_dict, family_of, re
 Model = Decoder | Encoder
 Params = Mapping[str, Any]
 
-# Which projections of the layers each preset takes, by their names; None for all.
-PRESETS: dict[str, frozenset[str] | None] = {
-    "qv": frozenset({"q", "v"}),
-    "qkvo": frozenset({"q", "k", "v", "o"}),
-    "qkvud": frozenset({"q", "k", "v", "up", "down"}),
-    "all-linear": None,
+# Which projections of the layers each preset takes, by their names, with their roles; None for all.
+PRESETS: dict[str, dict[str, frozenset[str] | None]] = {
+    "qv": {"stack in out": frozenset({"q", "v"})},
+    "qkvo": {"stack in out": frozenset({"q", "k", "v", "o"})},
+    "qkvud": {"stack in out": frozenset({"q", "k", "v", "up", "down"})},
+    "all-linear": {"stack in out": None},
+    "ia3": {"stack - out": frozenset({"k", "v"}), "stack in -": frozenset({"down"})},
 }
 _FUSED = {"qkv": frozenset({"q", "k", "v"}), "gate_up": frozenset({"gate", "up"})}
 
@@ -469,9 +470,10 @@ def targets(model: Model | Config, preset: str) -> tuple[tuple[str, str], ...]:
 
     Args:
       model: a model or its configuration.
-      preset: ``qv``, ``qkvo``, ``qkvud`` (query, key, value, up, down) or ``all-linear`` (every
-        projection of the layers; never embedding, pooler or head). A fused matrix is taken whole
-        where it holds any of them: in Phi, ``qv`` takes ``qkv``.
+      preset: ``qv``, ``qkvo``, ``qkvud`` (query, key, value, up, down), ``all-linear`` (every
+        projection of the layers; never embedding, pooler or head) or ``ia3`` (the output side of
+        key and value, the input side of down). A fused matrix is taken whole where it holds any of
+        them: in Phi, ``qv`` takes ``qkv``.
 
     Returns:
       Pairs of a full-match pattern on the "/"-joined path and the roles of the weight's axes.
@@ -488,9 +490,11 @@ def targets(model: Model | Config, preset: str) -> tuple[tuple[str, str], ...]:
     if preset not in PRESETS:
         raise ValueError(f"preset={preset!r}: expected one of {', '.join(PRESETS)}")
     config = model if isinstance(model, Config) else model.config
-    wanted, names = PRESETS[preset], []
-    for path, roles in matrices(config).items():
-        name = path.split("/")[-2]
-        if roles == "stack in out" and (wanted is None or wanted & _FUSED.get(name, {name})):
-            names.append(name)
-    return ((f".*/({'|'.join(names)})/kernel", "stack in out"),)
+    linears = [
+        path.split("/")[-2] for path, roles in matrices(config).items() if roles == "stack in out"
+    ]
+    pairs = []
+    for roles, wanted in PRESETS[preset].items():
+        names = [n for n in linears if wanted is None or wanted & _FUSED.get(n, {n})]
+        pairs.append((f".*/({'|'.join(names)})/kernel", roles))
+    return tuple(pairs)

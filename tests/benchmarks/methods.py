@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 import hyperadapt_jax as ha
+from hyperadapt_jax import paths
 from tests.benchmarks import decoder
 
 FLOOR = "frozen floor"
@@ -21,14 +22,23 @@ METHODS = (
     "HyperAdapt, adapt",
     "HyperAdapt, merge",
     "LoRA r=8",
+    "LoRA r=8, adapt",
     "LoRA r=16",
+    "LoRA r=16, adapt",
     "qwix LoRA r=16",
+    "DoRA r=16, adapt",
+    "HiRA r=1",
     "full fine-tuning",
 )
 
-ADAPTERS = dict.fromkeys(
-    ("HyperAdapt, adapt", "HyperAdapt, merge"), ha.methods.METHODS["hyperadapt"]
-)
+ADAPTERS: dict[str, ha.methods.Method] = {
+    "HyperAdapt, adapt": ha.methods.HyperAdapt(),
+    "HyperAdapt, merge": ha.methods.HyperAdapt(),
+    "LoRA r=8, adapt": ha.methods.LoRA(rank=8),
+    "LoRA r=16, adapt": ha.methods.LoRA(rank=16),
+    "DoRA r=16, adapt": ha.methods.DoRA(rank=16),
+    "HiRA r=1": ha.methods.HiRA(rank=1),
+}
 
 
 class Unavailable(Exception):
@@ -56,7 +66,8 @@ def method(name: str, config: decoder.Decoder, seed: int = 2) -> Contender:
         start = lambda params: jax.tree.map(jnp.copy, params)  # noqa: E731
         return Contender(start, lambda trained, params, x: base(trained, x))
     if name in ADAPTERS:
-        return _adapter(ADAPTERS[name], base, config, merged=name.endswith("merge"))
+        key = jax.random.key(seed)
+        return _adapter(ADAPTERS[name], base, config, key, merged=name.endswith("merge"))
     kind, _, rank = name.rpartition(" r=")
     makers = {"LoRA": _lora, "qwix LoRA": _qwix_lora}
     if kind not in makers:
@@ -65,17 +76,23 @@ def method(name: str, config: decoder.Decoder, seed: int = 2) -> Contender:
 
 
 def _adapter(
-    method: ha.methods.Method, base: Callable[..., jax.Array], config: decoder.Decoder, merged: bool
+    method: ha.methods.Method,
+    base: Callable[..., jax.Array],
+    config: decoder.Decoder,
+    key: jax.Array,
+    merged: bool,
 ) -> Contender:
     """A method of the library, on the activations or with its weights multiplied out."""
     target = decoder.TARGET if config.scan else decoder.UNROLLED_TARGET
     adapted = ha.adapt(base, materialize="error")
 
     def start(params):
-        return method.init(None, method.select(ha.plan(params, target)), params)
+        return method.init(key, method.select(ha.plan(params, target)), params)
 
     def forward(trained, params, x):
-        scales = method.scales(trained, params)
+        scales, made = method.scales(trained, params), method.weights(trained, params)
+        if made:
+            return base(paths.replace(params, made), x)
         return base(ha.merge(params, scales), x) if merged else adapted(params, scales, x)
 
     return Contender(start, forward)

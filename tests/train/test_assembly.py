@@ -126,9 +126,11 @@ def test_a_task_of_ones_own_has_its_loss_and_its_measure(tmp_path, capsys):
     [
         (dict(learning_rate=0.1), "learning_rate: there is no such option; nearest: "),
         (dict(lr="fast"), "lr fast: give a number"),
-        (dict(method="lora"), "method lora: choose one of hyperadapt"),
+        (dict(method="adalora"), "method adalora: choose one of hyperadapt"),
+        (dict(method="row", rank=4), "--rank 4: --method row has no such option; it is for .*lora"),
+        (dict(method="lora", rank=0), "--method lora: rank: is 0; give at least 1"),
+        (dict(method="lora", lora_dropout=1.0), "--method lora: dropout: is 1.0; give a number"),
         (dict(folder=None), "folder None: give"),
-        (dict(targets=[]), "target"),
         (dict(steps=0), "--steps 0: give a number from 1"),
         (dict(model="/nowhere/at/all"), "nowhere"),
     ],

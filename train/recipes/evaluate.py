@@ -9,6 +9,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import jax
+
 import hyperadapt_jax as ha
 from hyperadapt_jax import models
 from hyperadapt_jax.methods import Tuning
@@ -124,13 +126,13 @@ def _restore(
     loaded = base.load(setting.model, labels, seed=seed, quiet=options.quiet)
     config = models.config_to_dict(loaded.config)
     found = ha.load(options.folder / ADAPTER, loaded.params, base_config=config)
-    tuning = methods.tune(loaded, theirs.adapter)
-    trained = {"scales": found.scales, "full": found.full}
-    for part, wanted in tuning.trainable.items():
-        if other := sorted(wanted.keys() ^ trained[part].keys()):
-            has = "has" if other[0] in trained[part] else "lacks"
+    tuning = methods.tune(loaded, theirs.adapter, seed)
+    wanted = jax.eval_shape(tuning.adapter, tuning.trainable)
+    for has_now, has in zip(wanted, (found.scales, found.full), strict=True):
+        if other := sorted(has_now.keys() ^ has.keys()):
+            verb = "has" if other[0] in has else "lacks"
             raise InputError(
-                f"the adapter in {options.folder} {has} {other[0]}, unlike what its"
+                f"the adapter in {options.folder} {verb} {other[0]}, unlike what its"
                 f" {CONFIG} trains now: another version of this program left it out, or the"
                 " file was changed; train it again"
             )
@@ -147,4 +149,5 @@ def _restore(
             f"{changed} changed since the run in {options.folder}, so that other numbers would come"
             " out: give it as it was" + (", or other rows by --data" if "rows" in changed else "")
         )
-    return tuning, trained
+    restored = ha.methods.restore(loaded.fn, loaded.params, found)
+    return restored, restored.trainable

@@ -9,12 +9,13 @@ from typing import Literal
 import jax
 
 import hyperadapt_jax as ha
-from hyperadapt_jax import models
+from hyperadapt_jax import models, paths
 from hyperadapt_jax.merge import Rounding
 
 from ..errors import InputError
 from ..files import writing
-from ..run.trained import TrainedOptions, load_run
+from ..options import flag
+from ..run.trained import Trained, TrainedOptions, load_run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,21 +26,27 @@ class Options:
     parameter is held at a time. The tokenizer is copied from the base. The folder appears when it
     is complete.
 
+    With --format peft, write the adapter alone, as one that peft's PeftModel.from_pretrained loads:
+    scale vectors as HiRA (peft 0.21 or newer), low-rank terms as LoRA or DoRA.
+
     Examples:
       python -m train export --adapter runs/sft --folder merged
       # In another dtype, in smaller files.
       python -m train export --adapter runs/sft --folder merged-16 --dtype bfloat16 \\
           --max-shard-size 2GB
-      # The base model lies elsewhere now.
-      python -m train export --adapter runs/sft --model ~/models/qwen --folder merged
+      # An adapter of Hugging Face PEFT.
+      python -m train export --adapter runs/sft --format peft --folder peft-adapter
     """
 
     trained: TrainedOptions
     folder: Path
-    """Where the merged model is written: config.json, model.safetensors, the tokenizer."""
+    """Where it is written: the merged model's config.json, model.safetensors and tokenizer, or
+    PEFT's adapter_config.json and adapter_model.safetensors."""
+    format: Literal["merged", "peft"] = "merged"
+    """A merged model, or an adapter of Hugging Face PEFT."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Dtype to store; that of the base's config.json if not given. bfloat16 can round a good part
-    of a small update away."""
+    of a small update away. For --format merged: adapters are float32."""
     max_shard_size: str = "5GB"
     """Most bytes of one file, such as 5GB or 200MiB."""
     overwrite: bool = False
@@ -56,6 +63,9 @@ def run(options: Options) -> None:
       AdapterError, CheckpointError: the adapter or the base is damaged, or they do not fit.
     """
     trained = load_run(options.trained)
+    if options.format == "peft":
+        _write_peft(trained, options)
+        return
     base, dtype = trained.base, options.dtype or trained.dtype
     if options.folder.resolve() == base.folder.resolve():
         raise InputError(f"--folder {options.folder} is the base itself: choose another folder")
@@ -96,3 +106,24 @@ def run(options: Options) -> None:
     files = [file for file in options.folder.rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in files)
     print(f"{options.folder}: {len(files)} files, {size / 1e6:,.1f} MB, weights in {dtype}")
+
+
+def _write_peft(trained: Trained, options: Options) -> None:
+    for name in ("dtype", "overwrite"):
+        if getattr(options, name):
+            raise InputError(f"{flag(name)}: is for --format merged; leave it out")
+    adapter, base = trained.adapter, trained.base
+    params = base.params
+    if any(v.row is not None and v.down is not None for v in adapter.scales.values()):
+        weights = {path: trained.parameter(path, "float32") for path in adapter.scales}
+        params = paths.replace(params, weights)
+    task = "CAUSAL_LM"
+    if isinstance(base.config, models.EncoderConfig):
+        task = "FEATURE_EXTRACTION" if base.config.num_labels is None else "SEQ_CLS"
+    ha.peft.save(options.folder, adapter, params, models.tensors(base.config), task_type=task)
+    if not options.quiet:
+        size = sum(file.stat().st_size for file in options.folder.iterdir())
+        print(
+            f"{options.folder}: an adapter of PEFT, {size / 1e6:,.2f} MB;"
+            f" peft.PeftModel.from_pretrained(model, {str(options.folder)!r}) loads it"
+        )

@@ -26,12 +26,10 @@ def next_token(tuning: Tuning) -> Loss:
       have ``segment_ids`` and ``positions``.
     """
 
-    losses = token_losses(tuning)
-
     def loss(
         trainable: Any, frozen: Any, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        found, counts = losses(trainable, frozen, batch)
+        found, counts = token_losses(tuning.training(key))(trainable, frozen, batch)
         return jnp.sum(found, where=counts), jnp.sum(counts, dtype=jnp.float32)
 
     return loss
@@ -79,7 +77,8 @@ def classification(tuning: Tuning, *, dropout: bool) -> Loss:
     def loss(
         trainable: Any, frozen: Any, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        outputs = logits(tuning, trainable, frozen, batch, key if dropout else None)
+        own = tuning.training(jax.random.fold_in(key, 1))
+        outputs = logits(own, trainable, frozen, batch, key if dropout else None)
         if outputs.shape[-1] == 1:
             losses = jnp.square(outputs[:, 0] - batch["label"])
         else:
