@@ -124,7 +124,8 @@ def _rows(
     task: TwoSteps, final: GenerationEval, before: Generations, after: Generations
 ) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of accuracies."""
-    shares = [final.accuracy(answers) for answers in (before, after)]
+    counted = task.reporting(final.groups or before).tolist()
+    shares = [final.accuracy(answers, counted) for answers in (before, after)]
     return ["correct answers", "before", "after"], [
         [what, *(f"{found[kind]:.1%}" for found in shares)] for kind, what in task.kinds.items()
     ]

@@ -104,7 +104,7 @@ def _panel(name: str, values: Sequence[float]) -> str:
     """The title of the panel in which a metric is drawn."""
     kinds = ["loss", "evaluation", "learning rate", name.replace("_", " ")]
     title = kinds[_order(name)]
-    if name.startswith("eval/nonfinite"):  # a count
+    if "nonfinite" in name:  # a count
         return name.replace("eval/", "evaluation: ")
     fractions = all(abs(value) <= 1 for value in values if math.isfinite(value))
     return title if fractions or title != "evaluation" else name.replace("eval/", "evaluation: ")
