@@ -10,7 +10,7 @@ import jax
 from hyperadapt_jax import rank
 from hyperadapt_jax.tables import table
 
-from ..assembly import assemble
+from ..assembly import assemble, write_result
 from ..errors import InputError
 from ..metrics.generation import GenerationEval, Generations
 from ..options import (
@@ -88,6 +88,7 @@ def run(options: Options) -> None:
             rank=f"\n![singular values]({RANK})\n" if scales else "", plan=made.plan,
             took=report.took(result.facts, command_line("demo", options)),
         ))  # fmt: skip
+        write_result(folder, result)
     log = made.setting.log
     log(f"\n{table(header, rows, right='before after')}\n{learned}\n\n{answers}\n")
     log(f"adapter, metrics, curves and report are in {folder}")

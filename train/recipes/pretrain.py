@@ -12,7 +12,7 @@ from hyperadapt_jax import models
 from hyperadapt_jax.tables import table
 
 from .. import base
-from ..assembly import assemble
+from ..assembly import assemble, write_result
 from ..files import write
 from ..options import (
     AdapterOptions,
@@ -83,6 +83,7 @@ def run(options: Options) -> None:
         command = command_line("pretrain", options)
         title = "Pre-training on arithmetic"
         report.write(folder, title, made.plan, result.rows, result.facts, command)
+        write_result(folder, result)
     if not options.run.quiet:
         print(table(["of number families never seen", "right"], rows, right="right"))
         print(f"the model is in {folder / MODEL}")
