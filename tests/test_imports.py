@@ -73,14 +73,18 @@ ROOMS = {
         "train/assembly.py",
         "helpers scales core methods package models program ground data run trainer tasks",
     ),
+    "comparison": (
+        "train/comparison",
+        "helpers program ground metrics run trainer",
+    ),
     "recipes": (
         "train/recipes",
         "helpers scales core methods package models program ground data metrics run trainer"
-        " tasks assembly",
+        " tasks assembly comparison",
     ),
     "entry": (
         "train/__main__.py",
-        "package models program ground trainer recipes",
+        "package models program ground trainer comparison recipes",
     ),
 }
 

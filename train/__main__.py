@@ -82,6 +82,7 @@ def _main(args: list[str]) -> int:
 
     try:
         from . import options
+        from .comparison.sweep import sweep
         from .errors import InputError
         from .trainer.loop import Interrupted
 
@@ -93,10 +94,16 @@ def _main(args: list[str]) -> int:
         )
     refusals = (InputError, ha.PlanError, ha.AdapterError, models.CheckpointError)
     try:
-        recipe.run(options.parse(name, recipe.Options, rest))
+        parsed = options.parse_sweep(name, recipe.Options, rest)
+        if len(parsed) == 1:
+            recipe.run(parsed[0])
+        else:
+            sweep(name, recipe.run, parsed, shlex.join([*PROGRAM.split(), name, *rest]))
     except Interrupted as stopped:
         words = [word for word in rest if word not in ("--resume", "--no-resume")]
-        command = shlex.join([*PROGRAM.split(), name, *words, "--resume"])
+        # A comparison is resumed by the same command.
+        more = ["--resume"] if "run" in recipe.Options.__dataclass_fields__ else []
+        command = shlex.join([*PROGRAM.split(), name, *words, *more])
         name = signal.Signals(stopped.number).name
         print(f"{name}: {stopped}; resume with: {command}", file=sys.stderr)
         return 128 + stopped.number

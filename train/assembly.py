@@ -15,7 +15,7 @@ from . import base, methods
 from .base import Base
 from .data.batches import Batches
 from .data.examples import identity
-from .files import write
+from .files import write, write_json
 from .options import (
     AdapterOptions,
     ModelOptions,
@@ -26,7 +26,7 @@ from .options import (
     make,
 )
 from .run import report
-from .run.folder import open_run
+from .run.folder import RESULT, open_run
 from .run.plots import draw
 from .tasks.task import Evaluation, Setting, Task, Training
 from .trainer import loop
@@ -153,6 +153,7 @@ def launch(recipe: str, options: Any, title: str, command: str | None = None) ->
         facts = {**result.facts, **made.training.summary, **made.evaluation.summary}
         command = command or command_line(recipe, options)
         report.write(folder, title, made.plan, result.rows, facts, command, rows[:SHOWN], figures)
+        write_result(folder, result)
     what = "adapter, metrics, predictions" if rows else "adapter, metrics"
     made.setting.log(f"\n{result}\n{what}, curves and report are in {folder}")
     return result
@@ -195,6 +196,13 @@ def fit(model: str | Path, method: str, task: Task, **given: Any) -> Result:
     groups = {field.name: getattr(known, field.name) for field in dataclasses.fields(known)}
     title = f"{task.name}: {known.adapter.method}"
     return launch("fit", _Options(task=task, **groups), title, "train.fit(...)")
+
+
+def write_result(folder: Path, result: Result) -> None:
+    """Writes ``result.json``, the last file of a run; one that is there is of the session that
+    trained, and stays."""
+    if not (folder / RESULT).exists():
+        write_json(folder / RESULT, result.numbers)
 
 
 def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:

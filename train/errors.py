@@ -7,6 +7,10 @@ class InputError(ValueError):
     """Something from outside cannot be used: says what, where, and what to do, in one line."""
 
 
+class Diverged(InputError):
+    """A run's loss, scores or outputs were NaN or infinite, and it cannot go on."""
+
+
 def warn(text: str) -> None:
     """Says what nobody should miss, even who asked for quiet."""
     print(f"warning: {text}", file=sys.stderr)

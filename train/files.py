@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from hyperadapt_jax import files
 
@@ -32,3 +35,20 @@ def write(file: str | os.PathLike[str], content: str | bytes) -> None:
     """
     with writing(file):
         files.write(Path(file), content.encode() if isinstance(content, str) else content)
+
+
+def write_json(file: str | os.PathLike[str], value: Any) -> None:
+    """Writes JSON, in which a number that is not finite is null.
+
+    Raises:
+      InputError: the system refuses.
+    """
+    write(file, json.dumps(_plain(value), indent=2, ensure_ascii=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

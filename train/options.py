@@ -42,9 +42,14 @@ _EXAMPLES = "python -m train"  # what the examples of a recipe's docstring begin
 
 # What --help shows first, where a recipe has it.
 _COMMON = (
-    *("task", "data", "prompt", "answer", "chat", "model", "adapter", "folder", "method"),
+    *("file", "task", "data", "prompt", "answer", "chat", "model", "adapter", "folder", "method"),
     *("lr", "epochs", "steps", "batch_size", "max_length", "score", "resume", "config"),
 )
+
+# Marks an option that can have several values, each of a run of its own.
+SWEPT = "swept"
+# Marks an option that is given without its name.
+POSITIONAL = "positional"
 
 # What may differ between a run and its continuation: where it lies and how it is shown.
 _NOT_IDENTITY = {"config", "folder", "resume", "quiet"}
@@ -102,8 +107,9 @@ class OptimizerOptions:
     --method full."""
     muon_embeddings: bool = False
     """Let muon take the embedding and the head too."""
-    lr: float = 1e-2
-    """Peak learning rate, of all that has none of its own."""
+    lr: Annotated[float, SWEPT] = 1e-2
+    """Peak learning rate, of all that has none of its own. Several, such as 1e-3,3e-3,1e-2, are a
+    run each, in folders below --folder, with a table and a figure of them all."""
     row_lr: float | None = None
     """Peak learning rate of the output-side vectors."""
     col_lr: float | None = None
@@ -198,9 +204,40 @@ def parse(recipe: str, cls: type[T], args: Sequence[str]) -> T:
       The options: the command line's, else the file's that ``--config`` names, else the defaults.
 
     Raises:
-      InputError: an option is unknown, missing or out of its range, or the file cannot be used.
+      InputError: an option is unknown, missing or out of its range, or has several values; the file
+        cannot be used.
       SystemExit: the command line asks for help (status 0).
     """
+    return _build(cls, _single(_given(recipe, cls, args)))
+
+
+def parse_sweep(recipe: str, cls: type[T], args: Sequence[str]) -> list[T]:
+    """Reads a recipe's options, of which some may have several values: one after the other.
+
+    Args and errors are those of :func:`parse`.
+    """
+    given = _given(recipe, cls, args)
+    swept = {name: value for name, value in given.items() if isinstance(value, _Several)}
+    return [
+        _build(cls, given | dict(zip(swept, values, strict=True)))
+        for values in itertools.product(*swept.values())
+    ]
+
+
+class _Several(tuple):
+    """Values of an option that is swept."""
+
+
+def _single(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The same values, of which none may be several of one that is swept."""
+    for name, value in values.items():
+        if isinstance(value, _Several):
+            raise InputError(f"{flag(name)} has {len(value)} values: give one here")
+    return values
+
+
+def _given(recipe: str, cls: type, args: Sequence[str]) -> dict[str, Any]:
+    """The values that the command line gives, and the file that it names; see :func:`parse`."""
     fields = {field.name: field for field in _fields(cls)}
     parser = _parser(recipe, cls, fields.values())
     given, extra = parser.parse_known_args(list(args))
@@ -211,9 +248,9 @@ def parse(recipe: str, cls: type[T], args: Sequence[str]) -> T:
     if (file := vars(given).get("config")) is not None:
         values = _from_file(read_config(file), recipe, fields, file)
     values |= vars(given)
-    if missing := [flag(n) for n, field in fields.items() if field.required and n not in values]:
+    if missing := [f.title for n, f in fields.items() if f.required and n not in values]:
         raise InputError(f"{', '.join(missing)}: must be given; {parser.prog} --help explains")
-    return _build(cls, values)
+    return values
 
 
 def make(cls: type[T], values: Mapping[str, Any]) -> T:
@@ -233,7 +270,7 @@ def make(cls: type[T], values: Mapping[str, Any]) -> T:
             raise InputError(f"{name} {str(value)[:60]}: {error}") from None
     if missing := [name for name, field in fields.items() if field.required and name not in found]:
         raise InputError(f"{', '.join(missing)}: must be given")
-    return _build(cls, found)
+    return _build(cls, _single(found))
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -305,9 +342,12 @@ def command_line(recipe: str, options: Any, *more: str) -> str:
       *more: words to put behind.
     """
     words = [*PROGRAM.split(), recipe]
-    defaults = {field.name: field.default for field in _fields(type(options))}
+    fields = {field.name: field for field in _fields(type(options))}
     for name, value in _leaves(options):
-        if name in {"config", "resume"} or value == defaults[name]:
+        if name in {"config", "resume"} or value == fields[name].default:
+            continue
+        if fields[name].mark == POSITIONAL:
+            words.append(str(value))
             continue
         if isinstance(value, bool):
             words.append(flag(name) if value else flag("no-" + name))
@@ -349,7 +389,7 @@ class _Field:
     """An option: its place among the groups, its type, default, help and choices, if it has some.
 
     A `Literal` has its values for choices; a type that is annotated with a mapping, its keys, which
-    have summaries.
+    have summaries. One that is annotated with a text has that mark, `SWEPT` or `POSITIONAL`.
     """
 
     name: str
@@ -360,6 +400,12 @@ class _Field:
     default: Any
     help: str
     choices: tuple[str, ...] = ()
+    mark: str | None = None
+
+    @property
+    def title(self) -> str:
+        """The option as the command line has it."""
+        return self.name.upper() if self.mark == POSITIONAL else flag(self.name)
 
     @property
     def required(self) -> bool:
@@ -369,17 +415,30 @@ class _Field:
     def metavar(self) -> str:
         if self.choices:
             return "{" + ",".join(self.choices) + "}"
-        return {int: "INT", float: "NUMBER", Path: "PATH", Place: "PLACE"}.get(self.kind, "TEXT")
+        if self.mark == POSITIONAL:
+            return self.title
+        kinds = {int: "INT", float: "NUMBER", Path: "PATH", Place: "PLACE"}
+        return kinds.get(self.kind, "TEXT") + (",..." if self.mark == SWEPT else "")
 
     def read(self, value: Any) -> Any:
         """A value as text of the command line, or as YAML gives it."""
         if isinstance(value, dict):
             raise ValueError("holds options: write them on lines of their own")
+        if self.mark == SWEPT:
+            return self._several(value.split(",") if isinstance(value, str) else value)
         if self.many:
             return tuple(map(self._one, value if isinstance(value, list) else [value]))
         if isinstance(value, list):
             raise ValueError("is one value, not a list")
         return self._one(value)
+
+    def _several(self, value: Any) -> Any:
+        found = _Several(map(self._one, value if isinstance(value, list) else [value]))
+        if not found:
+            raise ValueError("give at least one")
+        if len(set(found)) < len(found):
+            raise ValueError("one comes twice")
+        return found if len(found) > 1 else found[0]
 
     def _one(self, value: Any) -> Any:
         if self.optional and value in (None, "None"):
@@ -440,13 +499,16 @@ def _fields(cls: Any) -> Iterator[_Field]:
         if many := typing.get_origin(kind) is tuple:
             kind = typing.get_args(kind)[0]
         choices: tuple[str, ...] = ()
-        if typing.get_origin(kind) is Annotated:
+        mark = None
+        if typing.get_origin(kind) is Annotated and isinstance(typing.get_args(kind)[1], str):
+            kind, mark = typing.get_args(kind)
+        elif typing.get_origin(kind) is Annotated:
             kind, found = typing.get_args(kind)
             choices = tuple(found)
             text += " " + "; ".join(f"{name}: {found[name].summary}" for name in found) + "."
         elif typing.get_origin(kind) is Literal:
             choices = typing.get_args(kind)
-        yield _Field(field.name, cls, kind, many, optional, default, text, choices)
+        yield _Field(field.name, cls, kind, many, optional, default, text, choices, mark)
 
 
 def _helps(cls: type) -> dict[str, str]:
@@ -522,16 +584,18 @@ class _Read(argparse.Action):
             setattr(namespace, self.dest, self.field.read(values))
         except ValueError as error:
             shown = " ".join(values) if isinstance(values, list) else values
-            raise InputError(f"{option_string} {shown[:60]}: {error}") from None
+            raise InputError(f"{option_string or self.metavar} {shown[:60]}: {error}") from None
 
 
 def _parser(recipe: str, cls: type, fields: Iterable[_Field]) -> _Parser:
     about, _, examples = (inspect.getdoc(cls) or "").partition("\n\nExamples:\n")
     width = min(shutil.get_terminal_size().columns - 2, 98)
     about = "\n\n".join(textwrap.fill(text, width) for text in about.split("\n\n"))
+    fields = list(fields)
+    given = [f"{PROGRAM} {recipe}", *(f.title for f in fields if f.mark == POSITIONAL)]
     parser = _Parser(
         prog=f"{PROGRAM} {recipe}",
-        usage=f"{PROGRAM} {recipe} [OPTIONS]",
+        usage=" ".join([*given, "[OPTIONS]"]),
         description=about,
         epilog=f"examples:\n{examples.replace(_EXAMPLES, PROGRAM)}" if examples else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -564,4 +628,8 @@ def _add(group: Any, field: _Field) -> None:
     else:
         settings |= {"nargs": "*"} if field.many else {}
         settings |= {"action": _Read, "field": field, "metavar": field.metavar}
-        group.add_argument(flag(field.name), **settings)
+        if field.mark == POSITIONAL:
+            del settings["dest"]
+            group.add_argument(field.name, nargs="?", **settings)
+        else:
+            group.add_argument(flag(field.name), **settings)

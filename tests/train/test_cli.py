@@ -92,7 +92,7 @@ def test_a_run_of_glue(command, tmp_path, capsys):
     run = tmp_path / "run"
     made = {path.name for path in run.iterdir() if not path.name.startswith(".")}
     assert made == {"adapter", "checkpoints", "config.yaml", "curves.png", "metrics.jsonl",
-                    "report.md", "tensorboard"}  # fmt: skip
+                    "report.md", "result.json", "tensorboard"}  # fmt: skip
     assert "| accuracy |" in (run / "report.md").read_text()
     assert "holds a run already" in refused(capsys, *command)
     assert "lr was 0.01 and is 0.5" in refused(capsys, *command, "--resume", "--lr", "0.5")

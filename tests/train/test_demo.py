@@ -123,6 +123,19 @@ def test_a_finished_run_tells_the_same_again_and_another_one_is_refused(short, c
     assert (short / "report.md").read_text() == before
 
 
+def test_half_of_the_exam_chooses_and_the_run_is_measured_again(tmp_path):
+    """All along, and afterwards, on the same problems: not those that a run without halves sees."""
+    folder, file = tmp_path / "run", tmp_path / "metrics.json"
+    assert main(words(SHORT, folder, "--problems", 4, "--report-half")) == 0
+    result = json.loads((folder / "result.json").read_text())
+    kinds = set(TwoSteps.kinds)
+    assert result["best"].keys() == kinds | {f"report/{kind}" for kind in kinds}
+    rows = [row for row in read_metrics(folder / "metrics.jsonl") if "eval/ride" in row]
+    assert {"eval/report/ride", "eval/report/story"} <= rows[0].keys()
+    assert main(words("evaluate --quiet --metrics", file, "--folder", folder)) == 0
+    assert json.loads(file.read_text()) == result["best"]
+
+
 @pytest.mark.parametrize("method, numbers", [("full", 904_576), ("head", 25_728)])
 def test_other_methods_run_too(tmp_path, capsys, method, numbers):
     command = "demo --steps 1 --texts 32 --problems 2 --lr 1e-3 --method"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import os
+import time
 from pathlib import Path
 
 import jax
@@ -424,3 +425,46 @@ def test_an_unwritable_folder(tmp_path):
     with pytest.raises(InputError, match="cannot be written"):
         with claim(tmp_path / "run"):
             pass
+
+
+def test_a_run_tells_in_numbers_what_it_was(model, tmp_path):
+    """The bytes of a step are those of XLA's analysis; what they hold at least is counted here."""
+    result = fit(tiny.task(model), tmp_path / "run", steps=6, eval_every=2)
+    numbers = result.numbers
+    assert numbers["best_step"] == result.step and numbers["best"] == result.best
+    assert numbers["score"] == -result.best["loss"] and numbers["steps"] == 6
+    assert numbers["trainable_parameters"] == tiny.task(model).tuning.count
+    assert 0 < numbers["step_seconds"] < numbers["seconds"]
+    frozen = sum(leaf.nbytes for leaf in jax.tree.leaves(tiny.task(model).tuning.frozen))
+    held = 3 * 4 * numbers["trainable_parameters"] + frozen
+    assert held < numbers["step_bytes"] < 100 * held
+    again = fit(tiny.task(model), tmp_path / "run", steps=6, eval_every=2, resume=True)
+    for name in ("step_seconds", "step_bytes", "best"):
+        assert again.numbers[name] == numbers[name]
+
+
+def test_step_times_leave_out_the_first_and_what_was_paused(model, tmp_path):
+    def evaluate(trainable):
+        time.sleep(0.4)
+        return {"loss": 1.0}
+
+    task = dataclasses.replace(tiny.task(model), evaluate=evaluate)
+    spent = fit(task, tmp_path / "run", steps=4, eval_every=1).spent
+    assert spent.seconds > 2.0 and spent.step_seconds < 0.3
+
+
+def test_the_bytes_of_a_step_need_no_other_program(model, tmp_path, monkeypatch):
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event)
+    )
+
+    def programs(name: str) -> int:
+        jax.clear_caches()
+        compiled.clear()
+        fit(tiny.task(model), tmp_path / name, steps=2, eval_every=1)
+        return sum(event.endswith("backend_compile_duration") for event in compiled)
+
+    count = programs("run")
+    monkeypatch.setattr(loop._Session, "_step_bytes", lambda self: 0)
+    assert 0 < count == programs("other")

@@ -61,6 +61,18 @@ def test_every_value_survives_its_file(tmp_path):
     )
 
 
+def test_several_values_are_options_one_after_the_other(tmp_path):
+    """Of the command line or of a file, and only where they are asked for."""
+    for words in (["--lr", "1e-3,2,3e-2"], config(tmp_path, "lr: [1e-3, 2, 0.03]")):
+        found = options.parse_sweep("recipe", Options, [*NEEDED, *words])
+        assert [each.optimizer.lr for each in found] == [1e-3, 2.0, 3e-2]
+        assert len({dataclasses.replace(each.optimizer, lr=1.0) for each in found}) == 1
+    (one,) = options.parse_sweep("recipe", Options, [*NEEDED, "--lr", "0.5"])
+    assert one == parse(*NEEDED, "--lr", "0.5")
+    with pytest.raises(InputError, match="--lr has 2 values: give one here"):
+        parse(*NEEDED, "--lr", "1,2")
+
+
 def test_the_command_line_wins_over_the_file(tmp_path):
     text = "flavour: sweet\nmodel: m\nfolder: f\nlr: 1e-2\nrow-lr: 3\nquiet: true\nclip: null\n"
     found = parse(*config(tmp_path, text), "--row-lr", "4", "--no-quiet")
@@ -153,7 +165,10 @@ def test_the_home_folder_is_found(monkeypatch):
     "text, message",
     [
         ("recipe: [1]", "recipe is no name of a recipe"),
-        ("lr: [1, 2]", "lr is one value, not a list"),
+        ("row-lr: [1, 2]", "row_lr is one value, not a list"),
+        ("lr: [1, 2]", "--lr has 2 values: give one here"),
+        ("lr: [1, [2]]", "give a number"),
+        ("lr: []", "lr give at least one"),
         ("lr: 2024-01-01", "lr 2024-01-01: give a number"),
         ("lr: true", "lr True: give a number"),
         ("lr: .nan", "--lr nan: give a finite number"),
@@ -242,7 +257,7 @@ def test_every_recipe_has_options_and_helps(recipe, capsys):
     names = _names(cls)
     assert len(names) == len(set(names))
     for name in names:
-        assert f"--{name.replace('_', '-')}" in shown
+        assert f"--{name.replace('_', '-')}" in shown or name.upper() in shown.split()
     assert cls.__doc__.splitlines()[0] in " ".join(shown.split())
     assert "None" not in shown.replace("None does not clip", "").replace("None of", "")
 

@@ -12,6 +12,8 @@ import pytest
 
 import hyperadapt_jax as ha
 from hyperadapt_jax import models, paths
+from train.comparison import protocol
+from train.recipes import demo, glue
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -73,3 +75,29 @@ def test_a_run_from_python(tmp_path, monkeypatch, capsys):
     first = [json.loads((tmp_path / run / "metrics.jsonl").read_text().splitlines()[1])["loss"]
              for run in ("run", "two")]  # fmt: skip
     assert np.isfinite(first).all() and first[0] != first[1]
+
+
+def test_the_readmes_comparison_is_read_as_it_says(tmp_path):
+    readme = (ROOT / "README.md").read_text()
+    (text,) = re.findall(r"```yaml\n([^`]*)```", readme)
+    file = tmp_path / "methods.yaml"
+    file.write_text(text)
+    compared = protocol.read(file, tmp_path / "out", {"demo": lambda: demo.Options})
+    assert "3 + 2 + 3 runs choose the rates, 3 x 2 more" in text
+    assert [len(rates) for rates in compared.rates.values()] == [3, 2, 3]
+    assert len(compared.seeds) == 3 and len(list(compared.runs)) == 3 * 8
+    qv = compared.run("only-q-and-v", 1e-2, 1).options
+    assert qv.adapter.method == "hyperadapt" and qv.adapter.targets == ("qv",)
+    assert (qv.run.steps, qv.task.problems, qv.task.report_half) == (200, 256, True)
+
+
+@pytest.mark.parametrize("name", ["demo", "mrpc"])
+def test_the_comparisons_in_the_repository_can_be_made(name, tmp_path):
+    file = ROOT / "comparisons" / f"{name}.yaml"
+    recipes = {"demo": lambda: demo.Options, "glue": lambda: glue.Options}
+    small = {"mrpc": {"model": ROOT / "tests/train/e659287/bert", "max_length": 16}}
+    compared = protocol.read(file, tmp_path / "out", recipes, small.get(name))
+    assert {run.method for run in compared.runs} == set(compared.methods)
+    chosen = sum(map(len, compared.rates.values()))
+    total = chosen + (len(compared.seeds) - 1) * len(compared.methods)
+    assert re.findall(r"(\d+)[\s#]+runs", file.read_text()) == [str(total)]

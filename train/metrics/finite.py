@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from hyperadapt_jax.models.generate import NOT_FINITE
 
-from ..errors import InputError
+from ..errors import Diverged
 
 
 def decoded(
@@ -27,14 +27,14 @@ def count(outputs: Sequence[object], name: str = "nonfinite") -> dict[str, float
       The metric; nothing where all outputs are finite.
 
     Raises:
-      InputError: none is.
+      Diverged: none is.
 
     >>> count(["yes", None, "no"]), count([True, True])
     ({'nonfinite': 1.0}, {})
     """
     bad = sum(output is None or output is False for output in outputs)
     if bad and bad == len(outputs):
-        raise InputError(
+        raise Diverged(
             f"the model's outputs are NaN or infinite for all {bad} rows: look for numbers that are"
             " not finite in its weights, lower --lr, or take --dtype float32"
         )

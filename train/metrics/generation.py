@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from hyperadapt_jax import models
@@ -78,12 +78,19 @@ class GenerationEval:
         scores = self.correct([text or "" for text in generations])
         return [ok and text is not None for ok, text in zip(scores, generations, strict=True)]
 
-    def accuracy(self, generations: Sequence[str | None]) -> dict[str, float]:
-        """The share of correct ones by group; nothing where they are not scored."""
+    def accuracy(
+        self, generations: Sequence[str | None], rows: Iterable[int] | None = None
+    ) -> dict[str, float]:
+        """The share of correct ones by group; nothing where they are not scored.
+
+        Args:
+          generations: of all prompts.
+          rows: indices of the prompts that count; all if not given.
+        """
         scores = self.score(generations) or ()
         groups: dict[str, list[bool]] = {}
-        for group, ok in zip(self.groups or ["accuracy"] * len(scores), scores, strict=True):
-            groups.setdefault(group, []).append(ok)
+        for i in range(len(scores)) if rows is None else rows:
+            groups.setdefault(self.groups[i] if self.groups else "accuracy", []).append(scores[i])
         return {group: sum(scores) / len(scores) for group, scores in groups.items()}
 
     def records(self, generations: Sequence[str | None]) -> list[dict[str, Any]]:

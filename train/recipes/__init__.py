@@ -5,6 +5,7 @@ RECIPES = {
     "glue": "fine-tune an encoder on a task of GLUE",
     "classify": "fine-tune an encoder on texts and their classes",
     "sft": "fine-tune a decoder on instructions and answers",
+    "compare": "methods, learning rates and seeds on one task, in one table",
     "pretrain": "make the embedded model of the demo from scratch",
     "evaluate": "measure a run's adapter again, on its own data or on other",
     "export": "merge an adapter into its base, as a Hugging Face folder",

@@ -10,7 +10,7 @@ import jax
 from hyperadapt_jax import rank
 from hyperadapt_jax.tables import table
 
-from ..assembly import assemble
+from ..assembly import assemble, write_result
 from ..errors import InputError
 from ..metrics.generation import GenerationEval, Generations
 from ..options import (
@@ -76,7 +76,7 @@ def run(options: Options) -> None:
         before = final.generations(tuning.forward, tuning.trainable, tuning.frozen)
         result = made.fit(loaded, tuning, folder, options.optimizer, config)
         after = final.generations(tuning.forward, result.trainable, tuning.frozen)
-        if scales := result.trainable["scales"]:
+        if scales := tuning.adapter(result.trainable)[0]:
             draw(folder / RANK, rank.figure(rank.analyze(loaded.params, scales)))
 
         header, rows = _rows(options.task, final, before, after)
@@ -88,6 +88,7 @@ def run(options: Options) -> None:
             rank=f"\n![singular values]({RANK})\n" if scales else "", plan=made.plan,
             took=report.took(result.facts, command_line("demo", options)),
         ))  # fmt: skip
+        write_result(folder, result)
     log = made.setting.log
     log(f"\n{table(header, rows, right='before after')}\n{learned}\n\n{answers}\n")
     log(f"adapter, metrics, curves and report are in {folder}")
@@ -124,7 +125,8 @@ def _rows(
     task: TwoSteps, final: GenerationEval, before: Generations, after: Generations
 ) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of accuracies."""
-    shares = [final.accuracy(answers) for answers in (before, after)]
+    counted = task.reporting(final.groups or before).tolist()
+    shares = [final.accuracy(answers, counted) for answers in (before, after)]
     return ["correct answers", "before", "after"], [
         [what, *(f"{found[kind]:.1%}" for found in shares)] for kind, what in task.kinds.items()
     ]

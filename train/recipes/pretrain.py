@@ -12,8 +12,9 @@ from hyperadapt_jax import models
 from hyperadapt_jax.tables import table
 
 from .. import base
-from ..assembly import assemble
+from ..assembly import assemble, write_result
 from ..files import write
+from ..metrics.halves import reported
 from ..options import (
     AdapterOptions,
     ModelOptions,
@@ -78,11 +79,13 @@ def run(options: Options) -> None:
         result = made.fit(loaded, tuning, folder, options.optimizer, config)
         params, _ = ha.trainable.combine(result.trainable, tuning.frozen)
         kinds = options.task.kinds
-        rows = [[kinds[kind], f"{share:.1%}"] for kind, share in result.best.items()]
+        shares = reported(result.best)
+        rows = [[what, f"{shares[kind]:.1%}"] for kind, what in kinds.items()]
         write_model(folder / MODEL, options.model, params, rows)
         command = command_line("pretrain", options)
         title = "Pre-training on arithmetic"
         report.write(folder, title, made.plan, result.rows, result.facts, command)
+        write_result(folder, result)
     if not options.run.quiet:
         print(table(["of number families never seen", "right"], rows, right="right"))
         print(f"the model is in {folder / MODEL}")

@@ -16,6 +16,7 @@ from ..files import write, writing
 from .log import CURVES, EVENTS, METRICS
 
 ADAPTER, REPORT, LOCK, CHECKPOINTS = "adapter", "report.md", ".lock", "checkpoints"
+RESULT = "result.json"
 
 
 # What a run has made before its first evaluation; a folder of no more than these is free.

@@ -52,6 +52,8 @@ class Log:
 
     Attributes:
       best: the best step so far, to be shown in the curves; the caller sets it.
+      timed: the seconds of the steps so far, without what was paused, and how many steps these
+        are: all but the first, which waits for the data to come.
 
     Raises:
       InputError: a file cannot be written, or ``metrics.jsonl`` cannot be read.
@@ -70,6 +72,7 @@ class Log:
         self._label = f"{label}: " if label else ""
         self.total_steps, self.start_step = total_steps, start_step
         self.best: int | None = None
+        self.timed, self._stepped = (0.0, 0), False
 
     def __enter__(self) -> Log:
         file, events = self.folder / METRICS, self.folder / EVENTS
@@ -123,6 +126,10 @@ class Log:
         """
         now = time.monotonic()
         self._recent = _RECENT * self._recent + (now - self._last, tokens, 1)
+        if self._stepped:
+            so_far, count = self.timed
+            self.timed = so_far + now - self._last, count + 1
+        self._stepped = True
         self._last = now
         seconds, total, steps = self._recent
         speed = total / max(seconds, 1e-9)

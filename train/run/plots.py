@@ -28,7 +28,7 @@ def draw(file: str | os.PathLike[str], figure: Figure) -> None:
     write(file, png.getvalue())
 
 
-_COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 
 
 def curves(rows: Sequence[Mapping[str, float]], best: int | None = None) -> Figure:
@@ -70,7 +70,7 @@ def curves(rows: Sequence[Mapping[str, float]], best: int | None = None) -> Figu
     figure = Figure(figsize=(4.6 * across, 3.1 * down), dpi=120, layout="constrained")
     grid = figure.subplots(down, across, squeeze=False).flat
     for (title, names), ax in zip(panels.items(), grid, strict=False):
-        colors = iter(_COLORS * len(names))
+        colors = iter(COLORS * len(names))
         if best is not None and any(name.startswith("eval/") for name in names):
             label = f"best step, {best}"
             ax.axvline(best, color="0.45", ls=(0, (4, 3)), lw=1.2, zorder=0, label=label)
@@ -104,7 +104,7 @@ def _panel(name: str, values: Sequence[float]) -> str:
     """The title of the panel in which a metric is drawn."""
     kinds = ["loss", "evaluation", "learning rate", name.replace("_", " ")]
     title = kinds[_order(name)]
-    if name.startswith("eval/nonfinite"):  # a count
+    if "nonfinite" in name:  # a count
         return name.replace("eval/", "evaluation: ")
     fractions = all(abs(value) <= 1 for value in values if math.isfinite(value))
     return title if fractions or title != "evaluation" else name.replace("eval/", "evaluation: ")

@@ -69,11 +69,11 @@ def write_text(folder: Path, text: str) -> None:
 
 def took(facts: Mapping[str, str], command: str) -> str:
     """A table of what a run took and ran on, and its command, in Markdown."""
-    rows = list((dict(facts) | _environment()).items())
+    rows = list((dict(facts) | environment()).items())
     return "\n\n".join([table(["", "run"], rows, markdown=True), _fenced(command)])
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """What this process runs on: memory so far, devices, versions."""
     devices = jax.local_devices()
     # Linux counts kilobytes, macOS bytes.

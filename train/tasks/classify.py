@@ -43,6 +43,7 @@ class Classify(HeldOut, Classification):
     """All classes, in the order of the model's outputs; those of --data if not given."""
 
     name = "classify"
+    primary = "accuracy"
 
     @property
     def columns(self) -> dict[str, Column]:
@@ -80,9 +81,6 @@ class Classify(HeldOut, Classification):
         train = Training(training.data, {name: digest}, {name: summary}, training.places)
         return train, self.measured_on(setting, held_out)
 
-    def criterion(self, metrics: Metrics) -> float:
-        return metrics["accuracy"]
-
     def measure(self, tuning: Tuning, examples: Examples) -> Callable[[Any], Metrics]:
         """A function from what trains to accuracy and macro F1 on the held-out rows.
 
@@ -97,9 +95,14 @@ class Classify(HeldOut, Classification):
         def evaluate(trainable: Any) -> Metrics:
             ((logits, labels),) = outputs(trainable).values()
             predictions, good = predicted(logits, labels)
-            accuracy = float(np.mean(predictions == labels))
-            f1 = float(f1_score(labels, predictions, average="macro", zero_division=0.0))
-            return {"accuracy": accuracy, "macro_f1": f1} | finite.count(good.tolist())
+
+            def score(rows: np.ndarray) -> Metrics:
+                wanted, found = labels[rows], predictions[rows]
+                accuracy = float(np.mean(found == wanted))
+                f1 = float(f1_score(wanted, found, average="macro", zero_division=0.0))
+                return {"accuracy": accuracy, "macro_f1": f1} | finite.count(good[rows].tolist())
+
+            return self.scored(score, labels.tolist())
 
         return evaluate
 
@@ -108,7 +111,9 @@ class Classify(HeldOut, Classification):
 
         def figures(tuning: Tuning, trainable: Any) -> dict[str, Figure]:
             ((logits, labels),) = self.outputs(tuning, {"": examples})(trainable).values()
-            return {CONFUSION: confusion(predicted(logits, labels)[0], labels, self.classes)}
+            rows = self.reporting(labels.tolist())
+            predictions = predicted(logits, labels)[0]
+            return {CONFUSION: confusion(predictions[rows], labels[rows], self.classes)}
 
         name = "held-out rows"
         return Evaluation(

@@ -35,11 +35,15 @@ class Glue(Classification):
         return self.task
 
     @property
-    def num_labels(self) -> int:
-        return self.known.outputs
+    def primary(self) -> str:
+        return best(self.glue)
 
     @property
-    def known(self) -> glue.GlueTask:
+    def num_labels(self) -> int:
+        return self.glue.outputs
+
+    @property
+    def glue(self) -> GlueTask:
         """What GLUE says of the task."""
         return glue.TASKS[self.task]
 
@@ -51,18 +55,15 @@ class Glue(Classification):
 
     def evaluation(self, setting: Setting) -> Evaluation:
         examples, sources, counts = {}, {}, {}
-        for split in self.known.dev:
+        for split in self.glue.dev:
             made, sources[f"rows of {split}"], counts[split] = self._read(split, setting)
             examples[split] = made
         return Evaluation(lambda tuning: self.measure(tuning, examples), sources, counts)
 
-    def criterion(self, metrics: Metrics) -> float:
-        return metrics[best(self.known)]
-
     def elsewhere(self, *, data: Place | None = None, **others: Any) -> Self:
         """The same task on other rows: GLUE's folder, a file or a data set of the hub."""
         super().elsewhere(**others)
-        return self if data is None else dataclasses.replace(self, data=data)
+        return self if data is None else dataclasses.replace(self, data=data, report_half=False)
 
     def measure(self, tuning: Tuning, examples: dict[str, Examples]) -> Callable[[Any], Metrics]:
         """A function from what trains to the task's metrics on its development sets.
@@ -70,23 +71,31 @@ class Glue(Classification):
         It counts rows whose outputs are not finite, as ``nonfinite``, and raises InputError where
         all are.
         """
-        task, outputs = self.known, self.outputs(tuning, examples)
+        task, outputs = self.glue, self.outputs(tuning, examples)
 
         def evaluate(trainable: Any) -> Metrics:
-            found, kept = {}, []
-            for split, (logits, labels) in outputs(trainable).items():
-                predictions, good = predicted(logits, labels)
-                found[split] = (predictions if task.labels else logits[:, 0]), labels
-                kept += good.tolist()
-            scores, missing = metrics(task, found), finite.count(kept)
-            if missing and not task.labels:  # a correlation knows no wrong prediction
-                scores = dict.fromkeys(scores, math.nan)
-            return scores | missing
+            found = outputs(trainable)
+            splits = np.repeat(list(found), [len(labels) for _, labels in found.values()])
+            logits, labels = map(np.concatenate, zip(*found.values(), strict=True))
+            predictions, good = predicted(logits, labels)
+            if not task.labels:
+                predictions = logits[:, 0]
+
+            def score(rows: np.ndarray) -> Metrics:
+                chosen = {name: rows[splits[rows] == name] for name in found}
+                scores = metrics(task, {k: (predictions[i], labels[i]) for k, i in chosen.items()})
+                missing = finite.count(good[rows].tolist())
+                if missing and not task.labels:  # a correlation knows no wrong prediction
+                    scores = dict.fromkeys(scores, math.nan)
+                return scores | missing
+
+            # Of a regression, rows whose numbers are close are a group.
+            return self.scored(score, list(zip(splits, labels.round(), strict=True)))
 
         return evaluate
 
     def _read(self, split: str, setting: Setting) -> tuple[Examples, str, str]:
-        rows, dropped = glue.read(self.known, self.data, split)
+        rows, dropped = glue.read(self.glue, self.data, split)
         return self.examples(rows, split, setting, dropped)
 
 

@@ -60,7 +60,8 @@ class HeldOut(Task):
             raise InputError("--rows: the run held out rows of its own; give --data")
         names = {"data": "eval_data", "split": "eval_split", "rows": "eval_rows"}
         task = super().elsewhere(**{k: v for k, v in given.items() if k not in names})
-        return dataclasses.replace(task, **{names[k]: v for k, v in given.items() if k in names})
+        moved = {names[k]: v for k, v in given.items() if k in names}
+        return dataclasses.replace(task, **moved, report_half=task.report_half and not moved)
 
     def read(self, source: Place | readers.Rows, split: str) -> datasets.Dataset:
         """Rows with these columns and their places."""
@@ -71,7 +72,8 @@ class HeldOut(Task):
         rows = self.read(self.data, self.split)
         if self.eval_data is not None:
             return rows, self._first_of(self.eval_data)
-        return readers.hold_out(rows, self.eval_rows, seed)
+        # What one run's seed lets choose must not report in the run of another seed.
+        return readers.hold_out(rows, self.eval_rows, 0 if self.report_half else seed)
 
     def _first_of(self, eval_data: Place | readers.Rows) -> datasets.Dataset:
         rows = self.read(eval_data, self.eval_split)

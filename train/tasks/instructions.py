@@ -17,14 +17,14 @@ from hyperadapt_jax import models
 from hyperadapt_jax.methods import Tuning
 
 from .. import base
-from ..data import chat
+from ..data import chat, readers
 from ..data.batches import Batch, Batches, stream
 from ..data.chat import PromptFormat, Template
 from ..data.columns import Column, Text
 from ..data.examples import Examples, digest
 from ..errors import InputError
 from ..metrics import finite
-from ..metrics.generation import GenerationEval
+from ..metrics.generation import GenerationEval, Generations
 from ..metrics.scoring import Score, score
 from ..trainer import losses
 from ..trainer.step import Loss
@@ -62,6 +62,10 @@ class Instructions(HeldOut):
     name = "sft"
 
     @property
+    def primary(self) -> str:
+        return "loss" if self.score == "none" else "accuracy"
+
+    @property
     def form(self) -> PromptFormat:
         """How rows read."""
         prompt = None if self.prompt is None else Template(self.prompt)
@@ -87,6 +91,8 @@ class Instructions(HeldOut):
                 raise InputError(f"--{flag} {getattr(self, name)}: give at least 1")
         if self.questions < 0 or (self.score != "none" and not self.questions):
             raise InputError(f"--questions {self.questions}: give at least 1, or no --score")
+        if self.report_half and self.score != "none" and self.questions < 2:
+            raise InputError(f"--questions {self.questions}: --report-half needs at least 2")
         if not isinstance(config, models.DecoderConfig):
             raise InputError(f"--model is a {config.family} encoder: this recipe needs a decoder")
         if self.max_length > config.max_length:
@@ -123,8 +129,11 @@ class Instructions(HeldOut):
             found = questions.generations(tuning.forward, trainable, tuning.frozen)
             return questions.records(found)
 
+        numbers = {place: i for i, place in enumerate(held_out[readers.PLACE])}
+        rows = [numbers[place] for place in examples.places or ()]
+
         return Evaluation(
-            lambda tuning: self.measure(tuning, examples, questions),
+            lambda tuning: self.measure(tuning, examples, questions, rows),
             {"held-out rows": digest(examples.data, *right)},
             {"held-out rows": summary},
             generate if questions.prompts else None,
@@ -170,7 +179,11 @@ class Instructions(HeldOut):
         return questions
 
     def measure(
-        self, tuning: Tuning, examples: Examples, questions: GenerationEval
+        self,
+        tuning: Tuning,
+        examples: Examples,
+        questions: GenerationEval,
+        rows: Sequence[int] | None = None,
     ) -> Callable[[Any], Metrics]:
         """A function from what trains to the metrics of the held-out rows.
 
@@ -178,7 +191,14 @@ class Instructions(HeldOut):
         ``accuracy`` the share of correct answers among the generated ones, where they are scored.
         Rows and answers whose outputs are not finite are counted, as ``nonfinite`` and
         ``nonfinite_answers``; the function raises InputError where all are.
+
+        Args:
+          tuning: what trains, on which model.
+          examples: of the held-out rows.
+          questions: of the first of these rows.
+          rows: of which row each example is; each of its own if not given.
         """
+        of_row = np.arange(len(examples.data)) if rows is None else np.asarray(rows)
         batches = Batches(examples.data, self.eval_batch_size, shuffle=False)
         token_losses = losses.token_losses(tuning)
 
@@ -186,24 +206,35 @@ class Instructions(HeldOut):
         def measure(trainable: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, ...]:
             found, counts = token_losses(trainable, frozen, batch)
             good = jnp.all(jnp.isfinite(found), axis=1, where=counts)
-            return jnp.sum(found, where=counts), jnp.sum(counts), good
+            return jnp.sum(found, 1, where=counts), jnp.sum(counts, 1), good
 
         def evaluate(trainable: Any) -> Metrics:
-            total, weight, kept = 0.0, 0.0, []
+            parts = []
             for batch in stream(batches):
                 real = batch["weight"] > 0
-                part, count, good = measure(trainable, tuning.frozen, batch)
-                total, weight = total + float(part), weight + float(count)
-                kept += np.asarray(good)[real].tolist()
-            mean = total / weight
-            # A float has room for the perplexity of 709 nats.
-            metrics = {"loss": mean, "perplexity": math.inf if mean > 709 else math.exp(mean)}
-            metrics |= finite.count(kept)
+                computed = measure(trainable, tuning.frozen, batch)
+                parts.append([np.asarray(part)[real] for part in computed])
+            totals, weights, good = map(np.concatenate, zip(*parts, strict=True))
+            answers: Generations = []
             if questions.correct is not None:
-                found = questions.generations(tuning.forward, trainable, tuning.frozen)
-                metrics |= questions.accuracy(found)
-                metrics |= finite.count(found, "nonfinite_answers")
-            return metrics
+                answers = questions.generations(tuning.forward, trainable, tuning.frozen)
+
+            def score(rows: np.ndarray) -> Metrics:
+                its = np.isin(of_row, rows)
+                weight = float(weights[its].sum())
+                mean = float(totals[its].sum(dtype=float)) / weight if weight else math.nan
+                # A float has room for the perplexity of 709 nats.
+                metrics = {"loss": mean, "perplexity": math.inf if mean > 709 else math.exp(mean)}
+                metrics |= finite.count(good[its].tolist())
+                if questions.correct is not None:
+                    asked = rows[rows < len(answers)].tolist()
+                    metrics |= questions.accuracy(answers, asked)
+                    some = [answers[i] for i in asked]
+                    metrics |= finite.count(some, "nonfinite_answers")
+                return metrics
+
+            count = max(of_row.max() + 1, len(answers))
+            return self.scored(score, [row < len(answers) for row in range(count)])
 
         return evaluate
 

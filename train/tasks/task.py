@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
 
 from hyperadapt_jax import models
 from hyperadapt_jax.methods import Tuning
 
 from ..base import Base, tokenizer
 from ..errors import InputError
+from ..metrics.halves import halves, of_both
 from ..options import ModelOptions
 from ..trainer.loop import Metrics
 from ..trainer.step import Loss
@@ -86,10 +89,24 @@ class Evaluation:
 class Task:
     """What is learned. A subclass is a frozen dataclass, whose fields are its options."""
 
+    report_half: bool = False
+    """Choose the best step by one half of what is held out, and measure the other half beside it,
+    under the same names with "report/" before them. The halves do not depend on --seed."""
+
     @property
     def name(self) -> str:
         """What a run of it is called, such as ``mrpc``."""
         raise NotImplementedError
+
+    @property
+    def primary(self) -> str:
+        """The name of the metric that a result is first told by."""
+        raise NotImplementedError
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """Names of metrics of what the base model knows before, which a run may make it forget."""
+        return ()
 
     @property
     def num_labels(self) -> int | None:
@@ -123,8 +140,21 @@ class Task:
         raise NotImplementedError
 
     def criterion(self, metrics: Metrics) -> float:
-        """A number, higher is better, by which the best step is options."""
-        raise NotImplementedError
+        """A number, higher is better, by which the best step is chosen."""
+        return metrics[self.primary]
+
+    def scored(self, score: Callable[[np.ndarray], Metrics], groups: Sequence[Hashable]) -> Metrics:
+        """The metrics of what is held out; with ``report_half``, of each half.
+
+        Args:
+          score: from indices of rows to their metrics.
+          groups: a group for each row, such as its class, of which both halves get equally many.
+        """
+        return of_both(score, groups) if self.report_half else score(np.arange(len(groups)))
+
+    def reporting(self, groups: Sequence[Hashable]) -> np.ndarray:
+        """Indices of the rows by which a result is told: all, or the half that reports."""
+        return halves(groups)[1] if self.report_half else np.arange(len(groups))
 
     def elsewhere(self, **options: Any) -> Self:
         """The same task, measured on other data or in another way.

@@ -21,7 +21,7 @@ from hyperadapt_jax.tables import table
 
 from ..base import Base, fingerprint
 from ..data.batches import Batches, stream
-from ..errors import InputError, warn
+from ..errors import Diverged, InputError, warn
 from ..options import LARGEST, OptimizerOptions, RunOptions, identity_options
 from ..run.folder import ADAPTER
 from ..run.log import METRICS, Log, read_metrics
@@ -70,12 +70,18 @@ class Spent(NamedTuple):
       tokens: that it learned from, padding left out.
       seconds: of training, evaluating and saving. What a kill undid is not counted.
       sessions: one, and one more each time that it was resumed.
+      step_seconds: of one step, the mean over all but the first of a session; NaN for no others.
+      step_bytes: that the largest step takes on a device by XLA's analysis of its program: what it
+        is given, frozen weights included, what it gives, and what it holds meanwhile; None where
+        there is no such analysis.
     """
 
     steps: int
     tokens: int
     seconds: float
     sessions: int
+    step_seconds: float
+    step_bytes: int | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,6 +95,8 @@ class Result:
       best: metrics at the best evaluation.
       last: metrics after the last step.
       spent: what it took, over all sessions.
+      score: the criterion at the best evaluation.
+      sources: `Job.sources`.
     """
 
     trainable: Any
@@ -97,6 +105,8 @@ class Result:
     best: Metrics
     last: Metrics
     spent: Spent
+    score: float
+    sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def rows(self) -> tuple[list[str], list[list[str]]]:
@@ -117,9 +127,28 @@ class Result:
         return f"{text}\n\nbest after step {self.step}"
 
     @property
+    def count(self) -> int:
+        """The number of trainable parameters."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.trainable))
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """All but the arrays, for programs."""
+        return {
+            "best_step": self.step,
+            "score": self.score,
+            "before": self.before,
+            "best": self.best,
+            "last": self.last,
+            "trainable_parameters": self.count,
+            **self.spent._asdict(),
+            "sources": dict(self.sources),
+        }
+
+    @property
     def facts(self) -> dict[str, str]:
         """What the run took, for a report."""
-        steps, tokens, seconds, sessions = self.spent
+        steps, tokens, seconds, sessions, *_ = self.spent
         took = f"{tqdm.format_interval(seconds)}, with evaluations and checkpoints"
         if sessions > 1:
             took += f"; {sessions} sessions together, without what a kill undid"
@@ -172,8 +201,9 @@ def fit(
       metadata: what to keep with the adapter: the run's options, as `options.flat` gives them.
 
     Raises:
-      InputError: the loss was not finite for ``run.patience`` steps in a row, or the score in no
-        evaluation; the checkpoint is of another base model; a file cannot be written.
+      Diverged: the loss was not finite for ``run.patience`` steps in a row, or the score in no
+        evaluation.
+      InputError: the checkpoint is of another base model; a file cannot be written.
       Interrupted: SIGINT or SIGTERM came, and a checkpoint was written.
     """
     with Checkpoints(folder) as checkpoints, Signals() as signals:
@@ -189,7 +219,9 @@ def fit(
         sources = {SOURCES: {**job.sources, BASE: session.base_digest}} if job.sources else {}
         kept_with = {**identity_options(metadata or {}), **sources}
         write_adapter(folder / ADAPTER, job.base, job.tuning, trainable, kept_with)
-    return Result(trainable, best, before, metrics, session.metrics or {}, spent)
+    score = job.criterion(metrics)
+    last = session.metrics or {}
+    return Result(trainable, best, before, metrics, last, spent, score, job.sources)
 
 
 class _Session:
@@ -218,7 +250,7 @@ class _Session:
         matrices = models.matrices(job.base.config)
         chain = make_optimizer(optimizer, job.tuning, self.steps, matrices)
         rates = learning_rates(optimizer, job.tuning, self.steps)
-        self._step = make_step(job.loss, chain, rates, accumulate=run.accumulate)
+        self._step: Any = make_step(job.loss, chain, rates, accumulate=run.accumulate)
         self._state = start(job.tuning, chain, run.seed)
         self.base_digest = fingerprint(job.tuning.frozen)
         _free(job.tuning.trainable)
@@ -233,7 +265,7 @@ class _Session:
         self._began = self._saved = time.monotonic()
         self._tokens = 0  # of this session
         self._pending: list[tuple[int, Any, int]] = []
-        self._shapes: set[tuple[int, ...]] = set()  # that are compiled
+        self._shapes: dict[tuple[int, ...], Any] = {}  # of the batches that are compiled for
         self.log = Log(folder, self.steps, start_step=self.done, quiet=run.quiet, label=job.name)
         self.log.best = checkpoints.best
 
@@ -283,7 +315,7 @@ class _Session:
         """What trained as it was at the best evaluation, its step, and its metrics."""
         best = self._checkpoints.best
         if best is None:
-            raise InputError(
+            raise Diverged(
                 f"no evaluation of the run in {self.folder} gave a finite score, the last"
                 f" {self.job.criterion(self.metrics or {})}: start again with a lower --lr, or"
                 " --dtype float32"
@@ -298,16 +330,41 @@ class _Session:
     def total(self) -> Spent:
         """What the whole run took so far."""
         found = self.spent()
-        return Spent(self.steps, int(found["tokens"]), found["seconds"], int(found["sessions"]))
+        timed, held = found["timed_steps"], found["step_bytes"]
+        return Spent(
+            self.steps,
+            int(found["tokens"]),
+            found["seconds"],
+            int(found["sessions"]),
+            found["step_seconds"] / timed if timed else math.nan,
+            int(held) if held else None,
+        )
 
     def spent(self) -> dict[str, float]:
-        """Tokens, seconds and sessions of the run so far."""
-        seconds = time.monotonic() - self._began
-        return {
-            "tokens": self._earlier.get("tokens", 0) + self._tokens,
-            "seconds": self._earlier.get("seconds", 0.0) + seconds,
-            "sessions": self._earlier.get("sessions", 0) + (self._first < self.steps),
+        """What the run took so far, as numbers that add up over its sessions, or that stay."""
+        step_seconds, timed = self.log.timed
+        now = {
+            "tokens": self._tokens,
+            "seconds": time.monotonic() - self._began,
+            "sessions": self._first < self.steps,
+            "step_seconds": step_seconds,
+            "timed_steps": timed,
         }
+        spent = {name: self._earlier.get(name, 0) + number for name, number in now.items()}
+        return spent | {"step_bytes": self._step_bytes() or self._earlier.get("step_bytes", 0)}
+
+    def _step_bytes(self) -> int:
+        """What the step takes for the largest batch so far; 0 where nobody knows."""
+        if not self._shapes:
+            return 0
+        batch = self._shapes[max(self._shapes, key=math.prod)]
+        # JAX has kept the program that it compiled for these very arrays.
+        program = self._step.lower(self._state, self.job.tuning.frozen, batch).compile()
+        found = program.memory_analysis()
+        if found is None:
+            return 0
+        given = found.argument_size_in_bytes + found.output_size_in_bytes
+        return given - found.alias_size_in_bytes + found.temp_size_in_bytes
 
     def _due(self, every: int | None) -> bool:
         return self.done == self.steps or (every is not None and self.done % every == 0)
@@ -319,7 +376,7 @@ class _Session:
         known = shape in self._shapes
         with contextlib.nullcontext() if known else self.log.paused():  # it compiles
             self._state, metrics = self._step(self._state, self.job.tuning.frozen, batch)
-        self._shapes.add(shape)
+        self._shapes[shape] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
         self.done, self.metrics, self._tokens = self.done + 1, None, self._tokens + tokens
         self._pending.append((self.done, metrics, tokens))
 
@@ -337,7 +394,7 @@ class _Session:
             self.log.warn(f"the loss or its gradient is not finite in {where}: nothing was changed")
             if nonfinite >= self.run.patience:
                 self._save()
-                raise InputError(
+                raise Diverged(
                     f"the loss was not finite for {nonfinite} steps in a row, the last {where}; the"
                     f" state after step {step - nonfinite} is kept in {self.folder}: look at these"
                     " rows, or start again with a lower --lr"
@@ -353,7 +410,7 @@ class _Session:
         except InputError as error:
             if self.done:
                 self._save()
-            raise InputError(f"the evaluation after step {self.done}: {error}") from error
+            raise type(error)(f"the evaluation after step {self.done}: {error}") from error
         self.log.evaluation(self.done, found)
         if not math.isfinite(score := self.job.criterion(found)):
             self.log.warn(
@@ -363,14 +420,14 @@ class _Session:
 
     def _save(self) -> None:
         score = None if self.metrics is None else self.job.criterion(self.metrics)
-        known = CheckpointMetadata(
-            data=self._batches.get_state(),
-            base=self.base_digest,
-            metrics=self.metrics,
-            spent=self.spent(),
-            sources=dict(self.job.sources),
-        )
         with self.log.paused():
+            known = CheckpointMetadata(
+                data=self._batches.get_state(),
+                base=self.base_digest,
+                metrics=self.metrics,
+                spent=self.spent(),
+                sources=dict(self.job.sources),
+            )
             self._checkpoints.save(self._state, known, score)
         self._saved, self.log.best = time.monotonic(), self._checkpoints.best
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from hyperadapt_jax.methods import Tuning
-
-from ...metrics import finite
 from ...metrics.generation import GenerationEval
 from . import problems
 
@@ -46,16 +43,3 @@ def exam(kinds: Sequence[str], count: int, *, seed: int, tokenizer: Tokenizer) -
         correct=correct,
         groups=[problem.kind for problem in asked],
     )
-
-
-def measure(asked: GenerationEval, tuning: Tuning) -> Callable[[Any], dict[str, float]]:
-    """A function from what trains to the accuracy of each kind of problems.
-
-    It raises InputError where no answer has finite outputs.
-    """
-
-    def evaluate(trainable: Any) -> dict[str, float]:
-        answers = asked.generations(tuning.forward, trainable, tuning.frozen)
-        return asked.accuracy(answers) | finite.count(answers)
-
-    return evaluate
