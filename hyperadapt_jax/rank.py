@@ -26,6 +26,7 @@ from hyperadapt_jax.scales import (
     ScaleVectors,
     check,
     iter_stack,
+    stack_axes,
 )
 from hyperadapt_jax.tables import table
 
@@ -174,13 +175,16 @@ def analyze(
     scales: Scales,
     controls: Mapping[str, Mapping[str, Any]] | None = None,
     seed: int = 0,
+    *,
+    on_device: bool = False,
 ) -> RankReport:
     """Measures the rank of each adapted weight's update, together with controls.
 
     Every stack slice is a separate matrix, with the out axes as its rows and all others as its
-    columns (without an out axis: the in axes as its columns). The update is computed in float64 on
-    the host, from the vectors and the frozen weight: the difference of a merged weight and the
-    frozen one is rounding noise of full rank. Each matrix costs O(n m min(n, m)).
+    columns (without an out axis: the in axes as its columns). One matrix is held at a time. The
+    update is computed in float64 on the host, from the arrays and the frozen weight: the difference
+    of a merged weight and the frozen one is rounding noise of full rank. Each matrix costs
+    O(n m min(n, m)).
 
     The tolerance of the numerical rank is ``max(eps, max(n, m) * eps64)``, with the ``eps`` of the
     dtype in which the frozen weight, or the control, is stored: rounding a matrix to it makes
@@ -189,9 +193,12 @@ def analyze(
     Args:
       params: the frozen parameters, floating point.
       scales: the scale vectors.
-      controls: dense updates to compare with, ``{name: {path: dW}}``, such as LoRA's product or
-        full fine-tuning's difference, each in the shape of its weight; any subset of the paths.
+      controls: updates to compare with, ``{name: {path: update}}``: a dense one in the shape of its
+        weight, such as full fine-tuning's difference, or the ``ScaleVectors`` of another adapter;
+        any subset of the paths.
       seed: of the random arrays: Gaussian, with the norm of the trained ones, slice by slice.
+      on_device: decompose each matrix in float32 on JAX's default device, for accelerators: fast,
+        and the tolerance is ``max(n, m)`` times float32's eps at least. Else in float64 by LAPACK.
 
     Raises:
       ValueError: an adapter that does not fit the parameters, a control of another path or shape
@@ -211,30 +218,59 @@ def analyze(
         for path in updates:
             if path not in scales:
                 raise ValueError(f"{name}: {path}: is not adapted; {paths.suggest(path, scales)}")
+            if isinstance(updates[path], ScaleVectors):
+                try:
+                    check({path: updates[path]}, arrays)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from None
+                if stack_axes(updates[path].axes) != stack_axes(scales[path].axes):
+                    raise ValueError(f"{name}: {path}: has other stack axes than the adapter")
+                continue
             has, needs = np.shape(updates[path]), arrays[path].shape
             if has != needs:
                 raise ValueError(f"{name}: {path}: has shape {has}, but the weight has {needs}")
     for path, vectors in scales.items():
-        known = {**controls, BASE: arrays}
-        dense = {name: np.asarray(of[path]) for name, of in known.items() if path in of}
-        given = {name: np.asarray(array) for name, array in vectors.arrays.items()}
+        known = {name: of[path] for name, of in {**controls, BASE: arrays}.items() if path in of}
+        others = {name: x for name, x in known.items() if isinstance(x, ScaleVectors)}
+        dense = {name: np.asarray(x) for name, x in known.items() if name not in others}
+        given = {
+            f"{name}.{side}" if name else side: np.asarray(array)
+            for name, of in {"": vectors, **others}.items()
+            for side, array in of.arrays.items()
+        }
         for name, array in {**dense, **given}.items():
             if not jnp.issubdtype(array.dtype, jnp.floating):
                 raise ValueError(f"{name}: {path}: has dtype {array.dtype}, not a floating one")
             if not np.isfinite(array).all():
                 raise ValueError(f"{name}: {path}: has a NaN or an infinity")
-        spectra += _spectra(path, vectors, dense, seed)
+        spectra += _spectra(path, vectors, dense, others, seed, on_device)
     return RankReport(tuple(spectra))
 
 
 def _spectra(
-    path: str, vectors: ScaleVectors, dense: Mapping[str, np.ndarray], seed: int
+    path: str,
+    vectors: ScaleVectors,
+    dense: Mapping[str, np.ndarray],
+    others: Mapping[str, ScaleVectors],
+    seed: int,
+    on_device: bool,
 ) -> list[Spectrum]:
-    """Returns the spectra of one weight by slice; ``dense`` holds the controls and the weight."""
+    """Returns the spectra of one weight by slice.
+
+    Args:
+      path: the weight's.
+      vectors: what adapts it.
+      dense: the weight, and controls of its shape.
+      others: what adapts it in controls that are adapters.
+      seed, on_device: as in :func:`analyze`.
+    """
     roles = [role for role in vectors.axes.split() if role != "stack"]
     rows = [i for i, role in enumerate(roles) if role == ("out" if "out" in roles else "-")]
     spectra = []
-    for part, arrays in iter_stack(vectors, *dense.values()):
+    slices = (iter_stack(other, dense[BASE]) for other in others.values())
+    for (part, arrays), *adapters in zip(
+        iter_stack(vectors, *dense.values()), *slices, strict=True
+    ):
         given = {name: a.astype(np.float64) for name, a in zip(dense, arrays, strict=True)}
         base = given.pop(BASE)
         rng = np.random.default_rng([seed, zlib.crc32(path.encode()), *part.index])
@@ -246,6 +282,7 @@ def _spectra(
         sources = {
             UPDATE: part.update(base),
             **given,
+            **{n: other.update(base) for n, (other, _) in zip(others, adapters, strict=True)},
             RANDOM: noise.update(base),
             BASE: base,
         }
@@ -255,7 +292,12 @@ def _spectra(
             matrix = matrix.reshape(math.prod(matrix.shape[: len(rows)]), -1)
             eps = float(jnp.finfo(dense.get(source, dense[BASE]).dtype).eps)
             tolerance = max(eps, max(matrix.shape) * np.finfo(np.float64).eps)
-            singular = svd(matrix, compute_uv=False)
+            if on_device:
+                wide = np.asarray(jnp.linalg.svd(matrix.astype(np.float32), compute_uv=False))
+                singular = wide.astype(np.float64)
+                tolerance = max(tolerance, max(matrix.shape) * float(np.finfo(np.float32).eps))
+            else:
+                singular = svd(matrix, compute_uv=False)
             found[source] = singular, measure(singular, tolerance)
         added = low_rank[0].shape[-1] if low_rank else 0
         limit = bound(found[BASE][1].numerical, matrix.shape, len(deltas), added)

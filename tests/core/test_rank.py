@@ -1,10 +1,12 @@
 """The rank of updates against closed forms, and the report that people read."""
 
+import dataclasses
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -357,3 +359,38 @@ except ImportError as error:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr
     assert "update" in done.stdout and "pip install 'hyperadapt-jax[plot]'" in done.stdout
+
+
+def test_another_adapter_is_a_control_slice_by_slice():
+    """As its dense update is; LoRA's has the rank that it was given, and the bound knows it."""
+    params = {"w": jnp.asarray(np.random.default_rng(0).standard_normal((2, 12, 9)), jnp.float32)}
+    plan = ha.plan(params, ("w", "stack in out"))
+    vectors = {"w": ha.ScaleVectors(jnp.ones((2, 9)) / 3, jnp.ones((2, 12)) / 5, "stack in out")}
+    low = ha.init(plan.with_low_rank(2), jax.random.key(0))["w"]
+    low = dataclasses.replace(low, up=jnp.ones(low.up.shape).at[..., 1].set(jnp.arange(9.0)))
+    dense = jnp.einsum("lir,lor->lio", low.down, low.up)
+    found = ha.rank.analyze(params, vectors, {"lora": {"w": low}, "dense": {"w": dense}})
+    for index in ((0,), (1,)):
+        one, two = (spectrum(found, name, index) for name in ("lora", "dense"))
+        np.testing.assert_allclose(one.singular_values, two.singular_values, rtol=1e-4, atol=1e-5)
+        assert one.measures.numerical == 2
+    alone = ha.rank.analyze(params, {"w": low})
+    assert spectrum(alone, index=(0,)).bound == spectrum(alone, index=(0,)).measures.numerical == 2
+    assert spectrum(alone, "random", (0,)).measures.norm > 0
+    other = ha.ScaleVectors(jnp.ones(9), None, "- - out")
+    with pytest.raises(ValueError, match="other: w: has other stack axes"):
+        ha.rank.analyze(params, vectors, {"other": {"w": other}})
+
+
+def test_the_device_decomposes_in_float32():
+    """The same singular values to float32's precision, and the same ranks."""
+    params = {"w": jnp.asarray(np.random.default_rng(0).standard_normal((20, 9)), jnp.float32)}
+    plan = ha.plan(params, ("w", "in out")).with_low_rank(3, ["row"])
+    scales = jax.tree.map(lambda x: x + 0.1, ha.init(plan, jax.random.key(0)))
+    host, device = (ha.rank.analyze(params, scales, on_device=d) for d in (False, True))
+    for one, two in zip(host.spectra, device.spectra, strict=True):
+        largest = one.singular_values[0]
+        np.testing.assert_allclose(
+            two.singular_values, one.singular_values, rtol=1e-5, atol=1e-6 * largest
+        )
+        assert one.measures.numerical == two.measures.numerical and one.bound == two.bound

@@ -319,6 +319,32 @@ def test_rank_of_some_weights_and_layers(decoder, capsys, limit, layers):
     assert found == {key: whole[key] for key in keys}
 
 
+def test_rank_stands_next_to_other_runs(decoder, tmp_path, capsys):
+    """A low-rank adapter's update and full fine-tuning's, of the same base, layer by layer."""
+    model, scales, where = decoder
+    params = models.functional(model)[1]
+    plan = ha.plan(params, *models.targets(model.config, "qv")).with_low_rank(2)
+    noise = lambda x: x + jax.random.normal(jax.random.key(x.size), x.shape)  # noqa: E731
+    low = jax.tree.map(noise, ha.init(plan, jax.random.key(0)))
+    save(tmp_path / "low", model, low, where / "base")
+    other = models.functional(build(LLAMA, seed=7))[1]
+    save(tmp_path / "full", model, {}, where / "base", full=paths.arrays(other))
+    args = ["rank", "--adapter", str(where / "run"), "--folder", str(tmp_path), "--limit", "1"]
+    args += ["--weights", "q/kernel", "up/kernel", "--quiet"]
+    against = [f"lora={tmp_path / 'low'}", f"full={tmp_path / 'full'}"]
+    assert main([*args, "--against", *against]) == 0
+    rows = json.loads((tmp_path / rank.TABLE).read_text())
+    found = {(row["path"].split("/")[1], row["source"]): row for row in rows}
+    names = {"update", "random", "base", "full"}
+    assert set(found) == {(w, n) for w in ("q", "up") for n in names} | {("q", "lora")}
+    assert found["q", "lora"]["numerical"] == 2
+    step = np.asarray(other["layers"]["up"]["kernel"][0] - params["layers"]["up"]["kernel"][0])
+    assert found["up", "full"]["norm"] == pytest.approx(np.linalg.norm(step), rel=1e-5)
+    for text, reason in [("lora", "give NAME=PATH"), ("base=x", "choose another name")]:
+        refused(capsys, [*args, "--against", text], f"--against {text}: ")
+        refused(capsys, [*args, "--against", text], reason)
+
+
 def test_rank_refuses(decoder, tmp_path, capsys):
     model, _, where = decoder
     run = ["rank", "--adapter", str(where / "run")]
