@@ -108,8 +108,9 @@ class OptimizerOptions:
     muon_embeddings: bool = False
     """Let muon take the embedding and the head too."""
     lr: Annotated[float, SWEPT] = 1e-2
-    """Peak learning rate, of all that has none of its own. Several, such as 1e-3,3e-3,1e-2, are a
-    run each, in folders below --folder, with a table and a figure of them all."""
+    """Peak learning rate, of all that has none of its own. The default is for scale vectors:
+    low-rank terms want about a tenth of it. Several, such as 1e-3,3e-3,1e-2, are a run each, in
+    folders below --folder, with a table and a figure of them all."""
     row_lr: float | None = None
     """Peak learning rate of the output-side vectors."""
     col_lr: float | None = None

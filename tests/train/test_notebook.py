@@ -1,4 +1,4 @@
-"""The notebook runs, and what is committed is what such a run left."""
+"""The notebooks run, and what is committed is what such a run left."""
 
 import json
 import os
@@ -12,12 +12,13 @@ from nbformat.v4 import new_code_cell
 
 pytestmark = pytest.mark.usefixtures("optimized")
 
-NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "quickstart.ipynb"
+FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
+PICTURES = {"quickstart": 1, "compare": 2}
+ALL = pytest.mark.parametrize("name", PICTURES)
 
 
-@pytest.fixture
-def notebook():
-    return nbformat.read(NOTEBOOK, as_version=4)
+def read(name):
+    return nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
 
 
 def code(notebook):
@@ -28,39 +29,70 @@ def printed(cell):
     return "".join(o.text for o in cell.outputs if o.output_type == "stream" and o.name == "stdout")
 
 
-@pytest.mark.slow
-def test_it_runs_and_the_loss_falls(notebook, tmp_path):
-    (parameters,) = (c for c in code(notebook) if "parameters" in c.metadata.get("tags", ()))
-    parameters.source = "STEPS, BATCH, PROBLEMS = 20, 16, 16"
-    notebook.cells.append(new_code_cell("import json; print(json.dumps(losses))"))
-    client = NotebookClient(
-        notebook, timeout=300, resources={"metadata": {"path": str(NOTEBOOK.parent)}}
-    )
+def run(name, parameters, tmp_path):
+    """The notebook after a run with other parameters."""
+    notebook = read(name)
+    (cell,) = (c for c in code(notebook) if "parameters" in c.metadata.get("tags", ()))
+    cell.source = parameters
+    if name == "quickstart":
+        notebook.cells.append(new_code_cell("import json; print(json.dumps(losses))"))
+    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(FOLDER)}})
     # A user's process has one device, and a history of its own.
     client.execute(env={**os.environ, "XLA_FLAGS": "", "IPYTHONDIR": str(tmp_path)})
+    return notebook
+
+
+@pytest.mark.slow
+def test_the_quickstart_runs_and_the_loss_falls(tmp_path):
+    notebook = run("quickstart", "STEPS, BATCH, PROBLEMS = 20, 16, 16", tmp_path)
     losses = json.loads(printed(notebook.cells[-1]))
     assert len(losses) == 20 and sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
 
-def test_the_committed_one_ran_from_top_to_bottom(notebook):
+@pytest.mark.slow
+def test_the_comparison_runs_and_shows_every_method(tmp_path):
+    parameters = "STEPS, PROBLEMS, RATES, SEEDS = 2, 4, [1e-2], [0]"
+    parameters += '\nMETHODS = {"hyperadapt": {}, "rank-one": {"method": "lora", "rank": 1}}'
+    notebook = run("compare", parameters, tmp_path)
+    (text,) = tables(notebook)
+    assert "| hyperadapt |" in text and "| rank-one |" in text
+    assert pictures(notebook) == PICTURES["compare"]
+
+
+def tables(notebook):
+    outputs = [output for cell in code(notebook) for output in cell.outputs]
+    return [o.data["text/markdown"] for o in outputs if "text/markdown" in o.get("data", ())]
+
+
+def pictures(notebook):
+    outputs = [output for cell in code(notebook) for output in cell.outputs]
+    return sum("image/png" in output.get("data", ()) for output in outputs)
+
+
+@ALL
+def test_the_committed_one_ran_from_top_to_bottom(name):
+    notebook = read(name)
     nbformat.validate(notebook)
     cells = code(notebook)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     outputs = [output for cell in cells for output in cell.outputs]
     assert {output.output_type for output in outputs} == {"stream", "display_data"}
     assert {output.name for output in outputs if output.output_type == "stream"} == {"stdout"}
-    assert sum("image/png" in output.get("data", ()) for output in outputs) == 1
+    assert pictures(notebook) == PICTURES[name]
     for cell in cells:
         assert bool(printed(cell)) == ("print(" in cell.source), cell.source
 
 
-def test_the_committed_one_shows_that_the_model_learned(notebook):
+def test_the_committed_quickstart_shows_that_the_model_learned():
+    notebook = read("quickstart")
     (text,) = (printed(cell) for cell in code(notebook) if "% before" in printed(cell))
     before, after = re.search(r"ride +([\d.]+)% before, +([\d.]+)% after", text).groups()
     assert float(before) < 5 and float(after) > 80
 
 
-def test_it_names_no_machine(notebook):
+@ALL
+def test_it_names_no_machine(name):
+    notebook = read(name)
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             output.get("data", {}).pop("image/png", None)
@@ -69,4 +101,4 @@ def test_it_names_no_machine(notebook):
     address = re.search(r'REPOSITORY = \\"https://(github\.com/[\w-]+/\w+)\\"', text)[1]
     badge = re.search(r"colab\.research\.google\.com/([\w/-]+)/blob/main/([\w/.]+)\)", text)
     assert badge[1].replace("github/", "github.com/") == address
-    assert NOTEBOOK.parents[1] / badge[2] == NOTEBOOK
+    assert FOLDER.parent / badge[2] == FOLDER / f"{name}.ipynb"
