@@ -70,6 +70,7 @@ def save(
         by this process; a path that the base lacks; what JSON cannot hold; a folder with files.
 
     >>> import tempfile
+    >>> import jax.numpy as jnp
     >>> import hyperadapt_jax as ha
     >>> params = {"dense": {"kernel": jnp.ones((3, 5))}}
     >>> scales = ha.init(ha.plan(params, ha.Target("dense/kernel", "in out")))

@@ -103,6 +103,12 @@ class ScaleVectors:
     keys: Any = None
     dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
 
+    def __repr__(self) -> str:
+        named = [f"row={self.row!r}", f"col={self.col!r}", f"axes={self.axes!r}"]
+        more = {n: getattr(self, n) for n in ("down", "up", "keys")}
+        named += [f"{name}={array!r}" for name, array in more.items() if array is not None]
+        return f"ScaleVectors({', '.join(named)})"
+
     @property
     def arrays(self) -> dict[str, Any]:
         """The arrays that are not None, by their names in :data:`ARRAYS`."""
