@@ -1,9 +1,10 @@
-"""``adapt``: a function transformation that scales weights on the activations, and ``explain``.
+"""``adapt``: a function transformation that adapts weights on the activations, and ``explain``.
 
 The function is traced to a jaxpr, which is evaluated equation by equation with a separate value
 type for the targeted weights (``Scaled``, in ``interpreter``). A rule per primitive moves the
-vectors along with their weight until a contraction, where they multiply the activations. Every
-other equation runs as it is, and so does every weight that no rule can follow: it is materialized.
+vectors, and the sides of a low-rank term, along with their weight until a contraction, where they
+are applied to the activations. Every other equation runs as it is, and so does every weight that no
+rule can follow: it is materialized.
 """
 
 from __future__ import annotations
@@ -126,13 +127,15 @@ def adapt(
 ) -> Adapted:
     """Transforms ``fn(params, *args)`` into ``forward(params, scales, *args)``.
 
-    The same function with every weight ``W`` in scales replaced by ``diag(1+col) W diag(1+row)``
-    (kernels stored in x out), computed on the activations: no scaled copy of a weight and no
-    gradient of a weight's size. A weight is multiplied out where that costs less, as for a vector
-    that would repeat the activations many times. Scales multiply in float32, and nothing is
-    rounded that the function itself keeps. At zero deltas every product is exact, so the results
-    are the base's, bit for bit, as far as XLA compiles the rest of both programs alike (under jit
-    it may omit a rounding to bfloat16 that the base function states). It composes with
+    The same function with every weight ``W`` in scales replaced by
+    ``diag(1+col) (W + down up^T) diag(1+row)`` (kernels stored in x out), computed on the
+    activations: no adapted copy of a weight and no gradient of a weight's size. A weight is
+    multiplied out where that costs less, as for a vector that would repeat the activations many
+    times. Scales multiply in float32, and nothing is rounded that the function itself keeps; the
+    two products of a low-rank term run in the dtype of the activations. At zero deltas every
+    product is exact, so the results are the base's, bit for bit, as far as XLA compiles the rest of
+    both programs alike (under jit it may omit a rounding to bfloat16 that the base function
+    states). It composes with
     ``jit``, ``grad``, ``jvp``, ``vmap``, ``checkpoint``, ``shard_map`` and with itself, and
     enters those (and ``scan``, ``while_loop``, ``cond``) inside fn. A function with a custom
     derivative rule gets the multiplied-out weight, so that its rule holds.

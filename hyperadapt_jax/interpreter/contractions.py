@@ -51,7 +51,8 @@ def dot_general(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> 
 
     Where a vector spans contracted and free axes (experts that all see one input), its free axes
     become batch axes of the product: the other operand is repeated along them, and scaled. What is
-    a product already, such as looked-up rows, is an activation: its own vectors scale it.
+    a product already, such as looked-up rows, is an activation: its own vectors scale it. A
+    low-rank term adds a product of its own to the result, before vectors scale that.
     """
     operands, result = _settled(interpreter, eqn, operands), jax_versions.result_of(eqn)
     if any(map(low_rank_of, operands)) and all(isinstance(x, Scaled) for x in operands):
