@@ -244,20 +244,34 @@ def test_an_exported_adapter_gives_the_same_in_peft(
 
 
 @pytest.mark.parametrize("kind", ["vectors", "lora"])
-def test_a_base_in_bfloat16_merges_to_the_same_weights(kind: str, tmp_path: pathlib.Path) -> None:
-    """PEFT rounds as often as it does; what it makes lies within one rounding of ours."""
+def test_a_base_in_bfloat16_gives_the_same_logits_and_weights(
+    kind: str, tmp_path: pathlib.Path
+) -> None:
+    """As far as bfloat16 goes: weights within one rounding, logits about as near as PEFT's."""
     base, folder = tmp_path / "base", tmp_path / "adapter"
-    model, _, params, _ = saved_base(LLAMA, base, "bfloat16")
+    model, f, params, inputs = saved_base(LLAMA, base, "bfloat16")
     adapter, table = random_adapter(model, params, kind), models.tensors(model.config)
     ha.peft.save(folder, adapter, params, table)
-    merged = paths.arrays(ha.merge(params, adapter.scales))
+    mask = inputs["mask"]
+    exact = outputs_of(base, folder, inputs, merged=False)["logits"][mask]
+
+    def error(logits: Any) -> float:
+        found = np.asarray(logits, np.float32)[mask]
+        return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+
+    ours = error(ha.adapt(f)(params, adapter.scales, inputs["tokens"], mask=mask))
+    for merged in (False, True):
+        theirs = outputs_of(base, folder, inputs, merged=merged, dtype="bfloat16")["logits"]
+        assert ours < 1.5 * error(theirs) < 0.1, (ours, error(theirs))
+    dense = paths.arrays(ha.merge(params, adapter.scales))
     there = transformers.LlamaForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     there = peft.PeftModel.from_pretrained(there, folder).merge_and_unload().state_dict()
-    for place in ha.peft.places(table, {path: leaf.shape for path, leaf in merged.items()}):
+    for place in ha.peft.places(table, {path: leaf.shape for path, leaf in dense.items()}):
         if place.path in adapter.scales:
-            ours = place.of(np.asarray(merged[place.path], np.float32))
+            weight = place.of(np.asarray(dense[place.path], np.float32))
             theirs = there[place.name].float().numpy()
-            np.testing.assert_allclose(theirs, ours, rtol=2**-6, atol=2**-8 * np.abs(ours).max())
+            spacing = 2**-8 * np.abs(weight).max()
+            np.testing.assert_allclose(theirs, weight, rtol=2**-6, atol=spacing)
 
 
 READ = {
