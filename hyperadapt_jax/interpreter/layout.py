@@ -384,49 +384,45 @@ def _joined(operands: Operands, joined: int, new: bool, y: jax.Array) -> LowRank
     Along a new axis, or one that both sides of every term span, both sides are joined; else the
     ranks add up, and the part of each array is zero for the others' ranks.
     """
-    terms = [low_rank_of(x) for x in operands]
-    known = [term for term in terms if term is not None]
+
+    def shifted(factors: Factors) -> Factors:
+        return [(tuple(a + (new and a >= joined) for a in axes), x) for axes, x in factors]
+
+    found = [low_rank_of(x) for x in operands]
+    terms = [term and term.rebuilt(shifted(term.factors)) for term in found]
     sizes = [1 if new else value_of(x).shape[joined] for x in operands]
-    ranks = [0 if term is None else term.rank for term in terms]
-
-    def shift(axes: Sequence[int]) -> tuple[int, ...]:
-        return tuple(axis + (new and axis >= joined) for axis in axes)
-
-    both_span = [
-        size == 1 or joined in term.down_axes and joined in term.up_axes
-        for term, size in zip(terms, sizes, strict=True)
-        if term is not None
-    ]
-    stacked = (new or all(both_span)) and len({term.rank for term in known}) == 1
+    known = [(term, size) for term, size in zip(terms, sizes, strict=True) if term is not None]
+    first = known[0][0]
+    stacked = len({term.rank for term, _ in known}) == 1 and all(
+        size == 1 or joined in term.down_axes and joined in term.up_axes for term, size in known
+    )
+    spans = [{axis for term, _ in known for axis in term.factors[side][0]} for side in (0, 1)]
+    # One side at least must span the axis, so that a term is zero outside of its part.
+    for spanned in spans if stacked else spans[1:] if joined not in spans[0] else ():
+        spanned.add(joined)
     sides: list[tuple[tuple[int, ...], jax.Array]] = []
-    for side in (0, 1):
-        spans = {axis for term in known for axis in shift(term.factors[side][0])}
-        # One side at least must span the axis, so that a term is zero outside of its part.
-        others = {axis for term in known for axis in shift(term.factors[1 - side][0])}
-        if stacked or side == 1 and joined not in others:
-            spans.add(joined)
-        axes = tuple(sorted(spans))
-        parts, first = [], 0
-        for term, size, rank in zip(terms, sizes, ranks, strict=True):
+    for side, axes in enumerate(map(tuple, map(sorted, spans))):
+        parts = []
+        for term, size in zip(terms, sizes, strict=True):
             shape = [size if axis == joined else y.shape[axis] for axis in axes]
-            before, after = first, sum(ranks) - first - rank
-            first += rank
-            if term is None and not (stacked or joined in axes):
-                continue
             if term is None:
-                width = known[0].rank if stacked else sum(ranks)
-                parts.append(jnp.zeros((*shape, width), known[0].up.dtype))
+                parts.append(jnp.zeros((*shape, first.rank if stacked else 0), first.up.dtype))
                 continue
             own, array = term.factors[side]
-            missing = [i for i, axis in enumerate(axes) if axis not in shift(own)]
-            array = jnp.broadcast_to(jnp.expand_dims(array, missing), (*shape, rank))
-            if not stacked and joined in axes:
-                array = jnp.pad(array, [(0, 0)] * len(axes) + [(before, after)])
-            parts.append(array)
-        sides.append((axes, jnp.concatenate(parts, axes.index(joined) if joined in axes else -1)))
-    keys = known[0].keys
-    keys = keys if keys is None else keys.reshape(-1, keys.shape[-1])[0]
-    return dataclasses.replace(known[0], keys=None, keys_axes=()).rebuilt(sides).dropped(keys)
+            array = jnp.expand_dims(array, [i for i, axis in enumerate(axes) if axis not in own])
+            parts.append(jnp.broadcast_to(array, (*shape, term.rank)))
+        if joined in axes and not stacked:
+            ends = np.cumsum([part.shape[-1] for part in parts]).tolist()
+            empty = [(0, 0)] * len(axes)
+            parts = [
+                jnp.pad(part, [*empty, (end - part.shape[-1], ends[-1] - end)])
+                for part, end in zip(parts, ends, strict=True)
+            ]
+        sides.append(
+            (axes, lax.concatenate(parts, axes.index(joined) if joined in axes else len(axes)))
+        )
+    keys = None if first.keys is None else first.keys.reshape(-1, first.keys.shape[-1])[0]
+    return dataclasses.replace(first, keys=None, keys_axes=()).rebuilt(sides).dropped(keys)
 
 
 def pad(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Results:
