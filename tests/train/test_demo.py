@@ -14,19 +14,11 @@ from hyperadapt_jax import models
 from train.__main__ import main
 from train.recipes import demo, pretrain
 from train.run.log import read_metrics
-from train.tasks.arithmetic import exam, problems, task
+from train.tasks.arithmetic import exam, problems
 from train.tasks.arithmetic.task import OneStep, TwoSteps
 
 TINY = demo.TINY
 SHORT = "demo --steps 4 --eval-every 2 --texts 64 --problems 3 --quiet --folder"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def watched():
-    """As many problems while a run trains as `SHORT` has in the end: one program answers both."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(task, "WATCHED", 3)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -166,9 +158,8 @@ def test_pretraining_writes_a_folder_that_others_can_read(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_shortened_demo_learns(tmp_path, monkeypatch, optimized):
+def test_a_shortened_demo_learns(tmp_path, optimized):
     """A few of its steps: the loss falls to a fraction; the answers come later."""
-    monkeypatch.setattr(task, "WATCHED", 32)
     folder = tmp_path / "run"
     command = "demo --steps 60 --eval-every 60 --problems 32 --quiet --folder"
     assert main(words(command, folder)) == 0

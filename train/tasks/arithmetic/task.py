@@ -18,7 +18,7 @@ from ..task import Evaluation, Metrics, Setting, Task, Training
 from . import problems
 from .exam import exam, measure
 
-WATCHED = 128  # problems of each kind while the demo trains, others than in the end
+WATCHED = 128  # at most, of each kind, while the demo trains; others than in the end
 MOST = 10_000_000  # problems or texts, which are made on the spot
 
 
@@ -65,7 +65,8 @@ class TwoSteps(Arithmetic):
     def prepare(self, setting: Setting) -> tuple[Training, Evaluation]:
         tokenizer = _words(setting)
         drawn = problems.draw("ride", self.texts, seed=setting.seed, held=False)
-        watched = exam(list(self.kinds), WATCHED, seed=2, tokenizer=tokenizer)
+        count = min(WATCHED, self.problems)
+        watched = exam(list(self.kinds), count, seed=2, tokenizer=tokenizer)
         examples = problems.examples(drawn, tokenizer, answers_alone=True)
         return Training(examples), Evaluation(lambda tuning: measure(watched, tuning))
 
