@@ -12,6 +12,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("MPLBACKEND", "Agg")
+# The tests' matrices are small, and threads of several workers that wait for one another spin.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Most tests compile far longer than they compute; the others ask for the fixture `optimized`.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 

@@ -75,12 +75,18 @@ def pairs(config: decoder.Decoder) -> dict[str, dict[str, tuple[Callable, Any]]]
 def measure(every: dict[str, dict[str, Any]], repeats: int) -> dict[str, dict[str, list[float]]]:
     """Seconds of each repeat, ``{what: {"base": [...], "adapted": [...]}}``, after a first one."""
     seconds = {what: {which: [] for which in pair} for what, pair in every.items()}
-    for repeat in range(repeats + 1):
-        for what, pair in every.items():
-            for which, (fn, args) in pair.items():
-                taken = lower_seconds(fn, args)
-                if repeat:
-                    seconds[what][which].append(taken)
+    jax.clear_caches()
+    gc.collect()
+    gc.freeze()  # what the process holds already is not looked through before each
+    try:
+        for repeat in range(repeats + 1):
+            for what, pair in every.items():
+                for which, (fn, args) in pair.items():
+                    taken = lower_seconds(fn, args)
+                    if repeat:
+                        seconds[what][which].append(taken)
+    finally:
+        gc.unfreeze()
     return seconds
 
 

@@ -10,8 +10,6 @@ import pytest
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell
 
-pytestmark = pytest.mark.usefixtures("optimized")
-
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 PICTURES = {"quickstart": 1, "compare": 2}
 ALL = pytest.mark.parametrize("name", PICTURES)

@@ -25,7 +25,7 @@ from train.trainer.step import start
 STEPS = 60
 # Children that have the imports behind them, and are killed and signalled in place of the tests.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["jax", "orbax.checkpoint", "grain", "transformers"])
+FORKS.set_forkserver_preload(["tests.train.tiny", "transformers"])
 
 
 @pytest.fixture(scope="module")

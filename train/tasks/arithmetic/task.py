@@ -21,7 +21,7 @@ from ..task import Evaluation, Metrics, Setting, Task, Training
 from . import problems
 from .exam import exam
 
-WATCHED = 128  # problems of each kind while the demo trains, others than in the end
+WATCHED = 128  # at most, of each kind, while the demo trains; others than in the end
 MOST = 10_000_000  # problems or texts, which are made on the spot
 
 
@@ -90,7 +90,8 @@ class TwoSteps(Arithmetic):
         examples = problems.examples(drawn, tokenizer, answers_alone=True)
         if self.report_half:  # the other half is as good as problems of their own
             return Training(examples), self.evaluation(setting)
-        watched = exam(list(self.kinds), WATCHED, seed=2, tokenizer=tokenizer)
+        count = min(WATCHED, self.problems)
+        watched = exam(list(self.kinds), count, seed=2, tokenizer=tokenizer)
         return Training(examples), Evaluation(lambda tuning: self.measure(tuning, watched))
 
 
