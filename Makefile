@@ -23,7 +23,7 @@ PYTHON   ?= $(firstword $(supported))
 
 # Tests never reach for the network or for an accelerator.
 offline := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 JAX_PLATFORMS=cpu
-PYTEST  := $(offline) $(bin)/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST  := $(offline) $(bin)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo test parity lowest bench lint other-python clean
 .DELETE_ON_ERROR:
