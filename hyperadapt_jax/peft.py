@@ -360,6 +360,8 @@ _KINDS = {
 
 
 class _Reader:
+    """One adapter of PEFT: its configuration and tensors, and the base that it is for."""
+
     def __init__(
         self,
         config: Mapping[str, Any],

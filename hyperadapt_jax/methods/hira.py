@@ -1,9 +1,8 @@
 """HiRA (ICLR 2025, openreview TwJrTz9cRS): ``W + W * (up down)``, entry by entry.
 
-Its update is a weight-sized product of W with a low-rank matrix: neither scale vectors nor a
-low-rank term give it, so each weight is made anew in every pass, at the cost in time and memory
-that METHODS without that do not have. It is here to be compared with: of rank 1 it trains as many
-parameters as HyperAdapt.
+Neither scale vectors nor a low-rank term give a product with a low-rank matrix, entry by entry: so
+each weight is made anew in every pass, which costs about as many operations as full fine-tuning. It
+is here to be compared with: of rank 1 it trains as many parameters as HyperAdapt.
 """
 
 from __future__ import annotations
