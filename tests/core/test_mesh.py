@@ -97,9 +97,6 @@ def forward(params, x, layout=None, kind=AUTO, policy=None):
     return jnp.mean(jax.lax.scan(block, x, params)[0] ** 2)
 
 
-RANKS = pytest.mark.parametrize("rank", [None, 2], ids=["vectors", "low-rank"])
-
-
 def inputs(rank=None):
     def normal(*shape):
         return rng.standard_normal(shape, np.float32)
@@ -185,11 +182,11 @@ def assert_sharded_alike(got, want):
 
 
 @pytest.mark.parametrize(
-    "name, kind",
-    [(name, AUTO) for name in LAYOUTS]
-    + [(name, EXPLICIT) for name in ("8-fsdp", "4x2-data-tensor", "2x2x2")],
+    "name, kind, rank",
+    [(name, AUTO, None) for name in LAYOUTS]
+    + [(name, EXPLICIT, None) for name in ("8-fsdp", "4x2-data-tensor", "2x2x2")]
+    + [("8-tensor", AUTO, 2), ("4x2-fsdp-tensor", AUTO, 2), ("2x2x2", EXPLICIT, 2)],
 )
-@RANKS
 def test_adds_only_reductions_of_vectors(name, kind, rank):
     layout = LAYOUTS[name]
     mesh = layout.make(kind)
@@ -286,10 +283,15 @@ def local_forward(params, x, layout):
 
 
 @pytest.mark.parametrize(
-    "name, where",
-    [("4x2-data-tensor", "inside"), ("4x2-fsdp-tensor", "inside"), ("4x2-fsdp-tensor", "around")],
+    "name, where, rank",
+    [
+        ("4x2-data-tensor", "inside", None),
+        ("4x2-fsdp-tensor", "inside", None),
+        ("4x2-fsdp-tensor", "inside", 2),
+        ("4x2-fsdp-tensor", "around", None),
+        ("4x2-fsdp-tensor", "around", 2),
+    ],
 )
-@RANKS
 def test_shard_map(name, where, rank):
     layout = LAYOUTS[name]
     mesh = layout.make(AUTO)
