@@ -170,8 +170,7 @@ class Plan:
         >>> low_rank.weights[0].arrays, low_rank.count
         ({'down': (3, 2), 'up': (5, 2)}, 16)
         """
-        if rank < 1:
-            raise PlanError(f"rank: is {rank}; give at least 1")
+        check_rank(rank)
         changed = [
             dataclasses.replace(w, rank=rank, sides=tuple(s for s in w.sides if s in sides))
             for w in self.weights
@@ -266,9 +265,6 @@ def plan(
     return Plan(tuple(weights), total).restrict(sides)
 
 
-_NONE: dict[str, Any] = dict.fromkeys(SIDES)
-
-
 def init(plan: Plan, key: jax.Array | None = None) -> Scales:
     """Returns initial arrays for a plan, with which the adapted model equals the base.
 
@@ -294,7 +290,8 @@ def init(plan: Plan, key: jax.Array | None = None) -> Scales:
     """
     scales = {}
     for i, w in enumerate(plan.weights):
-        places, arrays = w.shardings, _NONE.copy()
+        places = w.shardings
+        arrays: dict[str, Any] = dict.fromkeys(SIDES)
         for name, shape in w.arrays.items():
             if name == "down":
                 if key is None:
@@ -337,6 +334,12 @@ def _check(path: str, leaf: Any, target: Target) -> None:
             f"{path}: has dtype {leaf.dtype}, which cannot be scaled; if these are codes that the"
             " function dequantizes itself, pass Target(..., quantized=True)"
         )
+
+
+def check_rank(rank: int) -> None:
+    """Raises PlanError where a rank is not positive."""
+    if rank < 1:
+        raise PlanError(f"rank: is {rank}; give at least 1")
 
 
 def check_tied(chosen: dict[str, Target], arrays: dict[str, Any]) -> None:

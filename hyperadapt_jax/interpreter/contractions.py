@@ -16,7 +16,7 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 
 from hyperadapt_jax.interpreter import jax_versions
-from hyperadapt_jax.interpreter.interpreter import Interpreter
+from hyperadapt_jax.interpreter.interpreter import BOTH, Interpreter
 from hyperadapt_jax.interpreter.values import (
     Factors,
     LowRank,
@@ -34,8 +34,6 @@ from hyperadapt_jax.interpreter.values import (
     value_of,
     vector_like,
 )
-
-BOTH = "it is multiplied with another adapted weight"
 
 # What an axis of a contraction is called: ("contract", i) or ("batch", i), the same on both sides;
 # ("free", side, axis); or GROUP, that of the groups of a ragged dot, or RANK, of a low-rank term.
@@ -71,7 +69,7 @@ def dot_general(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> 
         free = [name for name in names[side] if name[0] == "free"]
         shared = [name for name in free if any(name in spans for spans, _ in go)]
         pending = isinstance(operand, Scaled) and not operand.product
-        if pending and is_inexact(value_of(operand)):
+        if factors and pending and is_inexact(value_of(operand)):
             repeats = math.prod(sizes[name] for name in shared)
             if why := _dearer(operands, side, result, products, repeats, len(stay), len(go)):
                 [operands[side]] = interpreter.materialize(eqn, [operand], why)
@@ -179,7 +177,6 @@ def _apply(
     added = None
     for side in (0, 1):
         if (term := low_rank_of(operands[side])) is not None:
-            interpreter.record(eqn, operands[side])
             other = Named(_dropped(values[1 - side], term), names[1 - side])
             added = _low_rank(eqn, other, term, names[side], out, *others)
     return _scale_result(interpreter, eqn, operands, y, _placed(out, after), added)

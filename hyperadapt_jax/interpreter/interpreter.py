@@ -25,6 +25,7 @@ from hyperadapt_jax.scales import ScaleVectors, side_axes, stack_axes
 
 ON_ACTIVATIONS = "on activations"
 MATERIALIZED = "materialized"
+BOTH = "it is multiplied with another adapted weight"
 
 # Zeros in, zeros out.
 KEEPS_ZEROS = frozenset(
@@ -167,7 +168,7 @@ class Interpreter:
         if isinstance(weight, Scaled):
             self._note(weight, ON_ACTIVATIONS, eqn)
         if isinstance(onto, Scaled):
-            self._note(onto, MATERIALIZED, eqn, "it is multiplied with another adapted weight")
+            self._note(onto, MATERIALIZED, eqn, BOTH)
 
     def materialize(
         self, eqn: JaxprEqn | None, operands: Operands, reason: str = ""

@@ -216,12 +216,8 @@ def neg(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Results:
     [x] = operands
     assert isinstance(x, Scaled)
     [y] = jax_versions.bind(eqn, x.value)
-    return [dataclasses.replace(x, value=y, low_rank=multiplied(x, -1))]
-
-
-def multiplied(x: Scaled, number: Any) -> LowRank | None:
-    """The low-rank term of a weight that is multiplied by a number; of codes, it waits."""
-    return x.low_rank if x.low_rank is None or x.codes else x.low_rank.times(number)
+    term = x.low_rank if x.low_rank is None or x.codes else x.low_rank.times(-1)
+    return [dataclasses.replace(x, value=y, low_rank=term)]
 
 
 def reduce_sum(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Results:
@@ -359,7 +355,7 @@ def concatenate(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> 
         if any(x.codes for x in scaled):
             return None
         low_rank = _joined(operands, joined, new, y)
-        if low_rank is not None and low_rank.down.size + low_rank.up.size > y.size:
+        if low_rank.down.size + low_rank.up.size > y.size:
             return None  # as large as the weights themselves
     for (spans, _), column in columns.items():
         shape = [y.shape[axis] for axis in spans]
@@ -378,7 +374,7 @@ def concatenate(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> 
     return [Scaled.of(y, factors, origin_of(*scaled), product, codes_left, low_rank)]
 
 
-def _joined(operands: Operands, joined: int, new: bool, y: jax.Array) -> LowRank | None:
+def _joined(operands: Operands, joined: int, new: bool, y: jax.Array) -> LowRank:
     """The low-rank terms of arrays that are joined along an axis, as one term.
 
     Along a new axis, or one that both sides of every term span, both sides are joined; else the
@@ -422,7 +418,7 @@ def _joined(operands: Operands, joined: int, new: bool, y: jax.Array) -> LowRank
             (axes, lax.concatenate(parts, axes.index(joined) if joined in axes else len(axes)))
         )
     keys = None if first.keys is None else first.keys.reshape(-1, first.keys.shape[-1])[0]
-    return dataclasses.replace(first, keys=None, keys_axes=()).rebuilt(sides).dropped(keys)
+    return dataclasses.replace(first, keys=keys, keys_axes=()).rebuilt(sides)
 
 
 def pad(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> Results:

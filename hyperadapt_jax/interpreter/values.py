@@ -57,7 +57,9 @@ class LowRank:
         changed |= {f"{name}_axes": tuple(a) for name, a in zip(names, axes, strict=True)}
         return dataclasses.replace(self, **changed)
 
-    def moved(self, move: Callable[[tuple[int, ...], Any], tuple[Any, Any] | None]) -> Any:
+    def moved(
+        self, move: Callable[[tuple[int, ...], Any], tuple[Any, Any] | None]
+    ) -> LowRank | None:
         """The term after a step that moves vectors: each array moves as vectors on its axes do.
 
         Args:
@@ -80,10 +82,6 @@ class LowRank:
                 return None
             factors.append((spans[0], vectors))
         return self.rebuilt(factors)
-
-    def dropped(self, keys: Any, axes: tuple[int, ...] = ()) -> LowRank:
-        """The term with these keys for dropout."""
-        return dataclasses.replace(self, keys=keys, keys_axes=axes)
 
     def times(self, number: Any) -> LowRank:
         """The term, multiplied by one number."""
@@ -211,12 +209,11 @@ def scale(
     """
     dtype = x.dtype if dtype is None else dtype
     wide = compute_dtype(dtype)
-    terms = [] if added is None else [added]
 
-    def product(x: jax.Array, terms: list[jax.Array], *deltas: jax.Array) -> jax.Array:
+    def product(x: jax.Array, added: jax.Array | None, *deltas: jax.Array) -> jax.Array:
         y = x.astype(wide)
-        for term in terms:
-            y = y + term.astype(wide)
+        if added is not None:
+            y = y + added.astype(wide)
         for (axes, _), delta in zip(factors, deltas, strict=True):
             y = y * broadcast_scale(delta.astype(wide), axes, x.ndim)
         return y.astype(dtype)
@@ -224,7 +221,7 @@ def scale(
     # A narrow operand is kept for the backward pass as it is, not as a copy in float32.
     if x.dtype != wide and factors:
         product = jax.checkpoint(product, prevent_cse=False)
-    return product(x, terms, *(delta for _, delta in factors))
+    return product(x, added, *(delta for _, delta in factors))
 
 
 def multiplied_out(x: Scaled, dtype: Any = None) -> jax.Array:

@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 
-from hyperadapt_jax.methods.method import Method, check_rank
-from hyperadapt_jax.plan import Plan, init
+from hyperadapt_jax.methods.method import Method
+from hyperadapt_jax.plan import Plan, check_rank, init
 from hyperadapt_jax.scales import Scales, side_axes, stack_axes
 
 

@@ -15,6 +15,7 @@ from hyperadapt_jax.adapter import Adapter
 from hyperadapt_jax.plan import Plan
 from hyperadapt_jax.scales import Scales, compute_dtype
 from hyperadapt_jax.trainable import combine, split
+from hyperadapt_jax.trainable import labels as label_tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,11 +186,7 @@ def restore(fn: Callable[..., Any], params: Any, adapter: Adapter) -> Tuning:
     pattern = "|".join(map(re.escape, adapter.full)) or None
     trainable, frozen = split(params, adapter.scales, full=pattern)
     trainable["full"] = dict(adapter.full)
-    labels = {
-        "scales": method.labels(trainable["scales"]),
-        "full": dict.fromkeys(trainable["full"], "full"),
-    }
-    return Tuning(_forward(method, fn), fn, trainable, frozen, labels, method, None)
+    return Tuning(_forward(method, fn), fn, trainable, frozen, label_tree(trainable), method, None)
 
 
 def _forward(
@@ -209,12 +206,6 @@ def _forward(
         return transformed(params, scales, *args, **kwargs)
 
     return forward
-
-
-def check_rank(rank: int) -> None:
-    """Raises ValueError where a rank is not positive."""
-    if rank < 1:
-        raise ValueError(f"rank: is {rank}; give at least 1")
 
 
 def _regex(pattern: paths.Pattern) -> str:

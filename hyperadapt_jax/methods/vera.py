@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from hyperadapt_jax import paths
-from hyperadapt_jax.methods.method import Method, check_rank
-from hyperadapt_jax.plan import Plan
+from hyperadapt_jax.methods.method import Method
+from hyperadapt_jax.plan import Plan, check_rank
 from hyperadapt_jax.scales import Scales, ScaleVectors, side_axes, stack_axes
 
 

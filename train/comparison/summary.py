@@ -71,8 +71,7 @@ class MethodSummary:
 
         The highest of those that did not diverge is no edge.
         """
-        rates = sorted(run.planned.lr for run in self.sweep)
-        return len(rates) > 1 and self.lr in (rates[0], rates[-1])
+        return at_edge(self.sweep, self.lr)
 
     @property
     def done(self) -> list[Outcome]:
@@ -126,6 +125,12 @@ def choose(sweep: Sequence[Outcome]) -> float | None:
     good = [run for run in sweep if not run.error]
     best = max(good, key=lambda run: (run.score, -run.planned.lr), default=None)
     return None if best is None else best.planned.lr
+
+
+def at_edge(sweep: Sequence[Outcome], lr: float | None) -> bool:
+    """Whether a rate is the lowest or the highest of several that were tried."""
+    rates = [run.planned.lr for run in sweep]
+    return len(rates) > 1 and lr in (min(rates), max(rates))
 
 
 def spreads(found: Sequence[Metrics]) -> dict[str, Spread]:

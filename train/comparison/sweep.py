@@ -14,7 +14,7 @@ from ..files import write, write_json
 from ..run.plots import draw
 from .figures import by_rate
 from .runs import Outcome, Planned, Runs, check, check_rate, make_folder, shared_programs
-from .summary import choose
+from .summary import at_edge, choose
 
 TABLE, NUMBERS, FIGURE = "sweep.md", "sweep.json", "lr.png"
 
@@ -64,8 +64,7 @@ def sweep(
         raise Diverged(f"the runs of all learning rates diverged: {outcomes[0].error}")
     _write(folder, recipe, task.primary, outcomes, best, command)
     if not first.run.quiet:
-        rates = [run.planned.lr for run in outcomes]
-        where = ", at the edge of the sweep" if best in (min(rates), max(rates)) else ""
+        where = ", at the edge of the sweep" if at_edge(outcomes, best) else ""
         print(f"\n{_table(outcomes, best)}\n")
         print(f"the best learning rate is {best:g}{where}: {folder / f'lr-{best}'}")
         print(f"{TABLE}, {NUMBERS} and {FIGURE} are in {folder}")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from .. import base, methods
 from ..assembly import write_rows
 from ..data.examples import identity
 from ..errors import InputError, warn
-from ..files import write
+from ..files import write_json
 from ..options import CONFIG, Place, parse, read_config
 from ..run.folder import ADAPTER
 from ..tasks.task import Evaluation, Setting
@@ -91,8 +89,7 @@ def run(options: Options) -> None:
     if options.predictions is not None:
         write_rows(options.predictions, evaluation.generate(tuning, trained))
     if options.metrics is not None:
-        known = {k: value if math.isfinite(value) else None for k, value in metrics.items()}
-        write(options.metrics, json.dumps(known, indent=2) + "\n")
+        write_json(options.metrics, metrics)
     if not options.quiet:
         rows = [[name, f"{value:.4f}"] for name, value in metrics.items()]
         print(table(["metric", "value"], rows, right="value"))
