@@ -369,7 +369,8 @@ class _Reader:
         params: Any,
         tensors: Sequence[Row],
     ):
-        self.config, self.files = config, dict(files)
+        self.config = config
+        self.files = dict(sorted(files.items()))  # a file of safetensors has no order
         self.kind = config.get("peft_type")
         self.arrays = paths.arrays(params)
         shapes = {path: leaf.shape for path, leaf in self.arrays.items()}

@@ -259,7 +259,7 @@ def _read_headers(folder: Path) -> dict[str, Stored]:
     for name in files:
         file = folder / name
         with open_file(file) as reader:
-            for key in reader.keys():
+            for key in sorted(reader.keys()):
                 if key in found:
                     raise CheckpointError(f"{key} stands in both {found[key].file} and {file}")
                 if weight_map is not None and weight_map.get(key) != name:
