@@ -83,7 +83,9 @@ def _decodes(interpreter: Interpreter, operands: Operands) -> bool:
     """Codes, with nothing but frozen arrays; or looked-up codes, whose zero points may be too."""
     rest = [x for x in operands if not isinstance(x, Scaled)]
     scaled = [x for x in operands if isinstance(x, Scaled)]
-    return all(x.codes for x in scaled) and (scaled[0].product or all(interpreter.are_frozen(rest)))
+    if not scaled or not all(x.codes for x in scaled):
+        return False
+    return scaled[0].product or all(interpreter.are_frozen(rest))
 
 
 def still_codes(interpreter: Interpreter, operands: Operands) -> bool:

@@ -63,7 +63,9 @@ def moves_factors(move: Move) -> Rule:
         if factors is None or low_rank is None is not x.low_rank:
             return None
         [y] = jax_versions.bind(eqn, x.value, *others)
-        return [moved(x, y, factors, vector_like(y.shape), low_rank)]
+        # Codes become a weight yet, however few they are, unless the data says which they are.
+        stays = x.codes and all(interpreter.are_frozen(others))
+        return [moved(x, y, factors, vector_like(y.shape) and not stays, low_rank)]
 
     return rule
 
@@ -245,7 +247,7 @@ def reduce_sum(interpreter: Interpreter, eqn: JaxprEqn, operands: Operands) -> R
             ]
         ).times(repeats)
     [y] = jax_versions.bind(eqn, x.value)
-    return [moved(x, y, factors, vector_like(y.shape), low_rank)]
+    return [moved(x, y, factors, vector_like(y.shape) and not x.codes, low_rank)]
 
 
 @moves_factors

@@ -239,6 +239,10 @@ CASES = {
     "split weight": Case(
         lambda p, x: sum(x @ w for w in jnp.split(p["w"], 2, 1)), SQUARE, IN_OUT, (X,)
     ),
+    "a row times a column": Case(lambda p, x: x * p["w"], {"w": draw(6, 1, 2)}, IN_OUT, (X[:, :1],)),
+    "one number times a column": Case(
+        lambda p, x: jnp.tanh(x * p["w"]), {"w": draw(6, 1, 1)}, IN_OUT, (X[:, :1],)
+    ),
     "broadcast": Case(lambda p, x: x @ jnp.broadcast_to(p["w"], (2, 8, 8)), SQUARE, IN_OUT, (BTD,)),
     "stop gradient": Case(lambda p, x: x @ lax.stop_gradient(p["w"]), SQUARE, IN_OUT, (X,)),
     "barrier": Case(
@@ -269,6 +273,7 @@ CASES = {
         {"w": draw(6, 9, 4), "v": draw(7, 4, 8), "u": draw(8, 4, 8)},
         [("w|v", "in out")],
         (jnp.array([[1, 8, 3]]),),
+        exact=False,  # compiled, a norm's sum + x * x is rounded once, and factors between part them
     ),
     "embedding, convolution": Case(
         lambda p, t: conv({"w": p["v"]}, p["w"][t]),

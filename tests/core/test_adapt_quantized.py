@@ -187,6 +187,33 @@ def test_a_quantized_embedding_takes_off_its_zero_points_and_not_what_is_added()
     assert error(got, want) < 1e-5
 
 
+@pytest.mark.parametrize("shape", [(6,), (6, 1), (1, 6), (1,), (1, 1)])
+@pytest.mark.parametrize("to", ["as it is", "column", "row", "slices", "total"])
+def test_codes_of_one_row_or_column_have_zero_points_too(shape, to):
+    """They are no larger than a vector, and no activations for that."""
+    params = {"codes": jnp.arange(1, 1 + max(shape), dtype=jnp.int8).reshape(shape)}
+
+    def weight(codes):
+        codes = {
+            "as it is": lambda: codes,
+            "column": lambda: codes.reshape(-1, 1),
+            "row": lambda: codes.reshape(1, -1),
+            "slices": lambda: lax.dynamic_slice(codes, [0] * codes.ndim, codes.shape),
+            "total": lambda: codes[None].sum(0),
+        }[to]()
+        return 0.1 * floating(codes) - 0.25
+
+    roles = " ".join("in" for _ in shape)
+    target = ha.Target("codes", roles, quantized=True)
+    scales = jax.tree.map(lambda delta: delta + 0.3, ha.init(ha.plan(params, target)))
+
+    def fn(params, x):
+        return jnp.tanh(x * weight(params["codes"]))
+
+    want = jnp.tanh(3.0 * 1.3 * weight(params["codes"]))
+    assert error(ha.adapt(fn, materialize="allow")(params, scales, jnp.float32(3)), want) < 1e-5
+
+
 @pytest.mark.parametrize("nest", [jax.checkpoint, jax.jit, "cond", "scan"])
 def test_a_zero_point_is_known_inside_of_inner_functions(nest):
     params = {
