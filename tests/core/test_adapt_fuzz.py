@@ -341,7 +341,7 @@ def check(program):
     narrow = jnp.bfloat16 in (program.weight.dtype, program.x.dtype)
     errors = distance(got[1], want[1]), distance(got[0], want[0])
     assert errors[0] < (3e-2 if narrow else 1e-5), errors
-    assert errors[1] < (0.3 if narrow else 3e-5), errors  # of bfloat16, sums that nearly cancel
+    assert errors[1] < (0.3 if narrow else 1e-4), errors  # of sums that nearly cancel
 
 
 @settings(max_examples=25)
