@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +111,7 @@ def check_adapt(
     # The gradients with the term are those of the vectors too; without it, outputs are enough.
     of_vectors = measured if low_rank == "materialized" else jax.jit
     for planned, compared in ((plan, of_vectors), (with_low_rank(plan), measured)):
-        scales = random_scales(jax.eval_shape(lambda: ha.init(planned, jax.random.key(0))))
+        scales = random_scales(jax.eval_shape(partial(ha.init, planned, jax.random.key(0))))
         ours, theirs = compared(lambda *args: forward(params, *args)), compared(merged)
         assert error(ours(scales, *args), theirs(scales, *args)) <= tolerance
         with warnings.catch_warnings():

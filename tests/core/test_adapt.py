@@ -239,7 +239,9 @@ CASES = {
     "split weight": Case(
         lambda p, x: sum(x @ w for w in jnp.split(p["w"], 2, 1)), SQUARE, IN_OUT, (X,)
     ),
-    "a row times a column": Case(lambda p, x: x * p["w"], {"w": draw(6, 1, 2)}, IN_OUT, (X[:, :1],)),
+    "a row times a column": Case(
+        lambda p, x: x * p["w"], {"w": draw(6, 1, 2)}, IN_OUT, (X[:, :1],)
+    ),
     "one number times a column": Case(
         lambda p, x: jnp.tanh(x * p["w"]), {"w": draw(6, 1, 1)}, IN_OUT, (X[:, :1],)
     ),
@@ -273,7 +275,7 @@ CASES = {
         {"w": draw(6, 9, 4), "v": draw(7, 4, 8), "u": draw(8, 4, 8)},
         [("w|v", "in out")],
         (jnp.array([[1, 8, 3]]),),
-        exact=False,  # compiled, a norm's sum + x * x is rounded once, and factors between part them
+        exact=False,  # compiled, the norm's sum + x * x is rounded once; not with a factor between
     ),
     "embedding, convolution": Case(
         lambda p, t: conv({"w": p["v"]}, p["w"][t]),
