@@ -3,7 +3,7 @@
 VENV  ?= .venv
 TESTS ?=
 WORKERS ?= 2
-BENCH ?= tests.benchmarks.step_cost tests.benchmarks.trace_time
+BENCH ?= tests.benchmarks.step_cost tests.benchmarks.trace_time tests.benchmarks.loss_chunk
 
 bin   := $(VENV)/bin
 pyenv := $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/*/bin/python3)

@@ -76,9 +76,25 @@ class Function:
 
     graph: nnx.GraphDef
 
-    def __call__(self, params: Params, *args: Any, **kwargs: Any) -> Any:
-        """Applies the model with the given tree of parameters."""
-        return nnx.merge(self.graph, params)(*args, **kwargs)
+    def __call__(
+        self,
+        params: Params,
+        *args: Any,
+        method: Callable[..., Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Applies the model with the given tree of parameters.
+
+        Args:
+          params: nested dict of arrays.
+          *args: what the model takes.
+          method: a function of the model and of what follows ``params``, to be called instead of
+            the model itself, as in Flax Linen's ``apply``: a method such as `Decoder.hidden`, or
+            any other, that computes a loss, say.
+          **kwargs: what the model takes by name.
+        """
+        model = nnx.merge(self.graph, params)
+        return model(*args, **kwargs) if method is None else method(model, *args, **kwargs)
 
 
 def functional(model: Model) -> tuple[Function, Params]:

@@ -45,6 +45,24 @@ def test_a_cache_changes_no_logits(name: str, blocks: str, monkeypatch) -> None:
     assert cache.keys.shape[:4] == (config.num_layers, *tokens.shape, config.num_kv_heads)
 
 
+@pytest.mark.parametrize("name", ["llama3", "qwen2"])
+def test_hidden_states_and_the_head_are_steps_of_their_own(name: str) -> None:
+    config, fn, params = make(name)
+    inputs = cases.batch(config, "right")
+    tokens, mask = jnp.asarray(inputs["tokens"]), jnp.asarray(inputs["mask"])
+
+    def by_steps(model: models.Decoder, tokens: jax.Array, **places: jax.Array) -> jax.Array:
+        return model.logits(model.hidden(tokens, **places))
+
+    whole = cases.jit(lambda *args, **kwargs: fn(*args, **kwargs))(params, tokens, mask=mask)
+    found = cases.jit(lambda *args, **kwargs: fn(*args, method=by_steps, **kwargs))
+    np.testing.assert_array_equal(found(params, tokens, mask=mask), whole)
+    hidden = jax.eval_shape(lambda p, t: fn(p, t, method=models.Decoder.hidden), params, tokens)
+    assert hidden.shape == (*tokens.shape, config.embed_dim)
+    with pytest.raises(ValueError, match=r"mask: expected .* as tokens"):
+        fn(params, tokens, mask=mask[:, 1:], method=models.Decoder.hidden)
+
+
 def test_the_memory_of_a_long_prompt_is_linear() -> None:
     config, fn, params = make("llama2")
 

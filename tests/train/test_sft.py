@@ -109,7 +109,7 @@ def done(model, rows, tmp_path_factory):
     """The folder of a run that learned."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     options = dict(method="full", lr=2e-2, steps=20, eval_every=20, score="exact", pack=True)
-    assert train(model, rows, folder, **options) == 0
+    assert train(model, rows, folder, loss_chunk=100, **options) == 0
     return folder
 
 
@@ -189,7 +189,7 @@ def test_rows_whose_outputs_are_not_finite_are_counted(model, rows, tmp_path, ca
 
 
 def test_a_perplexity_that_no_float_holds_is_infinite(monkeypatch):
-    def losses_of(tuning):
+    def losses_of(tuning, chunk):
         return lambda trainable, frozen, batch: (
             jnp.full(batch["tokens"].shape, trainable), batch["labels"] >= 0
         )  # fmt: skip
@@ -247,7 +247,7 @@ def test_a_run_of_another_recipe_has_no_questions(tmp_path, capsys):
 
 
 def test_the_loss_is_the_mean_over_the_answers_tokens(model, rows):
-    settings = dict(eval_rows=7, questions=0, eval_batch_size=4)
+    settings = dict(eval_rows=7, questions=0, eval_batch_size=4, loss_chunk=9)
     task = Instructions(data=str(rows), prompt="what is {question}", **settings)
     which = ModelOptions(model=str(model))
     loaded, tokenizer = base.load(which, quiet=True), base.tokenizer(which)
@@ -393,6 +393,7 @@ def test_a_name_that_no_question_has_can_be_named(model, tmp_path):
         (dict(eval_rows=300), "--eval-rows 300 leaves nothing of 300 rows"),
         (dict(eval_rows=0), "--eval-rows 0: give at least 1"),
         (dict(questions=0, score="exact"), "--questions 0: give"),
+        (dict(loss_chunk=-1), "--loss-chunk -1: give a number of tokens, or 0"),
         (
             dict(score="last-number", reference="{words}"),
             "--score last-number finds nothing",

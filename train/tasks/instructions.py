@@ -27,13 +27,13 @@ from ..metrics import finite
 from ..metrics.generation import GenerationEval, Generations
 from ..metrics.scoring import Score, score
 from ..trainer import losses
-from ..trainer.step import Loss
 from .held_out import HeldOut
+from .next_token import NextToken
 from .task import Evaluation, Metrics, Setting, Training
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Instructions(HeldOut):
+class Instructions(NextToken, HeldOut):
     """Answers to instructions: rows are read as ``prompt`` and ``answer`` say, or are chats."""
 
     prompt: str | None = None
@@ -139,9 +139,6 @@ class Instructions(HeldOut):
             generate if questions.prompts else None,
         )
 
-    def loss(self, tuning: Tuning) -> Loss:
-        return losses.next_token(tuning)
-
     def criterion(self, metrics: Metrics) -> float:
         return metrics.get("accuracy", -metrics["loss"])
 
@@ -200,7 +197,7 @@ class Instructions(HeldOut):
         """
         of_row = np.arange(len(examples.data)) if rows is None else np.asarray(rows)
         batches = Batches(examples.data, self.eval_batch_size, shuffle=False)
-        token_losses = losses.token_losses(tuning)
+        token_losses = losses.token_losses(tuning, self.loss_chunk)
 
         @jax.jit
         def measure(trainable: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, ...]:

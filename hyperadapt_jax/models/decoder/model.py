@@ -273,29 +273,48 @@ class Decoder(nnx.Module):
           ValueError: shapes do not fit, packed segments meet a cache, or (outside ``jit``) a token
             is outside the vocabulary; under ``jit`` its row's logits are NaN.
         """
-        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-            raise ValueError(
-                f"tokens: expected integers [B, T], found {tokens.dtype} {tokens.shape}"
-            )
-        for name, array in (("mask", mask), ("segment_ids", segment_ids), ("positions", positions)):
-            if array is not None and array.shape != tokens.shape:
-                raise ValueError(f"{name}: expected {tokens.shape} as tokens, found {array.shape}")
-        check_range("tokens", tokens, self.config.vocab_size)
         if cache is None:
-            context = self._training_context(tokens, mask, segment_ids, positions)
-            x, _ = self._run(self.embed(tokens, self.dtype), context, None)
-            return self._logits(x)
+            places = {"mask": mask, "segment_ids": segment_ids, "positions": positions}
+            return self.logits(self.hidden(tokens, **places))
+        self._check(tokens, mask=mask, segment_ids=segment_ids, positions=positions)
         if segment_ids is not None:
             raise ValueError("segment_ids: packed sequences cannot be continued from a cache")
         if cache.valid.shape[0] != tokens.shape[0] or cache.valid.shape[1] < tokens.shape[1]:
             raise ValueError(f"cache: {cache.valid.shape} slots do not hold tokens {tokens.shape}")
         cache, kv, context = self._extend(tokens, mask, positions, cache)
         x, (keys, values) = self._run(self.embed(tokens, self.dtype), context, kv)
-        return self._logits(x[:, -1:]), cache._replace(keys=keys, values=values)
+        return self.logits(self.norm(x[:, -1:])), cache._replace(keys=keys, values=values)
 
-    def _logits(self, x: Array) -> Array:
-        x = self.norm(x)
+    def hidden(
+        self,
+        tokens: Array,
+        *,
+        mask: Array | None = None,
+        segment_ids: Array | None = None,
+        positions: Array | None = None,
+    ) -> Array:
+        """Hidden states after the last norm, ``[B, T, D]``: what :meth:`logits` is a product of.
+
+        Arguments and errors are those of a call without a cache.
+        """
+        self._check(tokens, mask=mask, segment_ids=segment_ids, positions=positions)
+        context = self._training_context(tokens, mask, segment_ids, positions)
+        x, _ = self._run(self.embed(tokens, self.dtype), context, None)
+        return self.norm(x)
+
+    def logits(self, x: Array) -> Array:
+        """Logits of hidden states ``x: [..., D]`` in float32, ``[..., V]``: the head alone."""
         return self.embed.attend(x) if self.config.tie_embeddings else self.head(x, precise=True)
+
+    def _check(self, tokens: Array, **places: Array | None) -> None:
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(
+                f"tokens: expected integers [B, T], found {tokens.dtype} {tokens.shape}"
+            )
+        for name, array in places.items():
+            if array is not None and array.shape != tokens.shape:
+                raise ValueError(f"{name}: expected {tokens.shape} as tokens, found {array.shape}")
+        check_range("tokens", tokens, self.config.vocab_size)
 
     def _run(self, x: Array, context: _AttentionInputs, kv: KV) -> tuple[Array, KV]:
         """Scans the layers over the stream ``x: [B, T, D]``."""

@@ -15,9 +15,8 @@ from ... import PROGRAM
 from ...errors import InputError
 from ...metrics import finite
 from ...metrics.generation import GenerationEval
-from ...trainer import losses
-from ...trainer.step import Loss
-from ..task import Evaluation, Metrics, Setting, Task, Training
+from ..next_token import NextToken
+from ..task import Evaluation, Metrics, Setting, Training
 from . import problems
 from .exam import exam
 
@@ -26,7 +25,7 @@ MOST = 10_000_000  # problems or texts, which are made on the spot
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Arithmetic(Task):
+class Arithmetic(NextToken):
     """Problems that are made on the spot; those that are measured are of number families of their
     own."""
 
@@ -49,9 +48,6 @@ class Arithmetic(Task):
     def final(self, setting: Setting) -> GenerationEval:
         """The problems that a run is measured on when it has ended."""
         return exam(list(self.kinds), self.problems, seed=1, tokenizer=_words(setting))
-
-    def loss(self, tuning: Tuning) -> Loss:
-        return losses.next_token(tuning)
 
     def measure(self, tuning: Tuning, asked: GenerationEval) -> Callable[[Any], Metrics]:
         """A function from what trains to the accuracy of each kind of problems.
