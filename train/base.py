@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -171,7 +172,11 @@ def fingerprint(params: Any) -> str:
     >>> one == fingerprint({"w": jnp.arange(6.0)}), one == fingerprint({"w": jnp.arange(6.0)[::-1]})
     (True, False)
     """
-    sums = {path: _sums(leaf) for path, leaf in paths.arrays(params).items()}
+    # Made flat, which is faster, an array that is spread over devices would be gathered.
+    sums = {
+        path: _sums(leaf, flat=paths.named_sharding(leaf) is None)
+        for path, leaf in paths.arrays(params).items()
+    }
     digest = hashlib.sha256()
     for path, leaf in sorted(paths.arrays(params).items()):
         numbers = [int(n) for n in np.asarray(sums[path])]
@@ -179,17 +184,19 @@ def fingerprint(params: Any) -> str:
     return digest.hexdigest()
 
 
-@jax.jit
-def _sums(array: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="flat")
+def _sums(array: jax.Array, flat: bool) -> jax.Array:
     """Two sums over an array's bits, modulo 2**32, one of them weighted by the place."""
     kinds = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
-    if array.dtype.itemsize not in kinds:  # complex or 64-bit numbers: as pieces of 32 bits
-        bits = jax.lax.bitcast_convert_type(array, jnp.uint32).reshape(-1)
-    else:
-        bits = jax.lax.bitcast_convert_type(array, kinds[array.dtype.itemsize]).reshape(-1)
-    bits = bits.astype(jnp.uint32)
+    # Complex or 64-bit numbers: as pieces of 32 bits.
+    bits = jax.lax.bitcast_convert_type(array, kinds.get(array.dtype.itemsize, jnp.uint32))
+    bits = (bits.reshape(-1) if flat else bits).astype(jnp.uint32)
+    place, stride = jnp.zeros((), jnp.uint32), 1
+    for axis in reversed(range(bits.ndim)):
+        steps = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        place, stride = place + steps * np.uint32(stride % 2**32), stride * bits.shape[axis]
     # An odd factor for each place: two numbers that change places change the sum.
-    places = jax.lax.iota(jnp.uint32, bits.size) * np.uint32(2) + np.uint32(1)
+    places = place * np.uint32(2) + np.uint32(1)
     mixed = (bits ^ (bits >> 15)) * (places * np.uint32(2654435761) | np.uint32(1))
     return jnp.stack([bits.sum(dtype=jnp.uint32), mixed.sum(dtype=jnp.uint32)])
 
