@@ -19,6 +19,7 @@ from hyperadapt_jax.models.layers import check_attention
 
 from .errors import InputError, first_line
 from .options import ModelOptions
+from .parallel.mesh import Layout
 
 # Without any of these, transformers makes a tokenizer that knows no word, and says nothing.
 _TOKENIZERS = (
@@ -52,29 +53,41 @@ class Base:
     folder: Path
 
 
-def load_abstract(options: ModelOptions, labels: int | None = None) -> Base:
+def load_abstract(
+    options: ModelOptions, labels: int | None = None, layout: Layout | None = None
+) -> Base:
     """The model without its weights: nothing is allocated.
 
     Args:
       options: which model, and its dtypes.
       labels: outputs of a classification head; 1 for regression; None for no head.
+      layout: what lies where on several devices; the shapes carry the shardings.
 
     Raises:
-      InputError: there is no such model, or it is none of those known here.
+      InputError: there is no such model, or it is none of those known here; an axis of the mesh
+        divides nothing of it.
     """
     folder, config = _described(options, labels)
-    fn, params = models.functional(models.abstract(config, **_settings(options)))
+    fn, params = models.functional(models.abstract(config, **_settings(options, layout)))
+    if layout is not None:
+        params = layout.placed(config, params)
     return Base(options.model, config, fn, params, (), folder)
 
 
 def load(
-    options: ModelOptions, labels: int | None = None, *, seed: int = 0, quiet: bool = False
+    options: ModelOptions,
+    labels: int | None = None,
+    layout: Layout | None = None,
+    *,
+    seed: int = 0,
+    quiet: bool = False,
 ) -> Base:
     """The model with its weights.
 
     Args:
       options: which model, and its dtypes.
       labels: outputs of a classification head; None for no head.
+      layout: what lies where on several devices; each gets its own slices of the files.
       seed: of what the checkpoint lacks.
       quiet: show no bar.
 
@@ -90,6 +103,9 @@ def load(
         check_attention(options.attention, jnp.dtype(options.dtype), config.head_dim)
     except ValueError as error:
         raise InputError(f"--attention: {error}; leave it out") from error
+    where: dict[str, Any] = {}
+    if layout is not None:
+        where = {"mesh": layout.mesh, "rules": layout.loading(config)}
     try:
         fn, params, report = models.load_functional(
             folder,
@@ -97,7 +113,8 @@ def load(
             num_labels=labels,
             seed=seed,
             progress=not quiet,
-            **_settings(options),
+            **where,
+            **_settings(options, layout),
         )
     except (ValueError, OSError) as error:
         raise InputError(f"--model {options.model}: {error}") from error
@@ -224,5 +241,6 @@ def _folder(options: ModelOptions) -> Path:
         raise InputError(f"--model: {error}") from error
 
 
-def _settings(options: ModelOptions) -> dict[str, Any]:
-    return {"dtype": options.dtype, "remat": options.remat, "attention": options.attention}
+def _settings(options: ModelOptions, layout: Layout | None) -> dict[str, Any]:
+    given = {"dtype": options.dtype, "remat": options.remat, "attention": options.attention}
+    return given if layout is None else given | {"activations": layout.activations}

@@ -1,0 +1,422 @@
+"""Runs on meshes of eight CPU devices: the same numbers as on one, and what lies where."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import json
+import math
+import os
+import re
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from hyperadapt_jax import models, paths
+from train import base, methods
+from train.__main__ import main
+from train.data.batches import Batches
+from train.data.examples import Examples
+from train.errors import InputError
+from train.metrics.generation import GenerationEval
+from train.options import AdapterOptions, DeviceOptions, ModelOptions, OptimizerOptions, RunOptions
+from train.parallel.mesh import AXES, Layout, activations_of, make_layout, make_mesh, put_rows
+from train.run.log import METRICS, read_metrics
+from train.tasks.classify import Classify
+from train.tasks.instructions import Instructions
+from train.trainer import loop, losses
+from train.trainer.optimizer import learning_rates, make_optimizer
+from train.trainer.step import make_step, start
+
+pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+
+MESHES = {
+    "8,1,1": "data=8",
+    "1,8,1": "fsdp=-1",
+    "1,1,8": "tensor=8",
+    "2,2,2": "data=2,fsdp=2,tensor=2",
+    "1,4,2": "fsdp=4,tensor=-1",
+}
+ON_EACH = pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+ONE = "data=1"
+TINY = Path(__file__).resolve().parents[2] / "train/tasks/arithmetic/tiny"
+LAYERS, WIDTH, HIDDEN, VOCAB, STEPS = 2, 32, 48, 64, 4
+SHARED = dict(
+    vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=HIDDEN, num_hidden_layers=LAYERS,
+    num_attention_heads=8, max_position_embeddings=32,
+)  # fmt: skip
+LLAMA = dict(model_type="llama", num_key_value_heads=4, tie_word_embeddings=False, **SHARED)
+BERT = dict(
+    model_type="bert", type_vocab_size=2, pad_token_id=0, attention_probs_dropout_prob=0.0, **SHARED
+)
+
+
+def export(folder: Path, raw: dict) -> Path:
+    """The folder of a random model whose outputs are far from uniform."""
+    model = models.create(models.config_from_dict(raw), seed=1)
+    _, params = models.functional(model)
+    wide = jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x, params)
+    return models.export(folder, model, wide, progress=False)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    return export(tmp_path_factory.mktemp("llama") / "model", LLAMA)
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory) -> Path:
+    return export(tmp_path_factory.mktemp("bert") / "model", BERT)
+
+
+def examples(count: int, seed: int, *, labels: bool) -> list[dict]:
+    """Rows of several lengths, with the next tokens or one of two classes to learn."""
+    rng, rows = np.random.default_rng(seed), []
+    for size in rng.integers(3, 14, count):
+        tokens = rng.integers(1, VOCAB, size + 1)
+        more = {"labels": tokens[1:]} if labels else {"label": int(tokens[0]) % 2}
+        rows.append({"tokens": tokens[:-1], **more})
+    return rows
+
+
+def loaded(model: Path, mesh: str, labels: int | None = None, rules=(), **adapter):
+    """The model on a mesh, and what trains on it."""
+    layout = make_layout(mesh, rules)
+    found = base.load(ModelOptions(model=str(model)), labels, layout, quiet=True)
+    return found, methods.tune(found, AdapterOptions(**adapter))
+
+
+def job(model: Path, mesh: str, batches: type[Batches] = Batches, **adapter) -> loop.Job:
+    """A task with packed or padded rows, and 11 held-out ones that are measured 4 at once."""
+    decoder = "llama" in str(model)
+    found, tuning = loaded(model, mesh, None if decoder else 2, **adapter)
+    filled = activations_of(found.fn).filled
+    held_out = Examples(examples(11, 1, labels=decoder), 0, 0)
+    if decoder:
+        task = Instructions(data="", eval_batch_size=4, questions=1)
+        evaluate = task.measure(tuning, held_out, questions(found))
+    else:
+        task = Classify(data="", eval_batch_size=4, classes=("a", "b"))
+        evaluate = task.measure(tuning, held_out)
+    rows = batches(
+        examples(40, 0, labels=decoder),
+        6,
+        lengths=[16],
+        pack=16 if decoder else None,
+        divisor=2,
+        epochs=9,
+        filled=filled,
+    )
+    return loop.Job(
+        name=task.name,
+        base=found,
+        tuning=tuning,
+        loss=task.loss(tuning),
+        batches=rows,
+        evaluate=evaluate,
+        criterion=task.criterion,
+    )
+
+
+def questions(found: base.Base, count: int = 0) -> GenerationEval:
+    """Prompts of several lengths, as the tokens themselves tell what is answered."""
+    return GenerationEval(
+        prompts=[row["tokens"] for row in examples(count, 2, labels=True)],
+        references=[""] * count,
+        decode=lambda tokens: " ".join(map(str, tokens)),
+        stop_tokens=[0],
+        max_new_tokens=6,
+        longest=16,
+        batch_size=4,
+        filled=activations_of(found.fn).filled,
+    )
+
+
+def fit(job: loop.Job, folder: Path, **options) -> loop.Result:
+    folder.mkdir(exist_ok=True)
+    wanted = dict(
+        folder=folder, steps=STEPS, eval_every=STEPS, accumulate=2, batch_size=6, quiet=True
+    )
+    run = RunOptions(**{**wanted, **options})
+    return loop.fit(job, folder, optimizer=OptimizerOptions(lr=1e-2, head_lr=1e-3), run=run)
+
+
+def learned(folder: Path) -> list[dict]:
+    """A run's metrics, step by step."""
+    return read_metrics(folder / METRICS)
+
+
+def close(one, other) -> None:
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), one, other)
+
+
+@pytest.fixture(scope="module")
+def one_device(llama, bert, tmp_path_factory) -> dict[str, tuple[Path, loop.Result]]:
+    """Each model's run on one device."""
+    runs = {}
+    for model in (llama, bert):
+        folder = tmp_path_factory.mktemp("one")
+        runs[str(model)] = folder, fit(job(model, ONE), folder)
+    return runs
+
+
+@ON_EACH
+@pytest.mark.parametrize("which", ["llama", "bert"])
+def test_a_run_on_a_mesh_is_one_on_a_device(which, mesh, request, one_device, tmp_path):
+    """Packed and padded rows, accumulated, filled up, and held-out ones that end unevenly."""
+    model = request.getfixturevalue(which)
+    folder, alone = one_device[str(model)]
+    result = fit(job(model, mesh), tmp_path / "run")
+    close(learned(tmp_path / "run"), learned(folder))
+    close(jax.device_get(result.trainable), jax.device_get(alone.trainable))
+    assert result.step == alone.step
+
+
+def test_a_checkpoint_goes_on_on_another_mesh(llama, one_device, tmp_path):
+    """Stopped on one mesh and resumed on another: the same as never stopped, on one device."""
+
+    class Stopping(Batches):
+        def __getitem__(self, number):
+            if number == 2 and resumed is False:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().__getitem__(number)
+
+    resumed = False
+    with pytest.raises(loop.Interrupted, match=r"saved after step \d of 4") as stopped:
+        fit(job(llama, MESHES["2,2,2"], Stopping), tmp_path / "run")
+    resumed = True
+    assert "after step 4" not in str(stopped.value)
+    result = fit(job(llama, MESHES["1,8,1"], Stopping), tmp_path / "run", resume=True)
+    folder, alone = one_device[str(llama)]
+    close(learned(tmp_path / "run"), learned(folder))
+    close(jax.device_get(result.trainable), jax.device_get(alone.trainable))
+
+
+@pytest.mark.parametrize("mesh", ["data=2,fsdp=2,tensor=2", "tensor=8"])
+def test_answers_on_a_mesh_are_those_of_one_device(llama, mesh):
+    """Prompts that no batch divides; the cache is divided by rows, and by heads where they can."""
+    answers = []
+    for where in (ONE, mesh):
+        found, tuning = loaded(llama, where)
+        moved = jax.tree.map(lambda x: x + 0.1, tuning.trainable)
+        answers.append(questions(found, 5).generations(tuning.forward, moved, tuning.frozen))
+    assert answers[0] == answers[1] and len(set(answers[0])) > 1
+    where = activations_of(tuning.fn)
+    tokens = np.ones((where.filled(3), 4), np.int32)
+
+    @jax.jit
+    def cached(params):
+        return found.fn(params, tokens, cache=models.init_cache(len(tokens), 8))[1]
+
+    keys = cached(found.params).keys
+    parts = (1, 4, 1, 2, 1) if "data" in mesh else (1, 1, 1, 1, 1)
+    assert keys.sharding.shard_shape(keys.shape) == tuple(map(int.__floordiv__, keys.shape, parts))
+
+
+# ---------------------------------------------------------------------------------- what lies where
+
+
+@functools.cache
+def step_of(model: Path, mesh: str, **adapter):
+    """The compiled step of a task, the task, and what the step is given."""
+    task, options = job(model, mesh, **adapter), OptimizerOptions(lr=1e-2)
+    chain, rates = (f(options, task.tuning, STEPS) for f in (make_optimizer, learning_rates))
+    where, state = activations_of(task.tuning.fn), start(task.tuning, chain, 0)
+    step = make_step(task.loss, chain, rates, accumulate=2, activations=where, state=state)
+    batch = put_rows(task.batches[0], where)
+    return step.lower(state, task.tuning.frozen, batch).compile(), task, state, batch
+
+
+def collectives(program) -> collections.Counter:
+    """Every array that the program's collectives return: (kind, shape), counted."""
+    kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+    found: collections.Counter = collections.Counter()
+    for result, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", program.as_text()):
+        for dims in re.findall(r"\w+\[([\d,]*)\]", result):
+            found[kind, tuple(map(int, filter(None, dims.split(","))))] += 1
+    return found
+
+
+@pytest.mark.parametrize("mesh", [MESHES["2,2,2"], MESHES["1,8,1"]], ids=["2,2,2", "1,8,1"])
+def test_vectors_add_reductions_of_vectors_alone(llama, mesh):
+    """Next to a step that trains the first norm of each layer, which passes the whole model."""
+    norms = dict(method="bitfit", full="layers/attn_norm/scale")
+    plain, adapted = (collectives(step_of(llama, mesh, **each)[0]) for each in (norms, {}))
+    most = LAYERS * max(HIDDEN, WIDTH)
+    large = [
+        {k: n for k, n in found.items() if math.prod(k[1]) > most} for found in (plain, adapted)
+    ]
+    assert large[0] == large[1] and large[0]
+    assert {kind for kind, _ in adapted - plain} <= {"all-reduce", "reduce-scatter"}
+
+
+@ON_EACH
+def test_each_device_holds_its_part(llama, mesh):
+    """Weights by fsdp and tensor, vectors by tensor; of what trains, twelve bytes on a device, and
+    four of gradient in the step."""
+    found, tuning = loaded(llama, mesh)
+    sizes = make_layout(mesh).mesh.shape
+    fsdp, tensor = sizes["fsdp"], sizes["tensor"]
+    for name, shape in {
+        "layers/up/kernel": (LAYERS, WIDTH // fsdp, HIDDEN // tensor),
+        "layers/q/kernel": (LAYERS, WIDTH // fsdp, WIDTH // tensor),
+        "layers/k/kernel": (LAYERS, WIDTH // fsdp, WIDTH // 2 // (1 if tensor == 8 else tensor)),
+        "layers/down/kernel": (LAYERS, HIDDEN // tensor, WIDTH // fsdp),
+        "embed/embedding": (VOCAB // tensor, WIDTH // fsdp),
+        "head/kernel": (WIDTH // fsdp, VOCAB // tensor),
+        "norm/scale": (WIDTH,),
+    }.items():
+        leaf = paths.arrays(found.params)[name]
+        assert {shard.data.shape for shard in leaf.addressable_shards} == {shape}, name
+    vectors = tuning.trainable["scales"]["layers/up/kernel"]
+    assert vectors.row.sharding.shard_shape(vectors.row.shape) == (LAYERS, HIDDEN // tensor)
+    assert vectors.col.sharding.is_fully_replicated
+
+
+def held(tree, device) -> int:
+    """Bytes of a tree's arrays on a device."""
+    shards = [shard for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards]
+    return sum(shard.data.nbytes for shard in shards if shard.device == device)
+
+
+@pytest.mark.parametrize("mesh", [MESHES["2,2,2"], MESHES["1,8,1"]], ids=["2,2,2", "1,8,1"])
+def test_what_trains_is_16_bytes_on_each_device_that_holds_it(llama, mesh):
+    """Itself, two moments and its gradient; the step is given the state and gives it back."""
+    program, task, state, batch = step_of(llama, mesh)
+    numbers = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim > 1]
+    for device in jax.devices():
+        assert held(numbers, device) == 3 * held(state.trainable, device)
+    device = jax.devices()[0]
+    found = program.memory_analysis()
+    given = held((state, task.tuning.frozen, batch), device)
+    # A decoder without dropout does not read the key, nor all fields of the batch.
+    assert given - 64 - held(batch, device) <= found.argument_size_in_bytes <= given
+    assert found.alias_size_in_bytes >= held(numbers, device)
+
+    def gradient(trainable, frozen, batch):
+        return jax.grad(lambda t: task.loss(t, frozen, batch, jax.random.key(0))[0])(trainable)
+
+    given = state.trainable, task.tuning.frozen, batch
+    grads = jax.jit(gradient).lower(*given).compile().memory_analysis()
+    tuple_of_pointers = 8 * len(jax.tree.leaves(state.trainable))
+    assert grads.output_size_in_bytes - held(state.trainable, device) in (0, tuple_of_pointers)
+
+
+def test_shardings_may_be_part_of_the_types(llama):
+    """On a mesh of Explicit axes; inside, the model computes as on one of Auto axes."""
+    mesh = make_mesh((2, 2, 2), AxisType.Explicit)
+    spread = base.load(ModelOptions(model=str(llama)), layout=Layout(mesh), quiet=True)
+    batch = Batches(examples(8, 0, labels=True), 8, lengths=[16])[0]
+    found = []
+    for tuning in (methods.tune(spread, AdapterOptions()), loaded(llama, ONE)[1]):
+        total = losses.next_token(tuning)
+
+        def gradient(trainable, frozen, total=total):
+            return jax.value_and_grad(lambda t: total(t, frozen, batch, jax.random.key(0))[0])(
+                trainable
+            )
+
+        if not found:
+            row = tuning.trainable["scales"]["layers/up/kernel"].row
+            assert jax.typeof(row).sharding.spec == PartitionSpec(None, "tensor")
+            specs = jax.tree.map(lambda x: x.sharding.spec, tuning.trainable)
+            out = PartitionSpec(), specs
+            gradient = jax.sharding.auto_axes(gradient, axes=AXES, out_sharding=out)
+        with jax.set_mesh(mesh) if not found else contextlib.nullcontext():
+            found.append(jax.jit(gradient)(tuning.trainable, tuning.frozen))
+    assert found[0][1]["scales"]["layers/up/kernel"].row.sharding == row.sharding
+    close(*jax.device_get(found))
+
+
+def test_a_batch_is_filled_up_in_each_part():
+    rows = [{"tokens": [n]} for n in range(1, 11)]
+    batches = Batches(
+        rows, 6, lengths=[1], shuffle=False, divisor=2, filled=lambda n: -(-n // 4) * 4
+    )
+    assert batches.batch_size == 6 and len(batches) == 2
+    first, last = (batch["tokens"][:, 0].tolist() for batch in (batches[0], batches[1]))
+    assert first == [1, 2, 3, 0, 4, 5, 6, 0] and last == [7, 8, 9, 0, 10, 0, 0, 0]
+    assert batches[1]["weight"].tolist() == [1, 1, 1, 0, 1, 0, 0, 0]
+    assert batches.example_ids(0).tolist() == [0, 1, 2, -1, 3, 4, 5, -1]
+
+
+def test_the_fingerprint_is_that_of_one_device(llama):
+    one, spread = (base.fingerprint(loaded(llama, m)[0].params) for m in (ONE, MESHES["2,2,2"]))
+    assert one == spread
+
+
+# ------------------------------------------------------------------------------------------ options
+
+
+def test_the_default_is_all_devices_on_fsdp(monkeypatch):
+    assert make_layout(None) is None  # as these tests' environment says
+    monkeypatch.delenv("HYPERADAPT_MESH")
+    assert dict(make_layout(None).mesh.shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+
+
+@pytest.mark.parametrize(
+    "mesh, message",
+    [
+        ("fsdp=16", "--mesh fsdp=16: it takes 16 devices, and there are 8"),
+        ("fsdp=-1,tensor=3", "it takes a multiple of 3 devices, and there are 8"),
+        ("fsdp=-1,data=-1", "one axis alone can be the rest"),
+        ("fsdp=2,fsdp=2", "fsdp comes twice"),
+        ("fsdp=0", "give fsdp a number from 1 on"),
+        ("fsdp", "give fsdp a number from 1 on"),
+        ("model=2", "'model' is no axis: give some of data, fsdp, tensor"),
+        ("context=2", "no axis divides a row's tokens"),
+        ("", "'' is no axis"),
+    ],
+)
+def test_a_mesh_that_cannot_be_meant_is_one_line(mesh, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        DeviceOptions(mesh=mesh).layout()
+
+
+@pytest.mark.parametrize(
+    "rule, message",
+    [
+        ("vocab", "give WORD=AXES"),
+        ("width=tensor", "'width' is no axis of an array"),
+        ("vocab=model", "'model' is no axis of a mesh"),
+        ("vocab=tensor,tensor", "comes twice"),
+    ],
+)
+def test_a_rule_that_cannot_be_meant_is_one_line(rule, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        DeviceOptions(rules=(rule,))
+
+
+def test_a_run_from_the_command_line_and_its_evaluation_elsewhere(tmp_path, capsys):
+    """Trained, answered, resumed and measured on meshes; what is not divided is told."""
+    rows = [{"question": f"{a}+{b}=", "answer": str(a + b)} for a in (10, 20, 30) for b in range(6)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["sft", "--model", str(TINY), "--data", str(tmp_path / "rows.jsonl"), "--steps", "2",
+             "--prompt", "{question}", "--folder", str(tmp_path / "run"), "--eval-rows", "5",
+             "--questions", "3", "--max-new-tokens", "3", "--max-length", "16", "--batch-size", "6",
+             "--score", "exact"]  # fmt: skip
+    assert main([*words, "--mesh", "fsdp=4,tensor=2"]) == 0
+    shown = capsys.readouterr().out
+    assert "mesh: fsdp=4,tensor=2, 8 of 8 devices" in shown
+    assert "tensor=2 does not divide vocab (201)" in shown
+    assert "each 6 rows are filled up to 8" in shown
+    assert "| mesh | fsdp=4,tensor=2" in (tmp_path / "run/report.md").read_text()
+    assert main([*words, "--resume", "--mesh", "data=2"]) == 0
+    measured = tmp_path / "metrics.json"
+    evaluate = ["evaluate", "--folder", str(tmp_path / "run"), "--metrics", str(measured)]
+    for mesh in ("data=2", "tensor=2"):
+        assert main([*evaluate, "--mesh", mesh]) == 0
+        best = json.loads((tmp_path / "run/result.json").read_text())["best"]
+        assert json.loads(measured.read_text()) == pytest.approx(best, abs=1e-5)
+    capsys.readouterr()
+    assert main([*evaluate, "--mesh", "tensor=5"]) == 2
+    (error,) = capsys.readouterr().err.strip().splitlines()
+    assert error == (
+        "error: --mesh: tensor=5 divides nothing of this model: vocab 201, heads 4, kv_heads 4, mlp"
+        " 384"
+    )
