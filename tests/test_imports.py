@@ -63,7 +63,7 @@ ROOMS = {
     ),
     "run": (
         "train/run",
-        "helpers scales core methods package models program ground",
+        "helpers scales core methods package models program parallel ground",
     ),
     "trainer": (
         "train/trainer",
