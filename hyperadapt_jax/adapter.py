@@ -110,17 +110,22 @@ class Adapter:
         full = {path: leaf.astype(leaves[path].dtype) for path, leaf in placed.full.items()}
         return paths.replace(params, full), placed.scales
 
-    def placed(self, params: Any) -> Adapter:
-        """The same adapter, its arrays sharded like the axes of their parameters."""
+    def placed(self, params: Any, replicate: Sequence[str] = ()) -> Adapter:
+        """The same adapter, its arrays sharded like the axes of their parameters.
+
+        Args:
+          params: the parameters.
+          replicate: mesh axes along which the vectors are kept whole.
+        """
         leaves = paths.arrays(params)
 
-        def put(x: Any, path: str, axes: Sequence[int]) -> jax.Array:
+        def put(x: Any, path: str, axes: Sequence[int], replicate: Sequence[str] = ()) -> jax.Array:
             like = paths.named_sharding(leaves.get(path))
-            return jax.device_put(x, like and vector_sharding(like, axes))
+            return jax.device_put(x, like and vector_sharding(like, axes, replicate))
 
         def all_of(path: str, vectors: ScaleVectors) -> ScaleVectors:
             placed: dict[str, Any] = {
-                name: put(array, path, side_axes(vectors.axes, name))
+                name: put(array, path, side_axes(vectors.axes, name), replicate)
                 for name, array in vectors.arrays.items()
             }
             return dataclasses.replace(vectors, **placed)

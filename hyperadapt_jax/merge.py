@@ -50,7 +50,9 @@ class Rounding:
     @property
     def relative(self) -> float:
         """The error's share of the update; zero where the weight is exact."""
-        return self.error / self.update if self.error else 0.0
+        if not self.error:
+            return 0.0
+        return self.error / self.update if self.update else math.inf
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Runs are on one of the devices, as on most machines, but where a test asks for a mesh.
+os.environ.setdefault("HYPERADAPT_MESH", "data=1")
 # The tests' matrices are small, and threads of several workers that wait for one another spin.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Most tests compile far longer than they compute; the others ask for the fixture `optimized`.

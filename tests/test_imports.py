@@ -45,9 +45,13 @@ ROOMS = {
         "train/__init__.py train/errors.py",
         "helpers",
     ),
+    "parallel": (
+        "train/parallel",
+        "helpers models program",
+    ),
     "ground": (
         "train/options.py train/base.py train/methods.py train/files.py",
-        "helpers scales core methods package models program",
+        "helpers scales core methods package models program parallel",
     ),
     "data": (
         "train/data",
@@ -59,19 +63,19 @@ ROOMS = {
     ),
     "run": (
         "train/run",
-        "helpers scales core methods package models program ground",
+        "helpers scales core methods package models program parallel ground",
     ),
     "trainer": (
         "train/trainer",
-        "helpers scales core methods package models program ground data run",
+        "helpers scales core methods package models program parallel ground data run",
     ),
     "tasks": (
         "train/tasks",
-        "helpers scales core methods package models program ground data metrics trainer",
+        "helpers scales core methods package models program parallel ground data metrics trainer",
     ),
     "assembly": (
         "train/assembly.py",
-        "helpers scales core methods package models program ground data run trainer tasks",
+        "helpers scales core methods package models program parallel ground data run trainer tasks",
     ),
     "comparison": (
         "train/comparison",
@@ -79,8 +83,8 @@ ROOMS = {
     ),
     "recipes": (
         "train/recipes",
-        "helpers scales core methods package models program ground data metrics run trainer"
-        " tasks assembly comparison",
+        "helpers scales core methods package models program parallel ground data metrics run"
+        " trainer tasks assembly comparison",
     ),
     "entry": (
         "train/__main__.py",

@@ -18,6 +18,7 @@ from .data.examples import identity
 from .files import write, write_json
 from .options import (
     AdapterOptions,
+    DeviceOptions,
     ModelOptions,
     OptimizerOptions,
     RunOptions,
@@ -25,6 +26,7 @@ from .options import (
     flat,
     make,
 )
+from .parallel.mesh import Layout, activations_of
 from .run import report
 from .run.folder import RESULT, open_run
 from .run.plots import draw
@@ -45,6 +47,7 @@ class Assembly:
       setting: the model, as shapes alone, and its tokenizer.
       adapter: which method, on which weights.
       run: how long, and with which seed.
+      layout: what lies where on several devices; None for one.
       plan: what trains, as text.
       training: the examples to learn from.
       evaluation: how what trains is measured.
@@ -54,6 +57,7 @@ class Assembly:
     setting: Setting
     adapter: AdapterOptions
     run: RunOptions
+    layout: Layout | None
     plan: str
     training: Training
     evaluation: Evaluation
@@ -64,10 +68,15 @@ class Assembly:
         digests = {**self.training.sources, **self.evaluation.sources}
         return {"tokenizer": identity(self.setting.tokenizer), **digests} if digests else {}
 
+    @property
+    def facts(self) -> dict[str, str]:
+        """What a report says of the devices; nothing where there is one."""
+        return {} if self.layout is None else {"mesh": str(self.layout)}
+
     def load(self) -> tuple[Base, Tuning]:
         """The model with its weights, and what trains on it."""
         labels, seed = self.task.num_labels, self.run.seed
-        loaded = base.load(self.setting.model, labels, seed=seed, quiet=self.run.quiet)
+        loaded = base.load(self.setting.model, labels, self.layout, seed=seed, quiet=self.run.quiet)
         return loaded, methods.tune(loaded, self.adapter, seed)
 
     def fit(
@@ -79,6 +88,7 @@ class Assembly:
         config: Mapping[str, Any],
     ) -> Result:
         """Trains, in a run folder that `open_run` opened; see `train.trainer.loop.fit`."""
+        filled = activations_of(loaded.fn).filled
         batches = Batches(
             self.training.examples,
             self.run.batch_size,
@@ -87,12 +97,18 @@ class Assembly:
             epochs=math.ceil(self.run.epochs),
             steps=self.run.steps,
             divisor=self.run.accumulate,
+            filled=filled,
             places=self.training.places,
         )
         if batches.batch_size < self.run.batch_size:
             self.setting.log(
                 f"--batch-size {self.run.batch_size}: there are no more than"
                 f" {len(self.training.examples)}, which each step takes"
+            )
+        rows = batches.batch_size // self.run.accumulate
+        if (more := filled(rows)) > rows:
+            self.setting.log(
+                f"--batch-size: each {rows} rows are filled up to {more}, which the mesh divides"
             )
         job = loop.Job(
             name=self.task.name,
@@ -107,19 +123,28 @@ class Assembly:
         return loop.fit(job, folder, optimizer=optimizer, run=self.run, metadata=config)
 
 
-def assemble(task: Task, model: ModelOptions, adapter: AdapterOptions, run: RunOptions) -> Assembly:
+def assemble(
+    task: Task,
+    model: ModelOptions,
+    adapter: AdapterOptions,
+    run: RunOptions,
+    devices: DeviceOptions,
+) -> Assembly:
     """Reads all that a run needs but for the model's weights, and says what will train.
 
     Raises:
       InputError: the model, the data or an option cannot be used.
     """
     log: Callable[[str], None] = (lambda text: None) if run.quiet else print
-    setting = Setting(base.load_abstract(model, task.num_labels), model, run.seed, log)
+    layout = devices.layout()
+    setting = Setting(base.load_abstract(model, task.num_labels, layout), model, run.seed, log)
     task.check(setting.base.config)
+    for note in layout.notes(setting.base.config) if layout else ():
+        log(note)
     plan = methods.table(setting.base, methods.tune(setting.base, adapter))
     log(plan)
     training, evaluation = task.prepare(setting)
-    return Assembly(task, setting, adapter, run, plan, training, evaluation)
+    return Assembly(task, setting, adapter, run, layout, plan, training, evaluation)
 
 
 def launch(recipe: str, options: Any, title: str, command: str | None = None) -> Result:
@@ -127,7 +152,8 @@ def launch(recipe: str, options: Any, title: str, command: str | None = None) ->
 
     Args:
       recipe: its name.
-      options: options with the groups ``task``, ``model``, ``adapter``, ``optimizer``, ``run``.
+      options: options with the groups ``task``, ``model``, ``adapter``, ``optimizer``, ``run`` and
+        ``devices``.
       title: of the report.
       command: with which it was started, if not by the command line.
 
@@ -138,7 +164,7 @@ def launch(recipe: str, options: Any, title: str, command: str | None = None) ->
     options = dataclasses.replace(options, task=options.task.resolve())
     config = flat(options, recipe)
     with open_run(options.run.folder, config, resume=options.run.resume) as folder:
-        made = assemble(options.task, options.model, options.adapter, options.run)
+        made = assemble(options.task, options.model, options.adapter, options.run, options.devices)
         loaded, tuning = made.load()
         result = made.fit(loaded, tuning, folder, options.optimizer, config)
         rows: Sequence[dict[str, Any]] = ()
@@ -150,7 +176,7 @@ def launch(recipe: str, options: Any, title: str, command: str | None = None) ->
             figures = made.evaluation.figures(tuning, result.trainable)
             for name, figure in figures.items():
                 draw(folder / name, figure)
-        facts = {**result.facts, **made.training.summary, **made.evaluation.summary}
+        facts = {**result.facts, **made.facts, **made.training.summary, **made.evaluation.summary}
         command = command or command_line(recipe, options)
         report.write(folder, title, made.plan, result.rows, facts, command, rows[:SHOWN], figures)
         write_result(folder, result)
@@ -167,6 +193,7 @@ class _Settings:
     adapter: AdapterOptions = AdapterOptions()
     optimizer: OptimizerOptions = OptimizerOptions()
     run: RunOptions
+    devices: DeviceOptions = DeviceOptions()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,7 +210,7 @@ def fit(model: str | Path, method: str, task: Task, **given: Any) -> Result:
       task: what is learned, such as `train.Instructions`, whose data may be a list of dicts or a
         ``datasets.Dataset``; or a subclass of `train.Task`, with a loss and a measure of its own.
       **given: other options, named as on the command line: ``folder``, which is needed, ``steps``,
-        ``lr``, ``batch_size``, ``targets``, ``dtype``, ``resume``, ...
+        ``lr``, ``batch_size``, ``targets``, ``dtype``, ``mesh``, ``resume``, ...
 
     Returns:
       What the run came to. Printed, it is a table; its adapter lies in the folder.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from hyperadapt_jax.models.layers import check_attention
 
 from .errors import InputError, first_line
 from .options import ModelOptions
+from .parallel.mesh import Layout
 
 # Without any of these, transformers makes a tokenizer that knows no word, and says nothing.
 _TOKENIZERS = (
@@ -51,29 +53,41 @@ class Base:
     folder: Path
 
 
-def load_abstract(options: ModelOptions, labels: int | None = None) -> Base:
+def load_abstract(
+    options: ModelOptions, labels: int | None = None, layout: Layout | None = None
+) -> Base:
     """The model without its weights: nothing is allocated.
 
     Args:
       options: which model, and its dtypes.
       labels: outputs of a classification head; 1 for regression; None for no head.
+      layout: what lies where on several devices; the shapes carry the shardings.
 
     Raises:
-      InputError: there is no such model, or it is none of those known here.
+      InputError: there is no such model, or it is none of those known here; an axis of the mesh
+        divides nothing of it.
     """
     folder, config = _described(options, labels)
-    fn, params = models.functional(models.abstract(config, **_settings(options)))
+    fn, params = models.functional(models.abstract(config, **_settings(options, layout)))
+    if layout is not None:
+        params = layout.placed(config, params)
     return Base(options.model, config, fn, params, (), folder)
 
 
 def load(
-    options: ModelOptions, labels: int | None = None, *, seed: int = 0, quiet: bool = False
+    options: ModelOptions,
+    labels: int | None = None,
+    layout: Layout | None = None,
+    *,
+    seed: int = 0,
+    quiet: bool = False,
 ) -> Base:
     """The model with its weights.
 
     Args:
       options: which model, and its dtypes.
       labels: outputs of a classification head; None for no head.
+      layout: what lies where on several devices; each gets its own slices of the files.
       seed: of what the checkpoint lacks.
       quiet: show no bar.
 
@@ -89,6 +103,9 @@ def load(
         check_attention(options.attention, jnp.dtype(options.dtype), config.head_dim)
     except ValueError as error:
         raise InputError(f"--attention: {error}; leave it out") from error
+    where: dict[str, Any] = {}
+    if layout is not None:
+        where = {"mesh": layout.mesh, "rules": layout.loading(config)}
     try:
         fn, params, report = models.load_functional(
             folder,
@@ -96,7 +113,8 @@ def load(
             num_labels=labels,
             seed=seed,
             progress=not quiet,
-            **_settings(options),
+            **where,
+            **_settings(options, layout),
         )
     except (ValueError, OSError) as error:
         raise InputError(f"--model {options.model}: {error}") from error
@@ -171,7 +189,11 @@ def fingerprint(params: Any) -> str:
     >>> one == fingerprint({"w": jnp.arange(6.0)}), one == fingerprint({"w": jnp.arange(6.0)[::-1]})
     (True, False)
     """
-    sums = {path: _sums(leaf) for path, leaf in paths.arrays(params).items()}
+    # Made flat, which is faster, an array that is spread over devices would be gathered.
+    sums = {
+        path: _sums(leaf, flat=paths.named_sharding(leaf) is None)
+        for path, leaf in paths.arrays(params).items()
+    }
     digest = hashlib.sha256()
     for path, leaf in sorted(paths.arrays(params).items()):
         numbers = [int(n) for n in np.asarray(sums[path])]
@@ -179,17 +201,19 @@ def fingerprint(params: Any) -> str:
     return digest.hexdigest()
 
 
-@jax.jit
-def _sums(array: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="flat")
+def _sums(array: jax.Array, flat: bool) -> jax.Array:
     """Two sums over an array's bits, modulo 2**32, one of them weighted by the place."""
     kinds = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
-    if array.dtype.itemsize not in kinds:  # complex or 64-bit numbers: as pieces of 32 bits
-        bits = jax.lax.bitcast_convert_type(array, jnp.uint32).reshape(-1)
-    else:
-        bits = jax.lax.bitcast_convert_type(array, kinds[array.dtype.itemsize]).reshape(-1)
-    bits = bits.astype(jnp.uint32)
+    # Complex or 64-bit numbers: as pieces of 32 bits.
+    bits = jax.lax.bitcast_convert_type(array, kinds.get(array.dtype.itemsize, jnp.uint32))
+    bits = (bits.reshape(-1) if flat else bits).astype(jnp.uint32)
+    place, stride = jnp.zeros((), jnp.uint32), 1
+    for axis in reversed(range(bits.ndim)):
+        steps = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        place, stride = place + steps * np.uint32(stride % 2**32), stride * bits.shape[axis]
     # An odd factor for each place: two numbers that change places change the sum.
-    places = jax.lax.iota(jnp.uint32, bits.size) * np.uint32(2) + np.uint32(1)
+    places = place * np.uint32(2) + np.uint32(1)
     mixed = (bits ^ (bits >> 15)) * (places * np.uint32(2654435761) | np.uint32(1))
     return jnp.stack([bits.sum(dtype=jnp.uint32), mixed.sum(dtype=jnp.uint32)])
 
@@ -217,5 +241,6 @@ def _folder(options: ModelOptions) -> Path:
         raise InputError(f"--model: {error}") from error
 
 
-def _settings(options: ModelOptions) -> dict[str, Any]:
-    return {"dtype": options.dtype, "remat": options.remat, "attention": options.attention}
+def _settings(options: ModelOptions, layout: Layout | None) -> dict[str, Any]:
+    given = {"dtype": options.dtype, "remat": options.remat, "attention": options.attention}
+    return given if layout is None else given | {"activations": layout.activations}

@@ -15,6 +15,7 @@ from hyperadapt_jax.methods import METHODS, Method, Tuning
 from .base import Base
 from .errors import InputError
 from .options import AdapterOptions, flag
+from .parallel.mesh import activations_of
 
 _DRAWN = 1  # folded into the run's key: what a method draws is not what the steps draw
 
@@ -79,7 +80,10 @@ def tune(base: Base, options: AdapterOptions, seed: int = 0) -> Tuning:
     method = method_of(options)
     try:
         targets = _targets(base.config, options.targets or [method.targets])
-        plan = ha.plan(base.params, *targets, exclude=list(options.exclude) or None)
+        # What divides the batch divides no vector; see hyperadapt_jax.sharding.
+        whole = activations_of(base.fn).rows
+        exclude = list(options.exclude) or None
+        plan = ha.plan(base.params, *targets, exclude=exclude, replicate=whole)
         pattern = "|".join(full) or None
         key = jax.random.fold_in(jax.random.key(seed), _DRAWN)
         tuning = ha.methods.tune(

@@ -29,6 +29,7 @@ from hyperadapt_jax.methods import METHODS
 
 from . import PROGRAM
 from .errors import InputError
+from .parallel.mesh import Layout, make_layout, parse_mesh, parse_rules
 
 T = TypeVar("T")
 
@@ -51,8 +52,8 @@ SWEPT = "swept"
 # Marks an option that is given without its name.
 POSITIONAL = "positional"
 
-# What may differ between a run and its continuation: where it lies and how it is shown.
-_NOT_IDENTITY = {"config", "folder", "resume", "quiet"}
+# What may differ between a run and its continuation: where it lies, on what, and how it is shown.
+_NOT_IDENTITY = {"config", "folder", "resume", "quiet", "mesh", "rules"}
 _PLACES = {"model", "revision"}  # where the base lies; which one it is, its fingerprint says
 
 
@@ -191,6 +192,33 @@ class RunOptions:
             )
         if not 0 <= self.seed <= LARGEST:
             raise InputError(f"--seed {self.seed}: give a number from 0 to {LARGEST}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeviceOptions:
+    """The devices, and what lies where on them."""
+
+    mesh: str | None = None
+    """Sizes of the axes data, fsdp and tensor of a mesh of devices, such as fsdp=4,tensor=2; one
+    that is left out is 1, and -1 is the rest. data divides the rows of a batch; fsdp divides them
+    too, and the weights; tensor divides heads, hidden units and the vocabulary. If not given, what
+    the environment variable HYPERADAPT_MESH says, else all devices on fsdp."""
+    rules: tuple[str, ...] = ()
+    """Which axes of the mesh divide which axis of the weights, in place of the usual ones, such as
+    vocab=tensor,fsdp or, to keep it whole, embed=; batch= is for the rows of a batch."""
+
+    def layout(self) -> Layout | None:
+        """What lies where; None where all is on one device.
+
+        Raises:
+          InputError: a text cannot be read, or there are fewer devices.
+        """
+        return make_layout(self.mesh, self.rules)
+
+    def __post_init__(self) -> None:
+        if self.mesh is not None:
+            parse_mesh(self.mesh)
+        parse_rules(self.rules)
 
 
 def parse(recipe: str, cls: type[T], args: Sequence[str]) -> T:
@@ -604,7 +632,7 @@ def _parser(recipe: str, cls: type, fields: Iterable[_Field]) -> _Parser:
         allow_abbrev=False,
     )
     titles = {ModelOptions: "model", AdapterOptions: "adapter", OptimizerOptions: "optimizer"}
-    titles |= {RunOptions: "run", cls: recipe}
+    titles |= {RunOptions: "run", DeviceOptions: "device", cls: recipe}
     rank = {name: number for number, name in enumerate(_COMMON)}
     groups: dict[str, Any] = {}
     for field in sorted(fields, key=lambda f: rank.get(f.name, len(rank))):

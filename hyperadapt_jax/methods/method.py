@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -173,16 +173,20 @@ def tune(
     return Tuning(forward, fn, trainable, frozen, labels, method, selected)
 
 
-def restore(fn: Callable[..., Any], params: Any, adapter: Adapter) -> Tuning:
+def restore(
+    fn: Callable[..., Any], params: Any, adapter: Adapter, replicate: Sequence[str] = ()
+) -> Tuning:
     """Sets up on a model what an adapter holds, whichever method trained it.
 
     Args:
       fn: ``fn(params, *args)``, as for :func:`tune`.
       params: the base's parameters, arrays.
       adapter: the adapter, which fits them.
+      replicate: mesh axes along which the vectors of sharded weights are kept whole, as for
+        `hyperadapt_jax.plan`.
     """
     adapter.check(params)
-    adapter, method = adapter.placed(params), Method()
+    adapter, method = adapter.placed(params, replicate), Method()
     pattern = "|".join(map(re.escape, adapter.full)) or None
     trainable, frozen = split(params, adapter.scales, full=pattern)
     trainable["full"] = dict(adapter.full)

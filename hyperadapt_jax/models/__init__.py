@@ -22,10 +22,12 @@ from hyperadapt_jax.models.decoder.model import Cache, Decoder, init_cache
 from hyperadapt_jax.models.encoder.config import EncoderConfig
 from hyperadapt_jax.models.encoder.model import Encoder, EncoderOutput
 from hyperadapt_jax.models.generate import Sampling, decode, generate
+from hyperadapt_jax.models.layers import ActivationSharding
 from hyperadapt_jax.models.registry import Config, config_from_dict, config_to_dict, read_config
 from hyperadapt_jax.models.rope import Rope
 
 __all__ = [
+    "ActivationSharding",
     "Cache",
     "Checkpoint",
     "CheckpointError",

@@ -22,6 +22,7 @@ from hyperadapt_jax.models.decoder.config import DecoderConfig
 from hyperadapt_jax.models.decoder.model import Decoder
 from hyperadapt_jax.models.encoder.config import EncoderConfig
 from hyperadapt_jax.models.encoder.model import Encoder
+from hyperadapt_jax.models.layers import UNSHARDED, ActivationSharding
 from hyperadapt_jax.models.registry import Config, config_to_dict, family_of, read_config
 
 Model = Decoder | Encoder
@@ -44,8 +45,8 @@ def create(config: Config, *, seed: int = 0, **options: Any) -> Model:
     Args:
       config: the architecture.
       seed: of the initial parameters.
-      **options: ``dtype``, ``param_dtype``, ``remat``, ``attention``, as `Decoder` and `Encoder`
-        take them.
+      **options: ``dtype``, ``param_dtype``, ``remat``, ``attention``, ``activations``, as `Decoder`
+        and `Encoder` take them.
 
     Raises:
       ValueError: an option has an unknown value.
@@ -72,9 +73,14 @@ class Function:
 
     Functions of models of the same configuration and options are equal, so that a compiled
     program is found again.
+
+    Attributes:
+      graph: the model without its parameters.
+      activations: how its activations are spread over a mesh.
     """
 
     graph: nnx.GraphDef
+    activations: ActivationSharding = UNSHARDED
 
     def __call__(
         self,
@@ -117,7 +123,7 @@ def functional(model: Model) -> tuple[Function, Params]:
     (1, 3, 9)
     """
     graph, state = nnx.split(model)
-    return Function(graph), nnx.to_pure_dict(state)
+    return Function(graph, model.activations), nnx.to_pure_dict(state)
 
 
 def from_params(config: Config, params: Params, **options: Any) -> Model:
@@ -179,8 +185,8 @@ def load(
       cache_dir: where downloads are kept.
       seed: of parameters that the checkpoint lacks, as a new head.
       progress: show a bar on long loads.
-      **options: ``dtype``, ``param_dtype``, ``remat``, ``attention``, as `Decoder` and `Encoder`
-        take them.
+      **options: ``dtype``, ``param_dtype``, ``remat``, ``attention``, ``activations``, as `Decoder`
+        and `Encoder` take them.
 
     Returns:
       The model. A `NewParametersWarning` names the parameters of the head that the checkpoint

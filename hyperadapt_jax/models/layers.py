@@ -6,6 +6,7 @@ layers the same module sees them without.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Array = jax.Array
 
@@ -41,6 +43,69 @@ REMAT: dict[str, Callable[[Callable], Callable]] = {
 }
 
 _INIT_STDDEV = 0.02
+
+
+@dataclasses.dataclass(frozen=True)
+class ActivationSharding:
+    """How a model's activations are spread over a mesh of devices; by default not at all.
+
+    The weights' own shardings do not tell it: where one mesh axis divides both the rows of a batch
+    and a side of the weights (FSDP), XLA would as well gather the rows as the weights.
+
+    Attributes:
+      mesh: the devices; None for activations that lie as XLA sees fit.
+      rows: mesh axes that divide the rows of a batch.
+      heads: mesh axes that divide the heads in a cache of keys and values.
+
+    >>> ActivationSharding().filled(6)
+    6
+    >>> kinds = (jax.sharding.AxisType.Auto,) * 2
+    >>> mesh = jax.make_mesh((1, 1), ("data", "tensor"), axis_types=kinds)
+    >>> x = ActivationSharding(mesh, ("data",), ("tensor",)).stream(jnp.ones((2, 3, 4)))
+    >>> x.sharding.spec == PartitionSpec("data")
+    True
+    """
+
+    mesh: Mesh | None = None
+    rows: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
+
+    def filled(self, count: int) -> int:
+        """The number of rows that so many are filled up to, so that the mesh divides them."""
+        parts = self._parts(self.rows)
+        return -(-count // parts) * parts
+
+    def stream(self, x: Array) -> Array:
+        """``x: [B, ...]``, divided by its rows."""
+        return self._constrained(x, self.rows)
+
+    def table(self, rows: Array) -> Array:
+        """An embedding's table ``[V, D]``, whole along D, so that a lookup gives whole vectors."""
+        if self.mesh is None:
+            return rows
+        sharding = NamedSharding(self.mesh, PartitionSpec(PartitionSpec.UNCONSTRAINED, None))
+        return jax.lax.with_sharding_constraint(rows, sharding)
+
+    def cache(self, kv: Array) -> Array:
+        """A cache's keys or values ``[L, B, S, K, H]``, divided by rows and heads."""
+        return self._constrained(kv, (), self.rows, (), self.heads)
+
+    def _constrained(self, x: Array, *axes: tuple[str, ...]) -> Array:
+        """An array spread so; whole along an axis that the mesh does not divide."""
+        if self.mesh is None:
+            return x
+        spec = [
+            names if names and not size % self._parts(names) else None
+            for size, names in zip(x.shape, axes, strict=False)
+        ]
+        sharding = NamedSharding(self.mesh, PartitionSpec(*spec))
+        return jax.lax.with_sharding_constraint(x, sharding)
+
+    def _parts(self, axes: tuple[str, ...]) -> int:
+        return 1 if self.mesh is None else math.prod(self.mesh.shape[name] for name in axes)
+
+
+UNSHARDED = ActivationSharding()
 
 
 class Linear(nnx.Module):
@@ -85,14 +150,21 @@ class Embedding(nnx.Module):
     """A table of vectors ``embedding: [V, D]``."""
 
     def __init__(
-        self, num_embeddings: int, features: int, *, param_dtype: jnp.dtype, rngs: nnx.Rngs
+        self,
+        num_embeddings: int,
+        features: int,
+        *,
+        activations: ActivationSharding = UNSHARDED,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
     ):
+        self.activations = activations
         draw = jax.random.normal(rngs.params(), (num_embeddings, features), jnp.float32)
         self.embedding = nnx.Param((_INIT_STDDEV * draw).astype(param_dtype))
 
     def __call__(self, ids: Array, dtype: jnp.dtype) -> Array:
         """Rows of the table, ``[..., D]``; a number outside it gives NaN, not a wrong row."""
-        table = jnp.asarray(self.embedding[...])
+        table = self.activations.table(jnp.asarray(self.embedding[...]))
         rows = table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         return rows.astype(dtype)
 

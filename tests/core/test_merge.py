@@ -283,6 +283,12 @@ def test_a_report_shows_overflow():
     assert report.weights[0].relative == np.inf and str(report).endswith(" inf")
 
 
+def test_a_report_shows_the_rounding_of_a_base_that_is_not_updated():
+    params, scales = {"w": jnp.array([[1.001]])}, {"w": ScaleVectors(jnp.zeros(1), None, "- out")}
+    report = ha.merge(params, scales, dtype=jnp.bfloat16, report=True)[1]
+    assert report.weights[0].update == 0 and str(report).endswith(" inf")
+
+
 def test_a_report_needs_values():
     with pytest.raises(
         ValueError, match="report: needs the values of all weights; ask .* outside of jit"

@@ -317,7 +317,10 @@ def test_a_model_is_read_onto_a_mesh(tmp_path: pathlib.Path) -> None:
         (r"layers/(o|down)/kernel", PartitionSpec(None, "model")),
         (r".*", PartitionSpec()),
     ]
-    fn, params = models.functional(models.load(folder, mesh=mesh, rules=rules))
+    spread = models.ActivationSharding(mesh, ("data",), ("model",))
+    loaded = models.load(folder, mesh=mesh, rules=rules, activations=spread)
+    fn, params = models.functional(loaded)
+    assert fn.activations == spread and spread.filled(3) == 4
     kernel = params["layers"]["q"]["kernel"]
     assert kernel.sharding.spec == PartitionSpec(None, None, "model")
     assert kernel.addressable_shards[0].data.shape == (3, 16, 4)

@@ -197,7 +197,8 @@ def test_a_perplexity_that_no_float_holds_is_infinite(monkeypatch):
     example = {"tokens": np.arange(3), "labels": np.arange(3)}
     monkeypatch.setattr(instructions.losses, "token_losses", losses_of)
     task = Instructions(data="nowhere", eval_batch_size=1)
-    tuning, questions = types.SimpleNamespace(frozen={}), types.SimpleNamespace(correct=None)
+    tuning = types.SimpleNamespace(fn=None, frozen={})
+    questions = types.SimpleNamespace(correct=None)
     evaluate = task.measure(tuning, Examples([example], 0, 0), questions)
     assert evaluate(2.0) == {"loss": 2.0, "perplexity": math.exp(2.0)}
     assert evaluate(750.0) == {"loss": 750.0, "perplexity": math.inf}

@@ -9,7 +9,7 @@ cuts them into batches. `stream` reads batches ahead while the device works.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -31,7 +31,7 @@ class Batches(Sequence[Batch]):
     the lengths, or gathered to ``[B]``; integers are int32, other numbers float32. With them come:
 
     * ``mask``: True at tokens, ``[B, T]``;
-    * ``weight``: 1 for a row, 0 where the last batch of an epoch is filled up, ``[B]`` float32;
+    * ``weight``: 1 for a row, 0 where a batch is filled up, ``[B]`` float32;
     * packed: ``segment_ids``, from 1 on in each row and 0 at padding, and ``positions``, counted
       anew in each example, ``[B, T]`` int32.
 
@@ -47,7 +47,8 @@ class Batches(Sequence[Batch]):
       epochs: how often each example comes.
       steps: the number of batches that have to be there, in place of ``epochs``.
       shard: ``(index, count)``: of each batch, the index-th of ``count`` equal parts.
-      divisor: of the rows of a batch, for each shard.
+      divisor: of the rows of a batch, for each shard: in so many parts it is computed.
+      filled: from the rows of such a part to how many it is filled up to, as a mesh needs them.
       places: where the row of each example stands, for error messages.
 
     No batch is larger than the data: ``batch_size`` is then as many rows as there are, and as many
@@ -77,6 +78,7 @@ class Batches(Sequence[Batch]):
         steps: int | None = None,
         shard: tuple[int, int] = (0, 1),
         divisor: int = 1,
+        filled: Callable[[int], int] = lambda rows: rows,
         places: Sequence[str] | None = None,
     ):
         index, count = shard
@@ -106,8 +108,9 @@ class Batches(Sequence[Batch]):
         batch_size = min(batch_size, -(-len(self._rows) // unit) * unit)
         self.batch_size = batch_size
         self._part = slice(index * batch_size // count, (index + 1) * batch_size // count)
-        filled = np.where(self._rows < 0, 0, sizes[self._rows]).sum(axis=1)
-        self._lengths = np.asarray(lengths)[np.searchsorted(lengths, filled)]
+        self._parts, self._filled = divisor, filled(batch_size // unit)
+        used = np.where(self._rows < 0, 0, sizes[self._rows]).sum(axis=1)
+        self._lengths = np.asarray(lengths)[np.searchsorted(lengths, used)]
         self.per_epoch = -(-len(self._rows) // batch_size)
         if steps is not None:
             self.epochs = max(1, -(-steps // self.per_epoch))
@@ -143,7 +146,10 @@ class Batches(Sequence[Batch]):
         batch = self._batch(number)
         rows = np.full((self.batch_size, self._rows.shape[1]), -1, np.int64)
         rows[: len(batch)] = self._rows[batch]
-        return rows[self._part]
+        parts = rows[self._part].reshape(self._parts, -1, rows.shape[1])
+        more = self._filled - parts.shape[1]
+        parts = np.pad(parts, [(0, 0), (0, more), (0, 0)], constant_values=-1)
+        return parts.reshape(-1, rows.shape[1])
 
     def _cut(self, epoch: int) -> list[np.ndarray]:
         """The rows of each batch of an epoch."""
@@ -158,13 +164,14 @@ class Batches(Sequence[Batch]):
         return [batches[i] for i in rng.permutation(len(batches))] if self.shuffle else batches
 
     def _collate(self, rows: np.ndarray, length: int) -> Batch:
-        """The batch of ``rows: [B, n]``, which ends with those that only fill it up."""
-        real = [self._row(row[row >= 0]) for row in rows if row[0] >= 0]
+        """The batch of ``rows: [B, n]``, some of which only fill it up."""
+        real = {i: self._row(row[row >= 0]) for i, row in enumerate(rows) if row[0] >= 0}
         batch: Batch = {}
-        for name, like in (real or [self._row(self._rows[0, :1])])[0].items():
+        some = next(iter(real.values()), None) or self._row(self._rows[0, :1])
+        for name, like in some.items():
             shape = (len(rows), length)[: 1 + like.ndim]
             batch[name] = np.full(shape, IGNORE if name == "labels" else 0, like.dtype)
-            for i, row in enumerate(real):
+            for i, row in real.items():
                 place: tuple[Any, ...] = (i, *map(slice, row[name].shape))
                 batch[name][place] = row[name]
         return batch

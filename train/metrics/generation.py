@@ -25,6 +25,7 @@ class GenerationEval:
       max_new_tokens: most tokens of a continuation.
       longest: most tokens of a prompt; a longer one is left out, and so is an empty one.
       batch_size: prompts that are continued at once.
+      filled: from their number to how many they are filled up to, as a mesh needs them.
       correct: from the text of all continuations to which are correct; None if they are not scored.
       groups: to which group each prompt belongs, whose accuracy is a metric of that name; all are
         one, called ``accuracy``, if not given.
@@ -37,6 +38,7 @@ class GenerationEval:
     max_new_tokens: int
     longest: int
     batch_size: int
+    filled: Callable[[int], int] = lambda prompts: prompts
     correct: Callable[[Sequence[str]], Sequence[bool]] | None = None
     groups: Sequence[str] | None = None
 
@@ -55,7 +57,7 @@ class GenerationEval:
         """
         used = self.used
         found: Generations = [""] * len(self.prompts)
-        size = min(self.batch_size, len(used))
+        size = self.filled(min(self.batch_size, len(used)))
         for start in range(0, len(used), max(size, 1)):
             some = used[start : start + size]
             # The last batch is filled up, so that no program is compiled for it alone.

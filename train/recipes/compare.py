@@ -16,7 +16,7 @@ from ..comparison.protocol import Comparison
 from ..comparison.runs import Outcome, Planned, Runs, check, make_folder, shared_programs
 from ..comparison.summary import MethodSummary, as_table, before, choose, notes
 from ..files import write, write_json
-from ..options import POSITIONAL, Place, command_line
+from ..options import POSITIONAL, DeviceOptions, Place, command_line
 from ..run.plots import draw
 from ..run.report import environment
 
@@ -67,6 +67,7 @@ class Options:
     """The base model, in place of the one in FILE."""
     data: Place | None = None
     """The recipe's --data, in place of that in FILE."""
+    devices: DeviceOptions = DeviceOptions()
     quiet: bool = False
     """Print warnings and errors alone."""
 
@@ -79,8 +80,9 @@ def run(options: Options) -> None:
       Interrupted: SIGINT or SIGTERM came, and everything is saved.
     """
     recipes = {name: functools.partial(_options_of, name) for name in RECIPES}
-    places = {"model": options.model, "data": options.data}
-    given = {name: place for name, place in places.items() if place is not None}
+    where = {"mesh": options.devices.mesh, "rules": list(options.devices.rules) or None}
+    instead = {"model": options.model, "data": options.data, **where}
+    given = {name: value for name, value in instead.items() if value is not None}
     compared = protocol.read(options.file, options.folder, recipes, given)
     make_folder(options.folder)
     advice = f"change {options.file} back, choose another --folder, or remove that run's folder"

@@ -15,6 +15,7 @@ from ..errors import InputError
 from ..metrics.generation import GenerationEval, Generations
 from ..options import (
     AdapterOptions,
+    DeviceOptions,
     ModelOptions,
     OptimizerOptions,
     Place,
@@ -51,6 +52,7 @@ class Options:
     adapter: AdapterOptions = AdapterOptions()
     optimizer: OptimizerOptions = OptimizerOptions(lr=1.5e-2, b2=0.98)
     run: RunOptions = RunOptions(folder=Path("runs/demo"), steps=750, eval_every=150)
+    devices: DeviceOptions = DeviceOptions()
     task: TwoSteps = TwoSteps()
     show: int = 4
     """Answers to show."""
@@ -69,7 +71,7 @@ def run(options: Options) -> None:
     """
     config = flat(options, "demo")
     with open_run(options.run.folder, config, resume=options.run.resume) as folder:
-        made = assemble(options.task, options.model, options.adapter, options.run)
+        made = assemble(options.task, options.model, options.adapter, options.run, options.devices)
         loaded, tuning = made.load()
         total = sum(leaf.size for leaf in jax.tree.leaves(loaded.params))
         final = options.task.final(made.setting)
@@ -86,7 +88,7 @@ def run(options: Options) -> None:
             method=options.adapter.method, learned=learned, step=result.step, answers=answers,
             table=table(header, rows, "before after", markdown=True),
             rank=f"\n![singular values]({RANK})\n" if scales else "", plan=made.plan,
-            took=report.took(result.facts, command_line("demo", options)),
+            took=report.took({**result.facts, **made.facts}, command_line("demo", options)),
         ))  # fmt: skip
         write_result(folder, result)
     log = made.setting.log

@@ -19,7 +19,8 @@ from ..assembly import write_rows
 from ..data.examples import identity
 from ..errors import InputError, warn
 from ..files import write_json
-from ..options import CONFIG, Place, parse, read_config
+from ..options import CONFIG, DeviceOptions, Place, parse, read_config
+from ..parallel.mesh import Layout, activations_of
 from ..run.folder import ADAPTER
 from ..tasks.task import Evaluation, Setting
 from ..trainer.loop import BASE, SOURCES, other_source
@@ -60,6 +61,7 @@ class Options:
     """Write the generated answers to this file, one JSON object a line; for sft."""
     quiet: bool = False
     """Print errors alone."""
+    devices: DeviceOptions = DeviceOptions()
 
 
 def run(options: Options) -> None:
@@ -78,13 +80,17 @@ def run(options: Options) -> None:
     if options.model is not None:
         model = dataclasses.replace(model, model=options.model)
     log = (lambda text: None) if options.quiet else print
-    setting = Setting(base.load_abstract(model, task.num_labels), model, theirs.run.seed, log)
+    layout = options.devices.layout()
+    described = base.load_abstract(model, task.num_labels, layout)
+    setting = Setting(described, model, theirs.run.seed, log)
     task.check(setting.base.config)
+    for note in layout.notes(described.config) if layout else ():
+        log(note)
     evaluation = task.evaluation(setting)
     if options.predictions is not None and evaluation.generate is None:
         raise InputError(f"--predictions: a run of {task.name} generates no answers")
     same = options.data is options.split is options.rows is None
-    tuning, trained = _restore(options, theirs, setting, evaluation, same)
+    tuning, trained = _restore(options, theirs, setting, layout, evaluation, same)
     metrics = evaluation.on(tuning)(trained)
     if options.predictions is not None:
         write_rows(options.predictions, evaluation.generate(tuning, trained))
@@ -113,14 +119,19 @@ def load_options(options: Options) -> Any:
 
 
 def _restore(
-    options: Options, theirs: Any, setting: Setting, evaluation: Evaluation, same: bool
+    options: Options,
+    theirs: Any,
+    setting: Setting,
+    layout: Layout | None,
+    evaluation: Evaluation,
+    same: bool,
 ) -> tuple[Tuning, Any]:
     """The run's method on its base, and what it trained; the same ones that it had, if it says so.
 
     ``same`` is whether it is measured on the data that it was measured on before.
     """
     labels, seed = theirs.task.num_labels, theirs.run.seed
-    loaded = base.load(setting.model, labels, seed=seed, quiet=options.quiet)
+    loaded = base.load(setting.model, labels, layout, seed=seed, quiet=options.quiet)
     config = models.config_to_dict(loaded.config)
     found = ha.load(options.folder / ADAPTER, loaded.params, base_config=config)
     tuning = methods.tune(loaded, theirs.adapter, seed)
@@ -146,5 +157,7 @@ def _restore(
             f"{changed} changed since the run in {options.folder}, so that other numbers would come"
             " out: give it as it was" + (", or other rows by --data" if "rows" in changed else "")
         )
-    restored = ha.methods.restore(loaded.fn, loaded.params, found)
+    restored = ha.methods.restore(
+        loaded.fn, loaded.params, found, replicate=activations_of(loaded.fn).rows
+    )
     return restored, restored.trainable

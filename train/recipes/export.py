@@ -14,7 +14,7 @@ from hyperadapt_jax.merge import Rounding
 
 from ..errors import InputError
 from ..files import writing
-from ..options import flag
+from ..options import DeviceOptions, flag
 from ..run.trained import Trained, TrainedOptions, load_run
 
 
@@ -23,8 +23,8 @@ class Options:
     """Merge an adapter into its base, and write a Hugging Face folder: no adapter, no extra cost.
 
     The product is made in float32 and rounded once; a table tells what the rounding cost. One
-    parameter is held at a time. The tokenizer is copied from the base. The folder appears when it
-    is complete.
+    parameter is held at a time, divided over the devices where there are several. The tokenizer is
+    copied from the base. The folder appears when it is complete.
 
     With --format peft, write the adapter alone, as one that peft's PeftModel.from_pretrained loads:
     scale vectors as HiRA (peft 0.21 or newer), low-rank terms as LoRA or DoRA.
@@ -53,6 +53,7 @@ class Options:
     """Replace the model in a folder that holds one."""
     quiet: bool = False
     """Print errors alone."""
+    devices: DeviceOptions = DeviceOptions()
 
 
 def run(options: Options) -> None:
@@ -62,7 +63,7 @@ def run(options: Options) -> None:
       InputError: the folder is not empty, or cannot be written; there is no adapter, or no base.
       AdapterError, CheckpointError: the adapter or the base is damaged, or they do not fit.
     """
-    trained = load_run(options.trained)
+    trained = load_run(options.trained, options.devices.layout())
     if options.format == "peft":
         _write_peft(trained, options)
         return

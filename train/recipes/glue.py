@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from ..assembly import launch
-from ..options import AdapterOptions, ModelOptions, OptimizerOptions, RunOptions
+from ..options import AdapterOptions, DeviceOptions, ModelOptions, OptimizerOptions, RunOptions
 from ..tasks.glue import Glue
 
 
@@ -30,6 +30,7 @@ class Options:
     adapter: AdapterOptions = AdapterOptions()
     optimizer: OptimizerOptions = OptimizerOptions(head_lr=1e-3)
     run: RunOptions
+    devices: DeviceOptions = DeviceOptions()
 
 
 def run(options: Options) -> None:

@@ -17,6 +17,7 @@ from ..files import write
 from ..metrics.halves import reported
 from ..options import (
     AdapterOptions,
+    DeviceOptions,
     ModelOptions,
     OptimizerOptions,
     Place,
@@ -52,6 +53,7 @@ class Options:
         optimizer="muon", muon_embeddings=True, lr=0.02, warmup=100
     )
     run: RunOptions = RunOptions(folder=Path("runs/pretrain"), steps=3100, eval_every=500)
+    devices: DeviceOptions = DeviceOptions()
     task: OneStep = OneStep()
 
     @property
@@ -74,7 +76,7 @@ def run(options: Options) -> None:
     config = flat(options, "pretrain")
     with open_run(options.run.folder, config, resume=options.run.resume) as folder:
         fresh(folder / FRESH, options.run.seed)
-        made = assemble(options.task, options.model, options.adapter, options.run)
+        made = assemble(options.task, options.model, options.adapter, options.run, options.devices)
         loaded, tuning = made.load()
         result = made.fit(loaded, tuning, folder, options.optimizer, config)
         params, _ = ha.trainable.combine(result.trainable, tuning.frozen)
@@ -84,7 +86,7 @@ def run(options: Options) -> None:
         write_model(folder / MODEL, options.model, params, rows)
         command = command_line("pretrain", options)
         title = "Pre-training on arithmetic"
-        report.write(folder, title, made.plan, result.rows, result.facts, command)
+        report.write(folder, title, made.plan, result.rows, {**result.facts, **made.facts}, command)
         write_result(folder, result)
     if not options.run.quiet:
         print(table(["of number families never seen", "right"], rows, right="right"))

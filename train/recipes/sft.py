@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from ..assembly import launch
-from ..options import AdapterOptions, ModelOptions, OptimizerOptions, RunOptions
+from ..options import AdapterOptions, DeviceOptions, ModelOptions, OptimizerOptions, RunOptions
 from ..tasks.instructions import Instructions
 
 
@@ -33,6 +33,7 @@ class Options:
     adapter: AdapterOptions = AdapterOptions()
     optimizer: OptimizerOptions = OptimizerOptions()
     run: RunOptions
+    devices: DeviceOptions = DeviceOptions()
 
 
 def run(options: Options) -> None:

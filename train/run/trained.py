@@ -18,6 +18,7 @@ from hyperadapt_jax.models.checkpoint import hub
 from ..base import Base, load_abstract
 from ..errors import InputError
 from ..options import ModelOptions, Place
+from ..parallel.mesh import Layout
 from .folder import ADAPTER
 
 
@@ -39,7 +40,7 @@ class Trained:
 
     Attributes:
       adapter: the vectors, and what trained fully.
-      base: the frozen model, as shapes alone.
+      base: the frozen model, as shapes alone, which say where it is to lie.
     """
 
     adapter: ha.Adapter
@@ -60,7 +61,8 @@ class Trained:
         """
         if path in self.adapter.full:
             return self.adapter.full[path].astype(dtype)
-        like = jax.ShapeDtypeStruct(self._shapes[path].shape, dtype)
+        shape = self._shapes[path]
+        like = jax.ShapeDtypeStruct(shape.shape, dtype, sharding=shape.sharding)
         return self._checkpoint.read(self._tensors[path], like)
 
     @functools.cached_property
@@ -76,8 +78,12 @@ class Trained:
         return paths.arrays(self.base.params)
 
 
-def load_run(options: TrainedOptions) -> Trained:
+def load_run(options: TrainedOptions, layout: Layout | None = None) -> Trained:
     """Reads an adapter and describes its base; the base's weights are read when they are asked for.
+
+    Args:
+      options: which adapter, and its base.
+      layout: what lies where on several devices.
 
     Raises:
       InputError: there is no adapter, or no base.
@@ -97,7 +103,8 @@ def load_run(options: TrainedOptions) -> Trained:
         raise InputError(f"{folder} does not name its base model: give it with --model")
     known = adapter.base_config
     labels = None if known is None else _labels(known, folder)
-    base = load_abstract(ModelOptions(model=Place(model), revision=options.revision), labels)
+    described = ModelOptions(model=Place(model), revision=options.revision)
+    base = load_abstract(described, labels, layout)
     try:
         adapter.check(base.params, None if known is None else models.config_to_dict(base.config))
     except ha.AdapterError as error:

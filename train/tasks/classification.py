@@ -17,6 +17,7 @@ from ..data.batches import Batches, stream
 from ..data.examples import Examples, digest
 from ..data.text import tokenize
 from ..errors import InputError
+from ..parallel.mesh import activations_of
 from ..trainer import losses
 from ..trainer.step import Loss
 from .task import Setting, Task
@@ -58,8 +59,9 @@ class Classification(Task):
     def outputs(self, tuning: Tuning, examples: Mapping[str, Examples]) -> Callable[[Any], Outputs]:
         """A function from what trains to the head's outputs on each split."""
         logits = jax.jit(lambda *args: losses.logits(tuning, *args))
+        filled = activations_of(tuning.fn).filled
         sets = {
-            name: Batches(made.data, self.eval_batch_size, shuffle=False)
+            name: Batches(made.data, self.eval_batch_size, shuffle=False, filled=filled)
             for name, made in examples.items()
         }
 

@@ -26,6 +26,7 @@ from ..errors import InputError
 from ..metrics import finite
 from ..metrics.generation import GenerationEval, Generations
 from ..metrics.scoring import Score, score
+from ..parallel.mesh import activations_of
 from ..trainer import losses
 from .held_out import HeldOut
 from .next_token import NextToken
@@ -169,6 +170,7 @@ class Instructions(NextToken, HeldOut):
             max_new_tokens=self.max_new_tokens,
             longest=config.max_length - self.max_new_tokens,
             batch_size=self.eval_batch_size,
+            filled=activations_of(setting.base.fn).filled,
             correct=None if self.score == "none" else correct,
         )
         base.check_tokens(questions.prompts, tokenizer, config.vocab_size)
@@ -196,7 +198,8 @@ class Instructions(NextToken, HeldOut):
           rows: of which row each example is; each of its own if not given.
         """
         of_row = np.arange(len(examples.data)) if rows is None else np.asarray(rows)
-        batches = Batches(examples.data, self.eval_batch_size, shuffle=False)
+        filled = activations_of(tuning.fn).filled
+        batches = Batches(examples.data, self.eval_batch_size, shuffle=False, filled=filled)
         token_losses = losses.token_losses(tuning, self.loss_chunk)
 
         @jax.jit

@@ -23,6 +23,7 @@ from ..base import Base, fingerprint
 from ..data.batches import Batches, stream
 from ..errors import Diverged, InputError, warn
 from ..options import LARGEST, OptimizerOptions, RunOptions, identity_options
+from ..parallel.mesh import activations_of, put_rows
 from ..run.folder import ADAPTER
 from ..run.log import METRICS, Log, read_metrics
 from .checkpoints import CheckpointMetadata, Checkpoints
@@ -250,13 +251,19 @@ class _Session:
         matrices = models.matrices(job.base.config)
         chain = make_optimizer(optimizer, job.tuning, self.steps, matrices)
         rates = learning_rates(optimizer, job.tuning, self.steps)
-        self._step: Any = make_step(job.loss, chain, rates, accumulate=run.accumulate)
+        self._where = activations_of(job.tuning.fn)
         self._state = start(job.tuning, chain, run.seed)
+        self._step: Any = make_step(
+            job.loss,
+            chain,
+            rates,
+            accumulate=run.accumulate,
+            activations=self._where,
+            state=self._state,
+        )
         self.base_digest = fingerprint(job.tuning.frozen)
         _free(job.tuning.trainable)
-        self._like = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self._state
-        )
+        self._like = jax.tree.map(_shape, self._state)
         self.metrics: Metrics | None = None
         self._earlier: dict[str, float] = {}  # spent before this session
         data = self._resume() if run.resume and checkpoints.steps else None
@@ -374,9 +381,10 @@ class _Session:
         batch = next(self._batches)
         tokens, shape = int(batch["mask"].sum()), batch["tokens"].shape
         known = shape in self._shapes
+        batch = put_rows(batch, self._where)
         with contextlib.nullcontext() if known else self.log.paused():  # it compiles
             self._state, metrics = self._step(self._state, self.job.tuning.frozen, batch)
-        self._shapes[shape] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+        self._shapes[shape] = jax.tree.map(_shape, batch)
         self.done, self.metrics, self._tokens = self.done + 1, None, self._tokens + tokens
         self._pending.append((self.done, metrics, tokens))
 
@@ -434,6 +442,11 @@ class _Session:
     def _stop(self) -> NoReturn:
         number = self._signals.received or signal.SIGTERM
         raise Interrupted(number, f"saved after step {self.done} of {self.steps}")
+
+
+def _shape(x: Any) -> jax.ShapeDtypeStruct:
+    """An array's shape and dtype; of one that lies on devices, how it does too."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))
 
 
 def _free(tree: Any) -> None:

@@ -98,7 +98,7 @@ def _label_losses(
     fn, params = models.functional(model)
     batch, length = labels.shape
     if chunk is None:
-        mesh = jax.typeof(labels).sharding.mesh
+        mesh = model.activations.mesh or jax.typeof(labels).sharding.mesh
         kinds = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
         devices = math.prod(n for n, kind in kinds if kind != AxisType.Manual)
         chunk = max(1, LOGITS * devices // (4 * model.config.vocab_size))

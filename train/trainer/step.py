@@ -9,8 +9,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from hyperadapt_jax.methods import Tuning
+from hyperadapt_jax.models.layers import UNSHARDED, ActivationSharding
+
+from ..parallel.mesh import activations_of, put_rest
 
 Batch = Mapping[str, jax.Array]
 
@@ -37,11 +41,17 @@ class State(NamedTuple):
 
 
 def start(tuning: Tuning, optimizer: optax.GradientTransformation, seed: int) -> State:
-    """The state before the first step; it owns its arrays, so that a step can reuse them."""
-    trainable = jax.tree.map(jnp.array, tuning.trainable)
+    """The state before the first step; it owns its arrays, so that a step can reuse them.
+
+    On a mesh, the optimizer's moments lie as what they are of; what has no place yet is whole on
+    each device.
+    """
+    where = activations_of(tuning.fn)
+    trainable = put_rest(jax.tree.map(jnp.array, tuning.trainable), where)
     key = jax.random.key_data(jax.random.key(seed))
     zero = jnp.zeros((), jnp.int32)
-    return State(zero, trainable, optimizer.init(trainable), key, jnp.copy(zero))
+    state = State(zero, trainable, optimizer.init(trainable), key, jnp.copy(zero))
+    return put_rest(state, where)
 
 
 def make_step(
@@ -50,6 +60,8 @@ def make_step(
     rates: Mapping[str, optax.Schedule],
     *,
     accumulate: int = 1,
+    activations: ActivationSharding = UNSHARDED,
+    state: State | None = None,
 ) -> Callable[[State, Any, Batch], tuple[State, dict[str, jax.Array]]]:
     """Makes the jitted step ``(state, frozen, batch) -> (state, metrics)``; the state is donated.
 
@@ -62,6 +74,8 @@ def make_step(
       optimizer: of the trainable tree.
       rates: learning rates by step, to be reported under their names.
       accumulate: equal parts of the batch, computed one after the other. It divides the rows.
+      activations: how rows are spread over a mesh; each part is.
+      state: the state or its shapes, whose shardings a step keeps, on a mesh.
 
     Returns:
       The step. Its metrics: ``loss`` (mean), ``grad_norm`` (before clipping), the
@@ -80,7 +94,12 @@ def make_step(
         updates, moments = optimizer.update(grads, moments, trainable)
         return optax.apply_updates(trainable, updates), moments
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    kept: dict[str, Any] = {}
+    if activations.mesh is not None:
+        whole = NamedSharding(activations.mesh, PartitionSpec())
+        kept = {"out_shardings": (jax.tree.map(lambda x: x.sharding, state), whole)}
+
+    @functools.partial(jax.jit, donate_argnums=0, **kept)
     def step(state: State, frozen: Any, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         if accumulate == 1:
@@ -90,6 +109,7 @@ def make_step(
 
             def add(carry: Any, piece: Any) -> tuple[Any, None]:
                 keyed, batch = piece
+                batch = jax.tree.map(activations.stream, batch)
                 more = part(state.trainable, frozen, batch, keyed)
                 return jax.tree.map(jnp.add, carry, more), None
 

@@ -39,7 +39,7 @@ from hyperadapt_jax.models.checkpoint.table import (
     layers_of,
     shape_in_file,
 )
-from hyperadapt_jax.paths import flatten, matcher
+from hyperadapt_jax.paths import flatten, matcher, named_sharding
 
 Array = jax.Array
 Rules = Sequence[tuple[str, PartitionSpec]]
@@ -107,11 +107,12 @@ class Checkpoint:
         return _same(self.tensors[one], self.tensors[other])
 
     def read(self, tensor: Tensor, like: jax.ShapeDtypeStruct | Array) -> Array:
-        """Reads one parameter, on the default device; the other tensors are not looked at.
+        """Reads one parameter; the other tensors are not looked at.
 
         Args:
           tensor: its row of the model's table.
-          like: its shape, and the dtype to give it.
+          like: its shape, and the dtype to give it; where it carries a ``NamedSharding``, the
+            devices get their slices, else the default device gets all.
 
         Returns:
           The parameter, its layers stacked.
@@ -137,7 +138,8 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder} lacks {first_few(missing or [tensor.name])}")
         _check_stored(tensor, chosen[tensor.path], shape)
         with without_mesh():
-            return _assemble(tensor, chosen[tensor.path], shape, like.dtype, None, lambda _: None)
+            where = named_sharding(like)
+            return _assemble(tensor, chosen[tensor.path], shape, like.dtype, where, lambda _: None)
 
 
 def load(

@@ -13,6 +13,8 @@ from hyperadapt_jax.models.decoder.config import DecoderConfig
 from hyperadapt_jax.models.layers import (
     ACTIVATIONS,
     REMAT,
+    UNSHARDED,
+    ActivationSharding,
     Embedding,
     Linear,
     RMSNorm,
@@ -211,6 +213,7 @@ class Decoder(nnx.Module):
       attention: implementation of `jax.nn.dot_product_attention`, but for single tokens that meet
         a cache: None for its own choice, ``xla``, or ``cudnn`` for the flash kernels of an NVIDIA
         GPU (bfloat16 or float16).
+      activations: how activations are spread over a mesh of devices.
       rngs: source of the initial parameters, stream ``params``.
 
     Raises:
@@ -225,6 +228,7 @@ class Decoder(nnx.Module):
         param_dtype: jnp.dtype | str | None = None,
         remat: str = "none",
         attention: str | None = None,
+        activations: ActivationSharding = UNSHARDED,
         rngs: nnx.Rngs,
     ):
         if remat not in REMAT:
@@ -232,10 +236,13 @@ class Decoder(nnx.Module):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.remat = remat
+        self.activations = activations
         shared: dict[str, Any] = {
             "param_dtype": jnp.dtype(dtype if param_dtype is None else param_dtype)
         }
-        self.embed = Embedding(config.vocab_size, config.embed_dim, rngs=rngs, **shared)
+        self.embed = Embedding(
+            config.vocab_size, config.embed_dim, activations=activations, rngs=rngs, **shared
+        )
         self.layers = Layer(
             config, stack=(config.num_layers,), attention=attention, rngs=rngs, **shared
         )
@@ -330,9 +337,11 @@ class Decoder(nnx.Module):
             x, kv = carry
             params, index, window = slices
             window = shared if window is None else window
-            return nnx.merge(graph, params)(x, context, window, index, kv), None
+            x, kv = nnx.merge(graph, params)(x, context, window, index, kv)
+            return (self.activations.stream(x), kv), None
 
         numbers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
+        x = self.activations.stream(x)
         carry, _ = jax.lax.scan(REMAT[self.remat](layer), (x, kv), (params, numbers, mixed))
         return carry
 
@@ -377,9 +386,8 @@ class Decoder(nnx.Module):
             fresh=fresh,
         )
         if keys is None or values is None:
-            keys = values = jnp.zeros(
-                (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim), self.dtype
-            )
+            shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
+            keys = values = self.activations.cache(jnp.zeros(shape, self.dtype))
             if config.rope.recomputes:
                 original = jnp.asarray(config.rope.original_length, jnp.int32)
                 cache = cache._replace(good_until=original)

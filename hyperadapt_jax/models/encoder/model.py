@@ -12,6 +12,8 @@ from hyperadapt_jax.models.encoder.config import EncoderConfig
 from hyperadapt_jax.models.layers import (
     ACTIVATIONS,
     REMAT,
+    UNSHARDED,
+    ActivationSharding,
     Embedding,
     LayerNorm,
     Linear,
@@ -41,9 +43,20 @@ class EncoderOutput(NamedTuple):
 class Embeddings(nnx.Module):
     """The sum of word, position and, if there are any, token-type vectors, normalized."""
 
-    def __init__(self, config: EncoderConfig, *, param_dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: EncoderConfig,
+        *,
+        activations: ActivationSharding,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
         self.config = config
-        shared: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
+        shared: dict[str, Any] = {
+            "activations": activations,
+            "param_dtype": param_dtype,
+            "rngs": rngs,
+        }
         self.words = Embedding(config.vocab_size, config.embed_dim, **shared)
         self.positions = Embedding(config.num_positions, config.embed_dim, **shared)
         if config.num_token_types:
@@ -153,6 +166,7 @@ class Encoder(nnx.Module):
       remat: what the backward pass finds stored, by name: ``none``, ``dots`` or ``full``.
       attention: implementation of `jax.nn.dot_product_attention`: None for its own choice,
         ``xla``, or ``cudnn`` for the flash kernels of an NVIDIA GPU (bfloat16 or float16).
+      activations: how activations are spread over a mesh of devices.
       rngs: source of the initial parameters, stream ``params``.
 
     Raises:
@@ -167,6 +181,7 @@ class Encoder(nnx.Module):
         param_dtype: jnp.dtype | str | None = None,
         remat: str = "none",
         attention: str | None = None,
+        activations: ActivationSharding = UNSHARDED,
         rngs: nnx.Rngs,
     ):
         if remat not in REMAT:
@@ -174,11 +189,12 @@ class Encoder(nnx.Module):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.remat = remat
+        self.activations = activations
         shared: dict[str, Any] = {
             "param_dtype": jnp.dtype(dtype if param_dtype is None else param_dtype),
             "rngs": rngs,
         }
-        self.embed = Embeddings(config, **shared)
+        self.embed = Embeddings(config, activations=activations, **shared)
         self.layers = Layer(config, stack=(config.num_layers,), attention=attention, **shared)
         if config.pooler:
             self.pooler = Linear(config.embed_dim, config.embed_dim, **shared)
@@ -256,9 +272,11 @@ class Encoder(nnx.Module):
 
         def layer(x: Array, slices: Any) -> tuple[Array, None]:
             params, rng = slices
-            return nnx.merge(graph, params)(x, mask, rng), None
+            x = nnx.merge(graph, params)(x, mask, rng)
+            return self.activations.stream(x), None
 
         rngs = None if rng is None else jax.random.split(rng, self.config.num_layers)
+        x = self.activations.stream(x)
         return jax.lax.scan(REMAT[self.remat](layer), x, (params, rngs))[0]
 
 

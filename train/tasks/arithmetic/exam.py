@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -14,7 +14,14 @@ BATCH_SIZE = 384
 LONGEST = 24  # tokens of an answer
 
 
-def exam(kinds: Sequence[str], count: int, *, seed: int, tokenizer: Tokenizer) -> GenerationEval:
+def exam(
+    kinds: Sequence[str],
+    count: int,
+    *,
+    seed: int,
+    tokenizer: Tokenizer,
+    filled: Callable[[int], int] = lambda prompts: prompts,
+) -> GenerationEval:
     """As many problems of each kind, of number families that no training ever used.
 
     Args:
@@ -22,6 +29,7 @@ def exam(kinds: Sequence[str], count: int, *, seed: int, tokenizer: Tokenizer) -
       count: problems of each kind.
       seed: of their draw.
       tokenizer: the model's.
+      filled: as in `GenerationEval`.
     """
     drawn = [problems.draw(kind, count, seed=seed, held=True) for kind in kinds]
     # One of each kind, then the next one of each, so that all batches cost the same.
@@ -40,6 +48,7 @@ def exam(kinds: Sequence[str], count: int, *, seed: int, tokenizer: Tokenizer) -
         max_new_tokens=LONGEST,
         longest=max(map(len, prompts)),
         batch_size=BATCH_SIZE,
+        filled=filled,
         correct=correct,
         groups=[problem.kind for problem in asked],
     )

@@ -15,6 +15,7 @@ from ... import PROGRAM
 from ...errors import InputError
 from ...metrics import finite
 from ...metrics.generation import GenerationEval
+from ...parallel.mesh import activations_of
 from ..next_token import NextToken
 from ..task import Evaluation, Metrics, Setting, Training
 from . import problems
@@ -47,7 +48,12 @@ class Arithmetic(NextToken):
 
     def final(self, setting: Setting) -> GenerationEval:
         """The problems that a run is measured on when it has ended."""
-        return exam(list(self.kinds), self.problems, seed=1, tokenizer=_words(setting))
+        return self.exam(setting, self.problems, seed=1)
+
+    def exam(self, setting: Setting, count: int, seed: int) -> GenerationEval:
+        """As many problems of each kind."""
+        filled = activations_of(setting.base.fn).filled
+        return exam(list(self.kinds), count, seed=seed, tokenizer=_words(setting), filled=filled)
 
     def measure(self, tuning: Tuning, asked: GenerationEval) -> Callable[[Any], Metrics]:
         """A function from what trains to the accuracy of each kind of problems.
@@ -86,8 +92,7 @@ class TwoSteps(Arithmetic):
         examples = problems.examples(drawn, tokenizer, answers_alone=True)
         if self.report_half:  # the other half is as good as problems of their own
             return Training(examples), self.evaluation(setting)
-        count = min(WATCHED, self.problems)
-        watched = exam(list(self.kinds), count, seed=2, tokenizer=tokenizer)
+        watched = self.exam(setting, min(WATCHED, self.problems), seed=2)
         return Training(examples), Evaluation(lambda tuning: self.measure(tuning, watched))
 
 

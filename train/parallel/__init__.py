@@ -1,0 +1,1 @@
+"""Many devices as one: where each array lies."""
