@@ -16,8 +16,8 @@ from tests.core import test_adapt, test_adapt_quantized, test_adapt_rules
 X, N = jnp.ones((8, 4)), jnp.arange(8)
 SPLIT = PartitionSpec("d")
 OTHERS = [  # what no case of the other files holds
-    lambda: [jnp.ceil(X), X <= 1, X**X, lax.reduce_precision(X, 5, 10)],
-    lambda: [abs(N), jnp.minimum(N, 3), ~N, N ^ 3, lax.population_count(N), lax.clz(N)],
+    lambda: [jnp.ceil(X), X <= 1, X**X, lax.erf_inv(X), lax.reduce_precision(X, 5, 10)],
+    lambda: [abs(N), jnp.minimum(N, 3), ~N, N ^ 3, N | 3, lax.population_count(N), lax.clz(N)],
     lambda: [jax.device_put(X), lax.dynamic_update_slice(X, X[:2], (0, 0))],
     lambda: jax.grad(lambda x: jnp.sum(jnp.sin(x) + x * x))(X),  # add_any
     lambda: on_a_mesh(lambda x: lax.ppermute(x, "d", [(0, 1)])),

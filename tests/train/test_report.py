@@ -7,7 +7,9 @@ import math
 import re
 import resource
 import struct
+import sys
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -152,7 +154,16 @@ def test_a_terminal_has_a_bar(tmp_path, monkeypatch):
     assert "step 8/12: accuracy 1.143, loss 25.13\n" in shown
 
 
+@pytest.mark.parametrize("kernel", [True, False])
+def test_a_notebook_has_a_bar_and_a_shell_has_none(tmp_path, monkeypatch, capsys, kernel):
+    shell = SimpleNamespace(**{"kernel": None} if kernel else {})
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    train(tmp_path, 0, 12, label="cola")
+    assert ("100% |" in capsys.readouterr().err) is kernel
+
+
 def test_elsewhere_there_are_plain_lines(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ipykernel", None)  # as with what runs notebooks elsewhere
     train(tmp_path, 0, 8, label="cola")
     shown = capsys.readouterr().err.splitlines()
     assert shown == [

@@ -255,8 +255,9 @@ def test_muon_takes_the_stacked_matrices_alone():
         dataclasses.replace(options, muon_embeddings=True), tuned, 10, matrices
     )
     also, _ = one_step(tuned, batch, optimizer=with_embeddings, options=options)
-    same = {
-        p: bool((also.trainable["full"][p] == x).all()) for p, x in state.trainable["full"].items()
+    same = {  # up to a last bit: they are two programs
+        p: np.allclose(also.trainable["full"][p], x, rtol=1e-5, atol=1e-6)
+        for p, x in state.trainable["full"].items()
     }
     assert {p for p, equal in same.items() if not equal} == {
         p for p in matrices if "/" in p and not p.startswith("layers")

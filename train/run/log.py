@@ -92,12 +92,11 @@ class Log:
             self._events.write_event(event)
         self._recent = np.zeros(3)  # seconds, tokens and steps of late
         self._last = self._said = self._synced = time.monotonic()
-        terminal = sys.stderr.isatty() or "ipykernel" in sys.modules  # a notebook shows bars too
         self._bar = tqdm(
             desc=self._label,
             total=self.total_steps,
             initial=self.start_step,
-            disable=self.quiet or not terminal,
+            disable=self.quiet or not _shows_bars(),
             dynamic_ncols=True,
             bar_format="{desc}{percentage:3.0f}% |{bar}| {n}/{total} [{elapsed}]{postfix}",
         )
@@ -219,6 +218,12 @@ def read_metrics(file: str | os.PathLike[str]) -> list[dict[str, float]]:
                 f"{file}, line {number} is no row of metrics: remove that line"
             ) from None
     return rows
+
+
+def _shows_bars() -> bool:
+    """A terminal does, and a notebook, whose shell has a kernel."""
+    ipython: Any = sys.modules.get("IPython")
+    return sys.stderr.isatty() or hasattr(ipython and ipython.get_ipython(), "kernel")
 
 
 def _line(row: Mapping[str, float]) -> str:
