@@ -91,7 +91,7 @@ def test_the_readmes_comparison_is_read_as_it_says(tmp_path):
     assert (qv.run.steps, qv.task.problems, qv.task.report_half) == (200, 256, True)
 
 
-@pytest.mark.parametrize("name", ["demo", "mrpc"])
+@pytest.mark.parametrize("name", ["demo", "demo-tuning", "mrpc"])
 def test_the_comparisons_in_the_repository_can_be_made(name, tmp_path):
     file = ROOT / "comparisons" / f"{name}.yaml"
     recipes = {"demo": lambda: demo.Options, "glue": lambda: glue.Options}
