@@ -68,10 +68,9 @@ class Assembly:
         digests = {**self.training.sources, **self.evaluation.sources}
         return {"tokenizer": identity(self.setting.tokenizer), **digests} if digests else {}
 
-    @property
-    def facts(self) -> dict[str, str]:
-        """What a report says of the devices; nothing where there is one."""
-        return {} if self.layout is None else {"mesh": str(self.layout)}
+    def facts(self, result: Result) -> dict[str, str]:
+        """What a report says of a run, and of its devices where there are several."""
+        return result.facts | ({} if self.layout is None else {"mesh": str(self.layout)})
 
     def load(self) -> tuple[Base, Tuning]:
         """The model with its weights, and what trains on it."""
@@ -136,15 +135,38 @@ def assemble(
       InputError: the model, the data or an option cannot be used.
     """
     log: Callable[[str], None] = (lambda text: None) if run.quiet else print
-    layout = devices.layout()
-    setting = Setting(base.load_abstract(model, task.num_labels, layout), model, run.seed, log)
-    task.check(setting.base.config)
-    for note in layout.notes(setting.base.config) if layout else ():
-        log(note)
+    setting, layout = describe(task, model, devices, run.seed, log)
     plan = methods.table(setting.base, methods.tune(setting.base, adapter))
     log(plan)
     training, evaluation = task.prepare(setting)
     return Assembly(task, setting, adapter, run, layout, plan, training, evaluation)
+
+
+def describe(
+    task: Task,
+    model: ModelOptions,
+    devices: DeviceOptions,
+    seed: int,
+    log: Callable[[str], None],
+) -> tuple[Setting, Layout | None]:
+    """What a task meets, its model as shapes alone, and what lies where on several devices.
+
+    Args:
+      task: what is learned or measured.
+      model: which model.
+      devices: on which devices.
+      seed: of whatever is drawn.
+      log: shows a line to the user; here, what a mesh does not divide.
+
+    Raises:
+      InputError: the model or the devices cannot be used, or the task is none for the model.
+    """
+    layout = devices.layout()
+    setting = Setting(base.load_abstract(model, task.num_labels, layout), model, seed, log)
+    task.check(setting.base.config)
+    for note in layout.notes(setting.base.config) if layout else ():
+        log(note)
+    return setting, layout
 
 
 def launch(recipe: str, options: Any, title: str, command: str | None = None) -> Result:
@@ -176,7 +198,7 @@ def launch(recipe: str, options: Any, title: str, command: str | None = None) ->
             figures = made.evaluation.figures(tuning, result.trainable)
             for name, figure in figures.items():
                 draw(folder / name, figure)
-        facts = {**result.facts, **made.facts, **made.training.summary, **made.evaluation.summary}
+        facts = {**made.facts(result), **made.training.summary, **made.evaluation.summary}
         command = command or command_line(recipe, options)
         report.write(folder, title, made.plan, result.rows, facts, command, rows[:SHOWN], figures)
         write_result(folder, result)

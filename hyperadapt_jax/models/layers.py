@@ -270,6 +270,23 @@ def check_attention(implementation: str | None, dtype: jnp.dtype, head_dim: int)
         ) from error
 
 
+def check_tokens(tokens: Array, **places: Array | None) -> None:
+    """Refuses what is no batch of tokens, and what is not told of each token.
+
+    Args:
+      tokens: token ids, ``[B, T]`` integers.
+      **places: by name, arrays ``[B, T]`` or None.
+
+    Raises:
+      ValueError: shapes do not fit, or tokens are no integers.
+    """
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"tokens: expected integers [B, T], found {tokens.dtype} {tokens.shape}")
+    for name, array in places.items():
+        if array is not None and array.shape != tokens.shape:
+            raise ValueError(f"{name}: expected {tokens.shape} as tokens, found {array.shape}")
+
+
 def check_range(name: str, numbers: Array | np.ndarray, size: int) -> None:
     """Refuses numbers outside a table, where they are known: not under ``jit``.
 

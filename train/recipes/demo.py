@@ -88,7 +88,7 @@ def run(options: Options) -> None:
             method=options.adapter.method, learned=learned, step=result.step, answers=answers,
             table=table(header, rows, "before after", markdown=True),
             rank=f"\n![singular values]({RANK})\n" if scales else "", plan=made.plan,
-            took=report.took({**result.facts, **made.facts}, command_line("demo", options)),
+            took=report.took(made.facts(result), command_line("demo", options)),
         ))  # fmt: skip
         write_result(folder, result)
     log = made.setting.log

@@ -15,7 +15,7 @@ from hyperadapt_jax.methods import Tuning
 from hyperadapt_jax.tables import table
 
 from .. import base, methods
-from ..assembly import write_rows
+from ..assembly import describe, write_rows
 from ..data.examples import identity
 from ..errors import InputError, warn
 from ..files import write_json
@@ -80,12 +80,7 @@ def run(options: Options) -> None:
     if options.model is not None:
         model = dataclasses.replace(model, model=options.model)
     log = (lambda text: None) if options.quiet else print
-    layout = options.devices.layout()
-    described = base.load_abstract(model, task.num_labels, layout)
-    setting = Setting(described, model, theirs.run.seed, log)
-    task.check(setting.base.config)
-    for note in layout.notes(described.config) if layout else ():
-        log(note)
+    setting, layout = describe(task, model, options.devices, theirs.run.seed, log)
     evaluation = task.evaluation(setting)
     if options.predictions is not None and evaluation.generate is None:
         raise InputError(f"--predictions: a run of {task.name} generates no answers")

@@ -86,7 +86,7 @@ def run(options: Options) -> None:
         write_model(folder / MODEL, options.model, params, rows)
         command = command_line("pretrain", options)
         title = "Pre-training on arithmetic"
-        report.write(folder, title, made.plan, result.rows, {**result.facts, **made.facts}, command)
+        report.write(folder, title, made.plan, result.rows, made.facts(result), command)
         write_result(folder, result)
     if not options.run.quiet:
         print(table(["of number families never seen", "right"], rows, right="right"))

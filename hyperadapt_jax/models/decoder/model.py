@@ -20,6 +20,7 @@ from hyperadapt_jax.models.layers import (
     RMSNorm,
     attend,
     check_range,
+    check_tokens,
 )
 from hyperadapt_jax.models.rope import apply_rope, rope_tables
 
@@ -314,13 +315,7 @@ class Decoder(nnx.Module):
         return self.embed.attend(x) if self.config.tie_embeddings else self.head(x, precise=True)
 
     def _check(self, tokens: Array, **places: Array | None) -> None:
-        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-            raise ValueError(
-                f"tokens: expected integers [B, T], found {tokens.dtype} {tokens.shape}"
-            )
-        for name, array in places.items():
-            if array is not None and array.shape != tokens.shape:
-                raise ValueError(f"{name}: expected {tokens.shape} as tokens, found {array.shape}")
+        check_tokens(tokens, **places)
         check_range("tokens", tokens, self.config.vocab_size)
 
     def _run(self, x: Array, context: _AttentionInputs, kv: KV) -> tuple[Array, KV]:

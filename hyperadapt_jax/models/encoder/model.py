@@ -19,6 +19,7 @@ from hyperadapt_jax.models.layers import (
     Linear,
     attend,
     check_range,
+    check_tokens,
     dropout,
     dropout_attention,
 )
@@ -233,19 +234,13 @@ class Encoder(nnx.Module):
             number gives NaN.
         """
         config = self.config
-        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-            raise ValueError(
-                f"tokens: expected integers [B, T], found {tokens.dtype} {tokens.shape}"
-            )
-        given = {
-            "mask": mask,
-            "token_types": token_types,
-            "positions": positions,
-            "segment_ids": segment_ids,
-        }
-        for name, array in given.items():
-            if array is not None and array.shape != tokens.shape:
-                raise ValueError(f"{name}: expected {tokens.shape} as tokens, found {array.shape}")
+        check_tokens(
+            tokens,
+            mask=mask,
+            token_types=token_types,
+            positions=positions,
+            segment_ids=segment_ids,
+        )
         room = config.max_length
         if positions is None and tokens.shape[1] > room:
             raise ValueError(f"tokens: {tokens.shape[1]} in a row, the position table holds {room}")
