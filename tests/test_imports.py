@@ -88,7 +88,7 @@ ROOMS = {
     ),
     "entry": (
         "train/__main__.py",
-        "package models program ground trainer comparison recipes",
+        "package models program parallel ground trainer comparison recipes",
     ),
 }
 

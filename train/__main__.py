@@ -83,7 +83,8 @@ def _main(args: list[str]) -> int:
     try:
         from . import options
         from .comparison.sweep import sweep
-        from .errors import InputError
+        from .errors import InputError, first_line
+        from .parallel import processes
         from .trainer.loop import Interrupted
 
         recipe = importlib.import_module(f".recipes.{name}", __package__)
@@ -93,34 +94,53 @@ def _main(args: list[str]) -> int:
             " recipes need"
         )
     refusals = (InputError, ha.PlanError, ha.AdapterError, models.CheckpointError)
+    # A comparison is resumed by the same command.
+    trains = "run" in recipe.Options.__dataclass_fields__
+    words = [word for word in rest if word not in ("--resume", "--no-resume")]
+    resume = shlex.join([*PROGRAM.split(), name, *words, *(["--resume"] if trains else [])])
+    member: processes.Member | None = None
+
+    def ended(status: int) -> int:
+        if member is not None:
+            member.leave(status)
+        return status
+
     try:
         parsed = options.parse_sweep(name, recipe.Options, rest)
+        if devices := getattr(parsed[0], "devices", None):
+            again = f", all of them, with: {resume}" if trains else ""
+            farewell = f"another process died or is out of reach; {PROGRAM} ended here. Start again"
+            member = devices.join(saves=trains, farewell=f"error: {farewell}{again}")
+        if not processes.first():
+            sys.stdout = open(os.devnull, "w")
         if len(parsed) == 1:
             recipe.run(parsed[0])
         else:
             sweep(name, recipe.run, parsed, shlex.join([*PROGRAM.split(), name, *rest]))
     except Interrupted as stopped:
-        words = [word for word in rest if word not in ("--resume", "--no-resume")]
-        # A comparison is resumed by the same command.
-        more = ["--resume"] if "run" in recipe.Options.__dataclass_fields__ else []
-        command = shlex.join([*PROGRAM.split(), name, *words, *more])
-        name = signal.Signals(stopped.number).name
-        print(f"{name}: {stopped}; resume with: {command}", file=sys.stderr)
-        return 128 + stopped.number
+        if processes.first():
+            name = signal.Signals(stopped.number).name
+            print(f"{name}: {stopped}; resume with: {resume}", file=sys.stderr)
+        return ended(128 + stopped.number)
     except refusals as error:
-        return _refused(str(error))
+        return ended(_refused(str(error)))
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return _refused(
-            "there is too little memory: raise --accumulate, lower --batch-size or"
-            " --max-length, or take --remat full or --dtype bfloat16"
+            if member is None:
+                raise
+            print(f"error: {first_line(error)}", file=sys.stderr)
+            member.fall()
+        return ended(
+            _refused(
+                "there is too little memory: raise --accumulate, lower --batch-size or"
+                " --max-length, or take --remat full or --dtype bfloat16"
+            )
         )
     except OSError as error:
         if error.filename is None:
             raise
-        return _refused(f"{error.filename}: {error.strerror or error}")
-    return 0
+        return ended(_refused(f"{error.filename}: {error.strerror or error}"))
+    return ended(0)
 
 
 def _refused(reason: str) -> int:

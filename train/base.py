@@ -19,6 +19,7 @@ from hyperadapt_jax.models.layers import check_attention
 
 from .errors import InputError, first_line
 from .options import ModelOptions
+from .parallel import processes
 from .parallel.mesh import Layout
 
 # Without any of these, transformers makes a tokenizer that knows no word, and says nothing.
@@ -196,7 +197,7 @@ def fingerprint(params: Any) -> str:
     }
     digest = hashlib.sha256()
     for path, leaf in sorted(paths.arrays(params).items()):
-        numbers = [int(n) for n in np.asarray(sums[path])]
+        numbers = [int(n) for n in processes.fetch(sums[path])]
         digest.update(repr((path, leaf.shape, str(leaf.dtype), numbers)).encode())
     return digest.hexdigest()
 

@@ -13,6 +13,7 @@ from typing import Any
 from hyperadapt_jax import files
 
 from .errors import InputError
+from .parallel import processes
 
 
 @contextlib.contextmanager
@@ -28,11 +29,13 @@ def writing(file: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def write(file: str | os.PathLike[str], content: str | bytes) -> None:
-    """Writes a file atomically; see `hyperadapt_jax.files`.
+    """Writes a file atomically, of several processes in the first one; see `hyperadapt_jax.files`.
 
     Raises:
       InputError: the system refuses.
     """
+    if not processes.first():
+        return
     with writing(file):
         files.write(Path(file), content.encode() if isinstance(content, str) else content)
 

@@ -29,6 +29,7 @@ from hyperadapt_jax.methods import METHODS
 
 from . import PROGRAM
 from .errors import InputError
+from .parallel import processes
 from .parallel.mesh import Layout, make_layout, parse_mesh, parse_rules
 
 T = TypeVar("T")
@@ -54,6 +55,8 @@ POSITIONAL = "positional"
 
 # What may differ between a run and its continuation: where it lies, on what, and how it is shown.
 _NOT_IDENTITY = {"config", "folder", "resume", "quiet", "mesh", "rules"}
+# What is of one process, and of no run.
+_OWN = {"coordinator", "num_processes", "process_id"}
 _PLACES = {"model", "revision"}  # where the base lies; which one it is, its fingerprint says
 
 
@@ -206,6 +209,19 @@ class DeviceOptions:
     rules: tuple[str, ...] = ()
     """Which axes of the mesh divide which axis of the weights, in place of the usual ones, such as
     vocab=tensor,fsdp or, to keep it whole, embed=; batch= is for the rows of a batch."""
+    coordinator: str | None = None
+    """HOST:PORT of the first of several processes that share the work, each started with this same
+    command; auto lets JAX find them, as on a TPU pod slice. If not given, what SLURM, Open MPI, GKE
+    or the environment variable JAX_COORDINATOR_ADDRESS says. All have to see the same folders."""
+    num_processes: int | None = None
+    """How many processes there are, where nothing else says it."""
+    process_id: int | None = None
+    """Which one this is, from 0 on; the first one prints and writes the files."""
+
+    def join(self, *, saves: bool, farewell: str) -> processes.Member | None:
+        """Makes this process one of several, where it is one; see `processes.join`."""
+        given = self.coordinator, self.num_processes, self.process_id
+        return processes.join(*given, saves=saves, farewell=farewell)
 
     def layout(self) -> Layout | None:
         """What lies where; None where all is on one device.
@@ -219,6 +235,7 @@ class DeviceOptions:
         if self.mesh is not None:
             parse_mesh(self.mesh)
         parse_rules(self.rules)
+        processes.check(self.coordinator, self.num_processes, self.process_id)
 
 
 def parse(recipe: str, cls: type[T], args: Sequence[str]) -> T:
@@ -334,6 +351,8 @@ def flat(options: Any, recipe: str) -> dict[str, Any]:
     """All options under their flat names, as plain values that YAML and JSON hold."""
     values: dict[str, Any] = {"recipe": recipe}
     for name, value in _leaves(options):
+        if name in _OWN:
+            continue
         if isinstance(value, tuple):
             value = list(value)
         elif isinstance(value, Path):
@@ -373,7 +392,7 @@ def command_line(recipe: str, options: Any, *more: str) -> str:
     words = [*PROGRAM.split(), recipe]
     fields = {field.name: field for field in _fields(type(options))}
     for name, value in _leaves(options):
-        if name in {"config", "resume"} or value == fields[name].default:
+        if name in {"config", "resume", *_OWN} or value == fields[name].default:
             continue
         if fields[name].mark == POSITIONAL:
             words.append(str(value))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.typing import ArrayLike
 
 from hyperadapt_jax.models.decoder.model import Cache, init_cache
@@ -124,7 +125,8 @@ def generate(
         stop_tokens=np.asarray(stop_tokens, np.int32),
         rng=jax.random.key(seed),
     )
-    new, counts = jax.device_get((new, counts))
+    # Whole in each process, where several hold the devices.
+    new, counts = multihost_utils.process_allgather((new, counts), tiled=True)
     return [row[:count].tolist() for row, count in zip(new, counts, strict=True)]
 
 

@@ -15,12 +15,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from hyperadapt_jax import models, paths
 from hyperadapt_jax.models.layers import UNSHARDED, ActivationSharding
 
 from ..errors import InputError
+from . import processes
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -160,6 +162,11 @@ def make_layout(mesh: str | None, rules: Sequence[str] = ()) -> Layout | None:
     shape = tuple(rest if sizes.get(name, 1) == -1 else sizes.get(name, 1) for name in AXES)
     if math.prod(shape) == 1:
         return None
+    if processes.several() and math.prod(shape) < len(devices):
+        raise InputError(
+            f"{source} {mesh}: it takes {math.prod(shape)} of the {len(devices)} devices, and each"
+            " of several processes has to give all of its own: take all, or start fewer"
+        )
     return Layout(make_mesh(shape), table)
 
 
@@ -251,9 +258,8 @@ def put_rows(batch: Mapping[str, Any], activations: ActivationSharding) -> Mappi
     """A batch on the devices, divided by its rows; as it is where there is no mesh."""
     if activations.mesh is None:
         return batch
-    return jax.device_put(
-        dict(batch), NamedSharding(activations.mesh, PartitionSpec(activations.rows))
-    )
+    where = NamedSharding(activations.mesh, PartitionSpec(activations.rows))
+    return {name: _put(rows, where) for name, rows in batch.items()}
 
 
 def put_rest(tree: Any, activations: ActivationSharding) -> Any:
@@ -261,7 +267,12 @@ def put_rest(tree: Any, activations: ActivationSharding) -> Any:
     if activations.mesh is None:
         return tree
     whole = NamedSharding(activations.mesh, PartitionSpec())
-    return jax.tree.map(lambda x: x if paths.named_sharding(x) else jax.device_put(x, whole), tree)
+    return jax.tree.map(lambda x: x if paths.named_sharding(x) else _put(x, whole), tree)
+
+
+def _put(array: Any, where: NamedSharding) -> jax.Array:
+    """An array that every process has, of which each device gets its slices."""
+    return jax.make_array_from_callback(array.shape, where, np.asarray(array).__getitem__)
 
 
 def _units(config: models.Config) -> dict[str, int]:

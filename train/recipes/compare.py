@@ -17,6 +17,7 @@ from ..comparison.runs import Outcome, Planned, Runs, check, make_folder, shared
 from ..comparison.summary import MethodSummary, as_table, before, choose, notes
 from ..files import write, write_json
 from ..options import POSITIONAL, DeviceOptions, Place, command_line
+from ..parallel import processes
 from ..run.plots import draw
 from ..run.report import environment
 
@@ -79,6 +80,7 @@ def run(options: Options) -> None:
       InputError: the file or the folder cannot be used.
       Interrupted: SIGINT or SIGTERM came, and everything is saved.
     """
+    processes.alone("compare")
     recipes = {name: functools.partial(_options_of, name) for name in RECIPES}
     where = {"mesh": options.devices.mesh, "rules": list(options.devices.rules) or None}
     instead = {"model": options.model, "data": options.data, **where}

@@ -23,6 +23,7 @@ from ..options import (
     command_line,
     flat,
 )
+from ..parallel import processes
 from ..run import report
 from ..run.folder import open_run
 from ..run.plots import draw
@@ -79,7 +80,8 @@ def run(options: Options) -> None:
         result = made.fit(loaded, tuning, folder, options.optimizer, config)
         after = final.generations(tuning.forward, result.trainable, tuning.frozen)
         if scales := tuning.adapter(result.trainable)[0]:
-            draw(folder / RANK, rank.figure(rank.analyze(loaded.params, scales)))
+            whole = processes.fetch((loaded.params, scales))
+            draw(folder / RANK, rank.figure(rank.analyze(*whole)))
 
         header, rows = _rows(options.task, final, before, after)
         answers = _answers(final, before, after, options.show)

@@ -15,6 +15,7 @@ from hyperadapt_jax.merge import Rounding
 from ..errors import InputError
 from ..files import writing
 from ..options import DeviceOptions, flag
+from ..parallel import processes
 from ..run.trained import Trained, TrainedOptions, load_run
 
 
@@ -63,6 +64,7 @@ def run(options: Options) -> None:
       InputError: the folder is not empty, or cannot be written; there is no adapter, or no base.
       AdapterError, CheckpointError: the adapter or the base is damaged, or they do not fit.
     """
+    processes.alone("export")
     trained = load_run(options.trained, options.devices.layout())
     if options.format == "peft":
         _write_peft(trained, options)

@@ -25,6 +25,7 @@ from ..options import (
     command_line,
     flat,
 )
+from ..parallel import processes
 from ..run import report
 from ..run.folder import open_run
 from ..tasks.arithmetic import problems
@@ -73,6 +74,7 @@ def run(options: Options) -> None:
     Raises:
       InputError: the folder cannot be used, or a number is out of range.
     """
+    processes.alone("pretrain")
     config = flat(options, "pretrain")
     with open_run(options.run.folder, config, resume=options.run.resume) as folder:
         fresh(folder / FRESH, options.run.seed)

@@ -13,6 +13,7 @@ from typing import Any
 from .. import options
 from ..errors import InputError
 from ..files import write, writing
+from ..parallel import processes
 from .log import CURVES, EVENTS, METRICS
 
 ADAPTER, REPORT, LOCK, CHECKPOINTS = "adapter", "report.md", ".lock", "checkpoints"
@@ -25,7 +26,9 @@ _EARLY = {options.CONFIG, METRICS, CURVES, EVENTS, CHECKPOINTS, "fresh", LOCK}
 
 @contextlib.contextmanager
 def open_run(folder: Path, config: dict[str, Any], *, resume: bool) -> Iterator[Path]:
-    """Opens a run folder and writes its ``config.yaml``; no other process can, until it is left.
+    """Opens a run folder and writes its ``config.yaml``; no other run can, until it is left.
+
+    Of several processes of one run, the first opens it, and all leave it together.
 
     Where the run ends before there is anything to resume, by an error or by a signal that kills,
     the folder is free for another try.
@@ -37,9 +40,22 @@ def open_run(folder: Path, config: dict[str, Any], *, resume: bool) -> Iterator[
 
     Raises:
       InputError: the folder is in use, cannot be written, or holds something else; or the
-        configuration is not the one that the run has.
+        configuration is not the one that the run has; or a process does not see it.
     """
-    folder = Path(folder)
+    with contextlib.ExitStack() as opened:
+        processes.on_first(lambda: opened.enter_context(_opened(Path(folder), config, resume)))
+        if not (Path(folder) / options.CONFIG).exists():
+            raise InputError(
+                f"--folder {folder}: the first process opened it, and this one does not see it;"
+                " give a folder that all of them share"
+            )
+        yield Path(folder)
+        processes.wait()
+
+
+@contextlib.contextmanager
+def _opened(folder: Path, config: dict[str, Any], resume: bool) -> Iterator[None]:
+    """The folder, opened by the first process."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--folder {folder} is a file: choose another name")
     new = not folder.exists()
@@ -49,7 +65,7 @@ def open_run(folder: Path, config: dict[str, Any], *, resume: bool) -> Iterator[
         with _locked(folder):
             _open(folder, config, resume)
             try:
-                yield folder
+                yield
                 file = folder / options.CONFIG
                 if options.read_config(file).get("model") != config.get("model"):  # it has moved
                     write(file, options.dump(config))

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from ..errors import InputError
 from ..files import write, writing
+from ..parallel import processes
 from .plots import curves, draw
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ class Log:
 
     On a terminal there is a bar with loss, tokens per second and the time left; elsewhere a plain
     line about every ten seconds and at each evaluation. Rows are on disk when a call returns; the
-    curves are drawn on the way out, however the run ends.
+    curves are drawn on the way out, however the run ends. Of several processes, the first one shows
+    and writes all that.
 
     Args:
       folder: the run folder, which exists.
@@ -68,28 +70,16 @@ class Log:
         quiet: bool = False,
         label: str = "",
     ):
-        self.folder, self.quiet = Path(folder), quiet
+        self._first = processes.first()
+        self.folder, self.quiet = Path(folder), quiet or not self._first
         self._label = f"{label}: " if label else ""
         self.total_steps, self.start_step = total_steps, start_step
         self.best: int | None = None
         self.timed, self._stepped = (0.0, 0), False
 
     def __enter__(self) -> Log:
-        file, events = self.folder / METRICS, self.folder / EVENTS
-        resumed = read_metrics(file) if file.exists() else []
-        kept = [row for row in resumed if row["step"] <= self.start_step]
-        write(file, "".join(map(_line, kept)))
-        self._row = _line(kept[-1]) if kept else None
-        with writing(file):
-            self._metrics = open(file, "a", encoding="utf-8")
-        with writing(events):
-            events.mkdir(exist_ok=True)
-            # Not the package's SummaryWriter: its thread dies of a full disk, and the run waits
-            # for it for ever.
-            self._events = EventsWriter(str(events / "events"), f".{time.time_ns()}")
-            start = SessionLog(status=SessionLog.START)  # what lies beyond is void
-            event = Event(wall_time=time.time(), step=self.start_step + 1, session_log=start)
-            self._events.write_event(event)
+        if self._first:
+            self._open()
         self._recent = np.zeros(3)  # seconds, tokens and steps of late
         self._last = self._said = self._synced = time.monotonic()
         self._bar = tqdm(
@@ -104,6 +94,8 @@ class Log:
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         self._bar.close()
+        if not self._first:
+            return
         try:
             with writing(self.folder / METRICS):
                 self._metrics.close()
@@ -170,9 +162,29 @@ class Log:
         """Shows a line even where the run is quiet."""
         tqdm.write(text, file=sys.stderr)
 
+    def _open(self) -> None:
+        """Opens the files, without the rows beyond the step at which the run goes on."""
+        file, events = self.folder / METRICS, self.folder / EVENTS
+        resumed = read_metrics(file) if file.exists() else []
+        kept = [row for row in resumed if row["step"] <= self.start_step]
+        write(file, "".join(map(_line, kept)))
+        self._row = _line(kept[-1]) if kept else None
+        with writing(file):
+            self._metrics = open(file, "a", encoding="utf-8")
+        with writing(events):
+            events.mkdir(exist_ok=True)
+            # Not the package's SummaryWriter: its thread dies of a full disk, and the run waits
+            # for it for ever.
+            self._events = EventsWriter(str(events / "events"), f".{time.time_ns()}")
+            start = SessionLog(status=SessionLog.START)  # what lies beyond is void
+            event = Event(wall_time=time.time(), step=self.start_step + 1, session_log=start)
+            self._events.write_event(event)
+
     def _record(
         self, step: int, metrics: Mapping[str, float], timed: Mapping[str, float] | None = None
     ) -> None:
+        if not self._first:
+            return
         numbers = {name: float(value) for name, value in metrics.items()}
         row = _line({"step": step, **numbers})
         # A run that was killed between an evaluation and its checkpoint evaluates again.

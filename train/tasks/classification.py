@@ -17,6 +17,7 @@ from ..data.batches import Batches, stream
 from ..data.examples import Examples, digest
 from ..data.text import tokenize
 from ..errors import InputError
+from ..parallel import processes
 from ..parallel.mesh import activations_of
 from ..trainer import losses
 from ..trainer.step import Loss
@@ -71,7 +72,8 @@ class Classification(Task):
                 outputs, labels = [], []
                 for batch in stream(batches):
                     real = batch["weight"] > 0
-                    outputs.append(np.asarray(logits(trainable, tuning.frozen, batch))[real])
+                    computed = processes.fetch(logits(trainable, tuning.frozen, batch))
+                    outputs.append(computed[real])
                     labels.append(batch["label"][real])
                 found[split] = np.concatenate(outputs), np.concatenate(labels)
             return found

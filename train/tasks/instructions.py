@@ -26,6 +26,7 @@ from ..errors import InputError
 from ..metrics import finite
 from ..metrics.generation import GenerationEval, Generations
 from ..metrics.scoring import Score, score
+from ..parallel import processes
 from ..parallel.mesh import activations_of
 from ..trainer import losses
 from .held_out import HeldOut
@@ -213,7 +214,7 @@ class Instructions(NextToken, HeldOut):
             for batch in stream(batches):
                 real = batch["weight"] > 0
                 computed = measure(trainable, tuning.frozen, batch)
-                parts.append([np.asarray(part)[real] for part in computed])
+                parts.append([part[real] for part in processes.fetch(computed)])
             totals, weights, good = map(np.concatenate, zip(*parts, strict=True))
             answers: Generations = []
             if questions.correct is not None:

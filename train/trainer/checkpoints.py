@@ -21,6 +21,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from hyperadapt_jax import paths
 
 from ..errors import InputError, first_line
+from ..parallel import processes
 from ..run.folder import CHECKPOINTS
 
 _REMOVED = ".removed"
@@ -164,6 +165,8 @@ class Checkpoints:
 
     def _clear(self) -> None:
         """Frees the space of the checkpoints that are no longer kept."""
+        if not processes.first():
+            return
         for old in (self._folder / _REMOVED).glob("*"):
             shutil.rmtree(old, ignore_errors=True)
 
@@ -172,6 +175,8 @@ class Checkpoints:
         """Whatever Orbax raises, as one line that names the folder."""
         try:
             yield
+        except jax.errors.JaxRuntimeError:  # of devices, such as another process's that is gone
+            raise
         except Exception as error:
             reason = first_line(error)
             if "structures do not match" in reason:

@@ -23,6 +23,7 @@ from ..base import Base, fingerprint
 from ..data.batches import Batches, stream
 from ..errors import Diverged, InputError, warn
 from ..options import LARGEST, OptimizerOptions, RunOptions, identity_options
+from ..parallel import processes
 from ..parallel.mesh import activations_of, put_rows
 from ..run.folder import ADAPTER
 from ..run.log import METRICS, Log, read_metrics
@@ -34,6 +35,7 @@ from .step import Loss, make_step, start
 Metrics = dict[str, float]
 
 SAVE_SECONDS = 600.0  # the most that a killed run loses, where its evaluations are far apart
+ASK_SECONDS = 10.0  # how often several processes ask whether that is so
 SOURCES, BASE = "sources", "base model"  # in an adapter's metadata
 
 
@@ -211,6 +213,7 @@ def fit(
         session = _Session(job, folder, optimizer, run, checkpoints, signals)
         with session.log:
             session.train()
+        processes.wait()  # for the first one, which writes the metrics
         spent = session.total()
         trainable, best, metrics = session.best()
     rows = read_metrics(folder / METRICS)
@@ -270,6 +273,7 @@ class _Session:
         self._batches = stream(job.batches, data)
         self._first = self.done = int(self._state.step)
         self._began = self._saved = time.monotonic()
+        self._ask = 0  # the step from which on several processes ask again whether to save
         self._tokens = 0  # of this session
         self._pending: list[tuple[int, Any, int]] = []
         self._shapes: dict[tuple[int, ...], Any] = {}  # of the batches that are compiled for
@@ -305,17 +309,16 @@ class _Session:
             self._save()
         while self.done < self.steps:
             self._advance()
-            late = time.monotonic() - self._saved >= SAVE_SECONDS
-            stopped = self._signals.received is not None
+            late, stopped = self._late(), self._signals.due()
             pause = self._due(every) or self._due(self.run.save_every) or late or stopped
             # The metrics of a step are read while the device computes the next one.
             self._report(keep=0 if pause else 1)
             if not pause:
                 continue
-            if self._due(every) and not self._signals.received:
+            if self._due(every) and not self._signals.due():
                 self._evaluate()
             self._save()
-            if self._signals.received:
+            if self._signals.due():
                 self._stop()
 
     def best(self) -> tuple[Any, int, Metrics]:
@@ -375,6 +378,20 @@ class _Session:
 
     def _due(self, every: int | None) -> bool:
         return self.done == self.steps or (every is not None and self.done % every == 0)
+
+    def _late(self) -> bool:
+        """Whether too much would be lost now; of several processes, the first one's clock says it,
+        about once in `ASK_SECONDS`."""
+        if self.done < self._ask:
+            return False
+        since = time.monotonic() - self._saved
+        if not processes.several():
+            return since >= SAVE_SECONDS
+        seconds, steps = self.log.timed
+        until = max(1, int(ASK_SECONDS * steps / seconds)) if steps else 1
+        late, until = processes.agreed(since >= SAVE_SECONDS, min(until, LARGEST - self.steps))
+        self._ask = self.done + until
+        return bool(late)
 
     def _advance(self) -> None:
         """One optimizer step; its metrics stay on the device for now."""
@@ -465,6 +482,10 @@ def write_adapter(
     folder: Path, base: Base, tuning: Tuning, trainable: Any, metadata: Mapping[str, Any]
 ) -> None:
     """Saves what trained as an adapter folder, whole or not at all; see `hyperadapt_jax.save`."""
+    if processes.several():
+        trainable = processes.fetch(trainable)
+    if not processes.first():
+        return
     config = models.config_to_dict(base.config)
     adapter = ha.Adapter(*tuning.adapter(trainable), base.name, config, metadata)
     try:

@@ -1,0 +1,279 @@
+"""Several processes on this machine, joined by gloo: the same numbers as one, and a common end."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from train.errors import InputError
+from train.options import DeviceOptions
+from train.parallel import processes
+from train.parallel.mesh import make_layout
+from train.run.folder import ADAPTER, CHECKPOINTS, REPORT, RESULT
+from train.run.log import METRICS, read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "train/tasks/arithmetic/tiny"
+DEVICES = 4  # of all processes together
+STEPS = 32
+
+
+def port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def flags(count: int) -> list[list[str]]:
+    """What makes each of some processes one of them, as options."""
+    if count == 1:
+        return [[]]
+    where = f"127.0.0.1:{port()}"
+    return [
+        ["--coordinator", where, "--num-processes", str(count), "--process-id", str(i)]
+        for i in range(count)
+    ]
+
+
+def slurm(count: int) -> list[dict[str, str]]:
+    """The same, as srun says it; the port is made of the job's number."""
+    step = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "127.0.0.1"}
+    step |= {"SLURM_NTASKS": str(count), "SLURM_STEP_NUM_NODES": "1"}
+    return [step | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(count)]
+
+
+def open_mpi(count: int) -> list[dict[str, str]]:
+    """The same, as mpirun says it."""
+    uri = f"{os.getpid() * 4096}.0;tcp://127.0.0.1:1"
+    some = {"OMPI_MCA_orte_hnp_uri": uri, "OMPI_COMM_WORLD_SIZE": str(count)}
+    return [
+        some | {"OMPI_COMM_WORLD_RANK": str(i), "OMPI_COMM_WORLD_LOCAL_RANK": str(i)}
+        for i in range(count)
+    ]
+
+
+class Started:
+    """Processes of one run, and what they print."""
+
+    def __init__(
+        self,
+        words: Sequence[str],
+        options: Sequence[Sequence[str]],
+        environments: Sequence[Mapping[str, str]] | None = None,
+    ):
+        count = len(options)
+        given = {name: value for name, value in os.environ.items() if name != "HYPERADAPT_MESH"}
+        given["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES // count}"
+        self.began = time.monotonic()
+        self.all = [
+            subprocess.Popen(
+                [sys.executable, "-m", "train", *words, *more],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                cwd=ROOT,
+                env={**given, **environment},
+            )
+            for more, environment in zip(options, environments or [{}] * count, strict=True)
+        ]
+
+    def __enter__(self) -> Started:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.all:
+            process.kill()
+
+    def until(self, folder: Path, step: int) -> Started:
+        """Waits for a checkpoint of this step or a later one, while all run."""
+        while max(saved(folder), default=0) < step:
+            for process in self.all:
+                assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        return self
+
+    def ended(self, seconds: float = 240) -> list[tuple[int, str, str]]:
+        """Status, output and errors of each."""
+        ends = []
+        for process in self.all:
+            out, err = process.communicate(timeout=seconds)
+            ends.append((process.returncode, out, err))
+        return ends
+
+
+def saved(folder: Path) -> list[int]:
+    """The steps of a run's checkpoints."""
+    return [int(path.name) for path in folder.glob(f"{CHECKPOINTS}/*") if path.name.isdecimal()]
+
+
+def words(folder: Path, *more: str) -> list[str]:
+    rows = folder.parent / "rows.jsonl"
+    if not rows.exists():
+        given = [
+            {"question": f"a bus carries {n} people. {n % 7} get off.", "answer": str(n - n % 7)}
+            for n in range(10, 50)
+        ]
+        rows.write_text("".join(json.dumps(row) + "\n" for row in given))
+    return [
+        *("sft", "--model", str(TINY), "--data", str(rows), "--folder", str(folder)),
+        *("--prompt", "{question}", "--answer", "{answer}", "--score", "exact"),
+        *("--eval-rows", "6", "--questions", "3", "--max-new-tokens", "4", "--eval-batch-size=4"),
+        *(
+            "--mesh",
+            "fsdp=2,tensor=2",
+            "--steps",
+            str(STEPS),
+            "--batch-size",
+            "6",
+            "--max-length=64",
+        ),
+        *("--max-length=64", "--eval-every", "16", "--save-every", "4", *more),
+    ]
+
+
+def same(folder: Path, other: Path) -> None:
+    """Two runs that ended alike: their metrics row by row, and their adapters."""
+    rows, others = (read_metrics(run / METRICS) for run in (folder, other))
+    assert len(rows) == len(others) > STEPS
+    for row, expected in zip(rows, others, strict=True):
+        assert row == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    arrays, wanted = (
+        load_file(run / ADAPTER / "adapter_model.safetensors") for run in (folder, other)
+    )
+    assert arrays.keys() == wanted.keys()
+    for name, array in arrays.items():
+        np.testing.assert_allclose(array, wanted[name], atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory, compiled_once) -> Path:
+    """The run of one process."""
+    folder = tmp_path_factory.mktemp("one") / "run"
+    with Started(words(folder), flags(1)) as started:
+        [(status, _, err)] = started.ended()
+    assert status == 0, err
+    return folder
+
+
+def test_two_processes_of_slurm_compute_what_one_does(one, tmp_path):
+    folder = tmp_path / "run"
+    with Started(words(folder), [[], []], slurm(2)) as started:
+        first, second = started.ended()
+    assert (first[0], second[0]) == (0, 0), (first, second)
+    same(folder, one)
+    assert {REPORT, RESULT} <= {path.name for path in folder.iterdir()}
+    assert "trainable parameters" in first[1] and "loss" in first[2]
+    for said in second[1:]:  # the first one alone prints, but for what connects them
+        assert all(line.startswith("[Gloo]") for line in said.splitlines())
+
+
+def test_a_killed_process_ends_all_and_so_does_a_signal_and_other_numbers_go_on(one, tmp_path):
+    folder = tmp_path / "run"
+    with Started(words(folder), flags(2)) as started:
+        started.until(folder, 8).all[1].kill()
+        killed = time.monotonic()
+        first, second = started.ended()
+        assert time.monotonic() - killed < 60
+    assert first[0] not in (0, 2) and second[0] == -signal.SIGKILL
+    assert "another process died" in first[2] and "--resume" in first[2]
+    assert not (folder / RESULT).exists()
+
+    with Started(words(folder, "--resume"), [[]] * 4, open_mpi(4)) as started:
+        started.until(folder, 16)
+        started.all[3].send_signal(signal.SIGTERM)
+        started.all[1].send_signal(signal.SIGINT)
+        ends = started.ended(60)
+    assert [status for status, *_ in ends] == [143, 130, 143, 143], ends
+    assert "resumed after step" in ends[0][2]
+    [said] = [line for line in ends[0][2].splitlines() if line.startswith("SIGTERM: saved after")]
+    assert int(said.split()[4]) == max(saved(folder))
+    assert not any("another process" in err for *_, err in ends)
+
+    with Started(words(folder, "--resume"), flags(1)) as started:
+        [(status, _, err)] = started.ended()
+    assert status == 0, err
+    same(folder, one)
+
+
+def test_what_one_process_cannot_use_ends_all(tmp_path):
+    folder, other = tmp_path / "run", tmp_path / "other"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("kept")
+    with Started(words(folder), flags(2)) as started:
+        ends = started.ended(90)
+    assert [status for status, *_ in ends] == [2, 2], ends
+    assert all("holds no run" in err for *_, err in ends)
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+
+    options = flags(2)
+    options[1] += ["--data", str(tmp_path / "nowhere.jsonl")]
+    with Started(words(other), options) as started:
+        first, second = started.ended(90)
+    assert second[0] == 2 and "nowhere.jsonl" in second[2]
+    assert first[0] == 1 and "another process died" in first[2]
+    assert not (other / METRICS).exists()
+
+
+def test_a_mesh_has_all_devices_of_several_processes(monkeypatch):
+    monkeypatch.setattr(processes, "several", lambda: True)
+    count = jax.device_count()
+    with pytest.raises(InputError, match=f"--mesh data=2: it takes 2 of the {count} devices"):
+        make_layout("data=2")
+
+
+@pytest.mark.parametrize("recipe", ["compare", "export", "pretrain"])
+def test_recipes_of_one_process_refuse_several(recipe, monkeypatch):
+    monkeypatch.setattr(processes, "several", lambda: True)
+    module = importlib.import_module(f"train.recipes.{recipe}")
+    with pytest.raises(InputError, match=f"{recipe} runs in one process"):
+        module.run(None)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (dict(coordinator="somewhere"), "--coordinator somewhere: give HOST:PORT"),
+        (dict(coordinator="a:1", num_processes=2), "--num-processes needs --process-id too"),
+        (dict(coordinator="a:1", process_id=0), "--process-id needs --num-processes too"),
+        (dict(coordinator="a:1", num_processes=0, process_id=0), "--num-processes 0: give at"),
+        (dict(coordinator="a:1", num_processes=2, process_id=2), "--process-id 2: give a number"),
+        (dict(num_processes=2, process_id=0), "--num-processes needs --coordinator"),
+    ],
+)
+def test_processes_that_cannot_be_meant_are_refused(given, message, monkeypatch):
+    monkeypatch.delenv(processes.ADDRESS, raising=False)
+    with pytest.raises(InputError, match=message):
+        DeviceOptions(**given)
+
+
+def test_a_cluster_is_known_by_its_environment():
+    known = [*slurm(2), *open_mpi(3), {"TPU_WORKER_HOSTNAMES": "a,b"}, {processes.ADDRESS: "a:1"}]
+    assert all(map(processes.in_cluster, known))
+    none = [{}, *slurm(1), *open_mpi(1), {"TPU_WORKER_HOSTNAMES": "a"}]
+    assert not any(map(processes.in_cluster, none))
+    batch = {name: x for name, x in slurm(2)[0].items() if "STEP" not in name}
+    assert not processes.in_cluster(batch)  # the script of a job, before srun
+
+
+def test_alone_each_agrees_with_itself():
+    said = itertools.count()
+    processes.on_first(lambda: next(said) and None)
+    processes.wait()
+    assert next(said) == 1 and processes.agreed(3, 4) == (3, 4) and processes.first()
+    processes.alone("compare")
+    with pytest.raises(InputError, match="no"):
+        processes.on_first(lambda: (_ for _ in ()).throw(InputError("no")))
