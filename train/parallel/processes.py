@@ -70,8 +70,7 @@ class Member:
 
     def leave(self, status: int) -> None:
         """Ends this process's part with an exit status, with the others where they end too."""
-        with contextlib.suppress(OSError):
-            self.witness.communicate(b"done\n")
+        self.dismiss()
         if status == 0 or status > 128:  # done, or stopped by a signal, as all are
             with contextlib.suppress(RuntimeError):
                 jax.distributed.shutdown()
@@ -79,6 +78,11 @@ class Member:
         # It may be this one's alone: the others would be waited for in vain. What they are
         # connected to ends with the first one, so they say first why they end.
         self._end(status, seconds=2 if first() else 0)
+
+    def dismiss(self) -> None:
+        """Lets the witness go, without a word."""
+        with contextlib.suppress(OSError):
+            self.witness.communicate(b"done\n")
 
     def fall(self) -> NoReturn:
         """Ends this process, which cannot go on without another; the witness says so."""
@@ -114,6 +118,8 @@ def join(
     if jax.distributed.is_initialized() or not (coordinator or in_cluster(os.environ)):
         return None
     jax.config.update("jax_enable_preemption_service", saves)
+    script = f"trap '' INT TERM; read -r done || printf '%s\\n' {shlex.quote(farewell)} >&2"
+    member = Member(subprocess.Popen(["sh", "-c", script], stdin=subprocess.PIPE))
     try:
         jax.distributed.initialize(
             None if coordinator == "auto" else coordinator,
@@ -124,12 +130,13 @@ def join(
             shutdown_timeout_seconds=LEAVE,
         )
     except (RuntimeError, ValueError, TypeError, KeyError, OSError) as error:
+        member.dismiss()
         raise InputError(
-            f"--coordinator: the processes do not find each other: {first_line(error)}; start all"
-            " of them with the same HOST:PORT and number, each with its own --process-id"
+            f"--coordinator: the processes do not find each other: {first_line(error)} Start all"
+            " of them with one --coordinator HOST:PORT and --num-processes, and each with its own"
+            " --process-id"
         ) from error
-    script = f"trap '' INT TERM; read -r done || printf '%s\\n' {shlex.quote(farewell)} >&2"
-    return Member(subprocess.Popen(["sh", "-c", script], stdin=subprocess.PIPE))
+    return member
 
 
 def in_cluster(environment: Mapping[str, str]) -> bool:
