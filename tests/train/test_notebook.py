@@ -11,7 +11,7 @@ from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell
 
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
-PICTURES = {"quickstart": 1, "compare": 2}
+PICTURES = {"quickstart": 1, "compare": 2, "sharded": 1}
 ALL = pytest.mark.parametrize("name", PICTURES)
 
 
@@ -55,6 +55,15 @@ def test_the_comparison_runs_and_shows_every_method(tmp_path):
     (text,) = tables(notebook)
     assert "| hyperadapt |" in text and "| rank-one |" in text
     assert pictures(notebook) == PICTURES["compare"]
+
+
+@pytest.mark.slow
+def test_the_one_on_several_devices_computes_what_one_does(tmp_path):
+    notebook = run("sharded", 'MESH, STEPS = "fsdp=4,tensor=2", 3', tmp_path)
+    weights, _, held = tables(notebook)
+    assert "| -, fsdp, tensor | 4x32x192 | 1/8 |" in weights
+    assert "| vectors | 27,648 | 40,960 |" in held
+    assert float(re.search(r"largest difference: (\S+)", printed(code(notebook)[-1]))[1]) < 1e-5
 
 
 def tables(notebook):
