@@ -177,6 +177,7 @@ def test_two_processes_of_slurm_compute_what_one_does(one, tmp_path):
     same(folder, one)
     assert {REPORT, RESULT} <= {path.name for path in folder.iterdir()}
     assert "trainable parameters" in first[1] and "loss" in first[2]
+    assert "4 x cpu (cpu), in 2 processes" in (folder / REPORT).read_text()
     for said in second[1:]:  # the first one alone prints, but for what connects them
         assert all(line.startswith("[Gloo]") for line in said.splitlines())
 

@@ -82,10 +82,13 @@ def environment() -> dict[str, str]:
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in devices]
     if any(peaks):
         memory += f", {max(peaks) / 1e9:,.2f} GB (device)"
+    where = f"{jax.device_count()} x {devices[0].device_kind} ({jax.default_backend()})"
+    if jax.process_count() > 1:
+        where += f", in {jax.process_count()} processes"
     others = [f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "optax")]
     return {
         "peak memory": memory,
-        "device": f"{len(devices)} x {devices[0].device_kind} ({jax.default_backend()})",
+        "device": where,
         "versions": ", ".join(
             [f"hyperadapt-jax {ha.__version__}", *others, f"Python {platform.python_version()}"]
         ),
