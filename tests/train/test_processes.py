@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from train.parallel import processes
 from train.parallel.mesh import make_layout
 from train.run.folder import ADAPTER, CHECKPOINTS, REPORT, RESULT
 from train.run.log import METRICS, read_metrics
+from train.trainer import loop
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "train/tasks/arithmetic/tiny"
@@ -268,6 +270,30 @@ def test_a_cluster_is_known_by_its_environment():
     assert not any(map(processes.in_cluster, none))
     batch = {name: x for name, x in slurm(2)[0].items() if "STEP" not in name}
     assert not processes.in_cluster(batch)  # the script of a job, before srun
+
+
+def test_several_ask_the_first_one_whether_too_much_would_be_lost(monkeypatch):
+    """About once in ten seconds, and do what it says, whatever their own clocks say."""
+    said = []
+
+    def agreed(*numbers):
+        said.append(numbers)
+        return (1, numbers[1])
+
+    def session(done, ask=0, timed=(2.0, 10), since=0.0):
+        log = types.SimpleNamespace(timed=timed)
+        began = time.monotonic() - since
+        return types.SimpleNamespace(done=done, _ask=ask, _saved=began, log=log, steps=1000)
+
+    late = loop._Session._late
+    assert not late(session(5)) and late(session(5, since=loop.SAVE_SECONDS))  # alone, at any step
+    monkeypatch.setattr(processes, "several", lambda: True)
+    monkeypatch.setattr(processes, "agreed", agreed)
+    one = session(5)
+    assert late(one) and said == [(False, 50)] and one._ask == 55  # 0.2 seconds a step
+    assert not late(session(54, ask=55, since=loop.SAVE_SECONDS)) and len(said) == 1
+    assert late(session(5, timed=(0.0, 0))) and said[-1] == (False, 1)
+    assert late(session(5, timed=(90.0, 3))) and said[-1] == (False, 1)
 
 
 def test_alone_each_agrees_with_itself():

@@ -65,7 +65,10 @@ def run(options: Options) -> None:
       AdapterError, CheckpointError: the adapter or the base is damaged, or they do not fit.
     """
     processes.alone("export")
-    trained = load_run(options.trained, options.devices.layout())
+    layout = options.devices.layout()
+    trained = load_run(options.trained, layout)
+    for note in layout.notes(trained.base.config) if layout and not options.quiet else ():
+        print(note)
     if options.format == "peft":
         _write_peft(trained, options)
         return
