@@ -1,0 +1,249 @@
+"""A run's training step, compiled ahead of time for devices that need not exist.
+
+The step is the very one that a run takes, on arrays that are shapes alone, compiled by XLA for CPU
+devices. In float32 it is the program that a run on such devices has. For bfloat16, which XLA for
+CPU computes in float32, with copies of the weights in it, float16 stands in: it has the same size
+and is computed as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from hyperadapt_jax import models
+from hyperadapt_jax.methods import Tuning
+
+from .. import base, methods
+from ..errors import InputError
+from ..options import AdapterOptions, ModelOptions, OptimizerOptions
+from ..parallel import program
+from ..parallel.fake import fake_devices
+from ..parallel.mesh import AXES, Layout, activations_of, make_mesh, parse_rules
+from . import losses
+from .optimizer import learning_rates, make_optimizer
+from .step import Loss, State, describe, make_step
+
+STEPS = 1000  # of the schedules, whose length no array depends on
+
+# With these, XLA for CPU makes float32 of what it cannot multiply as it is, of all layers at once,
+# outside of their loop. An accelerator multiplies it as it is, and nothing runs here.
+_FLAGS = "--xla_disable_hlo_passes=" + ",".join(
+    (
+        "while-loop-invariant-code-motion",
+        "while-loop-expensive-invariant-code-motion",
+        "change-op-data-type",
+        "operand_upcaster",
+    )
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """All that a compiled step depends on.
+
+    Attributes:
+      model: a folder with a config.json.
+      adapter: what trains.
+      labels: outputs of an encoder's new head; None for a decoder.
+      optimizer: adamw or muon.
+      shape: sizes of the mesh's axes `AXES`.
+      rules: as `parse_rules` takes them.
+      batch_size: rows of a step.
+      max_length: tokens of a row.
+      accumulate: parts that a batch is computed in.
+      loss_chunk: tokens whose logits exist at once.
+    """
+
+    model: ModelOptions
+    adapter: AdapterOptions = AdapterOptions()
+    labels: int | None = None
+    optimizer: Any = "adamw"
+    shape: tuple[int, ...] = (1, 1, 1)
+    rules: tuple[str, ...] = ()
+    batch_size: int = 32
+    max_length: int = 512
+    accumulate: int = 1
+    loss_chunk: int | None = None
+
+    @property
+    def devices(self) -> int:
+        """How many the mesh has."""
+        return int(np.prod(self.shape))
+
+    @property
+    def mesh(self) -> str:
+        """The mesh's axes that are not 1, as ``--mesh`` takes them."""
+        pairs = zip(AXES, self.shape, strict=True)
+        return ",".join(f"{name}={size}" for name, size in pairs if size > 1) or "data=1"
+
+
+@dataclasses.dataclass(frozen=True)
+class StepFacts:
+    """What a step takes and does on each device.
+
+    Attributes:
+      options: of which step.
+      rows: of its batch, filled up so that the mesh divides them.
+      frozen: bytes of the frozen weights.
+      trainable: bytes of what trains.
+      optimizer: bytes of the optimizer's state, and of the step's number and key.
+      batch: bytes of the batch.
+      memory: of the whole program, by XLA's analysis.
+      work: products and collectives.
+      notes: lines on what the mesh does not divide.
+      seconds: that it took to trace and compile.
+      peak: the most bytes that the process that compiled it held.
+    """
+
+    options: StepOptions
+    rows: int
+    frozen: int
+    trainable: int
+    optimizer: int
+    batch: int
+    memory: program.Memory
+    work: program.Work
+    notes: tuple[str, ...]
+    seconds: float
+    peak: int
+
+    @property
+    def held(self) -> int:
+        """Bytes that are held between the steps."""
+        return self.frozen + self.trainable + self.optimizer
+
+    @property
+    def working(self) -> int:
+        """Bytes of activations, gradients and all else that a step holds besides its arguments."""
+        return self.memory.returned + self.memory.temporary
+
+    @property
+    def total(self) -> int:
+        """Bytes that a step takes."""
+        return self.memory.total
+
+
+@contextlib.contextmanager
+def planning(devices: int, dtype: str) -> Iterator[Callable[..., Any]]:
+    """A process of its own with so many fake devices, as `train.parallel.fake.fake_devices`.
+
+    Args:
+      devices: at least as many as any mesh has.
+      dtype: of the computation.
+    """
+    with fake_devices(devices, _FLAGS if dtype == "bfloat16" else "") as call:
+        yield call
+
+
+def held_bytes(options: StepOptions) -> int:
+    """What a device holds between the steps; nothing is compiled. Errors: `compile_step`'s."""
+    tuning, state = _described(options)[1:3]
+    return _bytes(tuning.frozen) + _bytes(state)
+
+
+def compile_step(options: StepOptions) -> StepFacts:
+    """Compiles a step for the first of the devices that there are.
+
+    Raises:
+      InputError: an axis of the mesh divides nothing of the model, or nothing trains.
+    """
+    began = time.monotonic()
+    described, tuning, state, chain, optimizer = _described(options)
+    config, where = described.config, activations_of(tuning.fn)
+    rows = where.filled(options.batch_size // options.accumulate) * options.accumulate
+    batch = _batch(config, rows, options.max_length)
+    if where.mesh is not None:
+        divided = NamedSharding(where.mesh, PartitionSpec(where.rows))
+        batch = {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=divided)
+            for name, x in batch.items()
+        }
+    step: Any = make_step(
+        _loss(tuning, config, options.loss_chunk),
+        chain,
+        learning_rates(optimizer, tuning, STEPS),
+        accumulate=options.accumulate,
+        activations=where,
+        state=state,
+    )
+    compiled = step.lower(state, tuning.frozen, batch).compile()
+    memory = program.memory(compiled)
+    if memory is None:
+        raise InputError("this version of XLA does not tell what a program takes")
+    layout = _layout(options)
+    return StepFacts(
+        options=options,
+        rows=rows,
+        frozen=_bytes(tuning.frozen),
+        trainable=_bytes(state.trainable),
+        optimizer=_bytes(state) - _bytes(state.trainable),
+        batch=_bytes(batch),
+        memory=memory,
+        work=program.work(compiled.as_text()),
+        notes=() if layout is None else tuple(layout.notes(config)[1:]),
+        seconds=time.monotonic() - began,
+        peak=_peak(),
+    )
+
+
+def _layout(options: StepOptions) -> Layout | None:
+    if options.devices == 1:
+        return None
+    return Layout(make_mesh(options.shape), parse_rules(options.rules))
+
+
+def _described(options: StepOptions) -> tuple[base.Base, Tuning, State, Any, OptimizerOptions]:
+    """The model, what trains, the state, and the optimizer: shapes alone."""
+    wanted = options.model
+    if wanted.dtype == "bfloat16":
+        stand_in: Any = "float16"
+        wanted = dataclasses.replace(wanted, dtype=stand_in)
+    described = base.load_abstract(wanted, options.labels, _layout(options))
+    tuning = methods.tune(described, options.adapter)
+    optimizer = OptimizerOptions(optimizer=options.optimizer)
+    chain = make_optimizer(optimizer, tuning, STEPS, models.matrices(described.config))
+    return described, tuning, describe(tuning, chain), chain, optimizer
+
+
+def _loss(tuning: Tuning, config: models.Config, chunk: int | None) -> Loss:
+    if isinstance(config, models.EncoderConfig):
+        return losses.classification(tuning, dropout=True)
+    return losses.next_token(tuning, chunk)
+
+
+def _batch(config: models.Config, rows: int, length: int) -> dict[str, Any]:
+    """The shapes of a batch, as `train.data.batches.Batches` makes it of unpacked rows."""
+    of_tokens = {"tokens": jnp.int32, "mask": jnp.bool_}
+    of_rows: dict[str, Any] = {"weight": jnp.float32}
+    if not isinstance(config, models.EncoderConfig):
+        of_tokens["labels"] = jnp.int32
+    else:
+        of_rows["label"] = jnp.float32 if config.num_labels == 1 else jnp.int32
+    made = {name: jax.ShapeDtypeStruct((rows, length), dtype) for name, dtype in of_tokens.items()}
+    return made | {name: jax.ShapeDtypeStruct((rows,), kind) for name, kind in of_rows.items()}
+
+
+def _bytes(tree: Any) -> int:
+    """Bytes of a tree's arrays on each device."""
+    return sum(
+        int(np.prod(shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+        for shape in [leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape]
+    )
+
+
+def _peak() -> int:
+    """The most bytes that this process held."""
+    found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return found if sys.platform == "darwin" else 1024 * found

@@ -1,0 +1,140 @@
+"""The fewest devices that a step fits on, and how it has to be computed there.
+
+What a device holds between the steps follows from the shardings, and costs no compilation. What it
+holds within one grows by about as much with each further row that it computes at once: two compiled
+steps, of one row and of two, tell how much. What is found so is compiled in the end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from ..errors import InputError
+from .ahead import StepFacts, StepOptions, compile_step, held_bytes
+
+SIZES = (16, 24, 40, 80, 96, 141, 192)  # GB of a device
+USABLE = 0.9  # the part of it that a step may take; the rest is the runtime's
+MOST = 256  # devices that are tried
+POLICIES = ("dots", "full")  # what is kept, in the order of what they take and of what they save
+
+
+@dataclasses.dataclass(frozen=True)
+class Suggestion:
+    """How a step fits into devices of a size.
+
+    Attributes:
+      size: GB of a device.
+      options: the step on the smallest mesh; None where it fits on none that was tried.
+      total: bytes that it takes on each.
+      compiled: whether that is of the compiled program, and not an estimate.
+    """
+
+    size: int
+    options: StepOptions | None = None
+    total: int = 0
+    compiled: bool = False
+
+
+def devices_to_try(batch_size: int) -> list[int]:
+    """The sizes of the meshes: powers of two that divide the rows.
+
+    >>> devices_to_try(24)
+    [1, 2, 4, 8]
+    """
+    return [n for n in (2**i for i in range(MOST.bit_length())) if batch_size % n == 0]
+
+
+def suggest(
+    asked: StepOptions,
+    call: Callable[..., Any],
+    *,
+    sizes: Sequence[int] = SIZES,
+    seconds: float = 180.0,
+) -> Iterator[Suggestion]:
+    """Finds the smallest ``fsdp`` mesh for each size of a device.
+
+    On several devices, the batch is computed in as few parts as fit, and with as little computed
+    again as fits then; on one, the other way round.
+
+    Args:
+      asked: the step; its mesh, ``remat`` and ``accumulate`` are what is looked for.
+      call: ``call(fn, *args)``, of a process with devices enough; see `ahead.planning`.
+      sizes: GB of a device.
+      seconds: after which nothing more is compiled to be sure.
+    """
+    began = time.monotonic()
+    compiled: dict[StepOptions, StepFacts] = {}
+
+    def facts(options: StepOptions) -> StepFacts:
+        if options not in compiled:
+            compiled[options] = call(compile_step, options)
+        return compiled[options]
+
+    @functools.cache
+    def held(devices: int) -> float:
+        try:
+            return call(held_bytes, _on(asked, devices, "dots", 1))
+        except InputError:  # with these rules, fsdp divides nothing
+            return math.inf
+
+    @functools.cache
+    def within(policy: str, spread: bool) -> tuple[int, int]:
+        """Bytes of a step with one row on a device at once, and of each further one."""
+        # On a device of its own nothing is gathered; on two, as much as on many.
+        one, two = (
+            facts(dataclasses.replace(_on(asked, 1 + spread, policy, 1), batch_size=n << spread))
+            for n in (1, 2)
+        )
+        first = one.total - one.held
+        return first, max(0, two.total - two.held - first)
+
+    def estimate(options: StepOptions) -> float:
+        devices = options.devices
+        first, more = within(options.model.remat, devices > 1)
+        rows = options.batch_size // devices // options.accumulate
+        return held(devices) + first + (rows - 1) * more
+
+    def fitting(options: StepOptions, size: int) -> Suggestion | None:
+        room = USABLE * size * 1e9
+        if options not in compiled and estimate(options) > room:
+            return None
+        if options in compiled or time.monotonic() - began < seconds:
+            found = Suggestion(size, options, facts(options).total, True)
+        else:
+            found = Suggestion(size, options, int(estimate(options)))
+        return found if found.total <= room else None
+
+    for size in sizes:
+        ways = (
+            options
+            for devices in devices_to_try(asked.batch_size)
+            if held(devices) <= USABLE * size * 1e9
+            for options in _ways(asked, devices)
+        )
+        tried = (fitting(options, size) for options in ways)
+        yield next((found for found in tried if found), Suggestion(size))
+
+
+def _ways(asked: StepOptions, devices: int) -> Iterator[StepOptions]:
+    """How a batch can be computed on so many devices, what costs least first.
+
+    A further part costs a device of its own next to nothing; on several, it gathers the weights
+    once more.
+    """
+    rows = asked.batch_size // devices
+    parts = [n for n in range(1, rows + 1) if rows % n == 0]
+    if devices == 1:
+        ways = [(policy, n) for policy in POLICIES for n in parts]
+    else:
+        ways = [(policy, n) for n in parts for policy in POLICIES]
+    return (_on(asked, devices, policy, n) for policy, n in ways)
+
+
+def _on(asked: StepOptions, devices: int, policy: Any, parts: int) -> StepOptions:
+    model = dataclasses.replace(asked.model, remat=policy)
+    return dataclasses.replace(asked, model=model, shape=(1, devices, 1), accumulate=parts)
