@@ -151,18 +151,27 @@ def products(rows: int, *, again: bool) -> int:
     return L * (layer + attention) + 2 * 2 * D * V * tokens
 
 
-@EIGHT
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 4)])
-def test_products_are_those_of_the_model_divided_by_the_devices(llama, mesh):
-    found = facts(llama, mesh).work
-    wanted = products(16, again=True) / math.prod(mesh)
-    # XLA drops what nothing reads, such as the first layer's gradient to its input.
-    assert found.flops == pytest.approx(wanted, rel=0.03) and found.unbounded == 0
-
-
-def test_parts_of_a_batch_have_its_products_together(llama):
+def test_products_are_those_of_the_model_however_the_batch_is_split(llama):
     whole, parts = (facts(llama, accumulate=n).work for n in (1, 2))
-    assert parts.flops == pytest.approx(whole.flops, rel=1e-6)
+    # XLA drops what nothing reads.
+    assert whole.flops == pytest.approx(products(16, again=True), rel=0.03)
+    assert parts.flops == pytest.approx(whole.flops, rel=1e-6) and not parts.unbounded
+
+
+@EIGHT
+def test_devices_share_the_products_and_none_gets_more_than_the_weights_thrice(llama):
+    """Scaling: a fixed batch on more and more devices."""
+    one = facts(llama)
+    for mesh in ((1, 2, 1), (1, 4, 1), (1, 8, 1), (2, 4, 1), (1, 1, 2), (1, 1, 4)):
+        found = facts(llama, mesh)
+        assert found.work.flops * math.prod(mesh) == pytest.approx(one.work.flops, rel=1e-3), mesh
+        kinds = found.work.collectives
+        if mesh[1] > 1:
+            assert kinds["all-gather"].bytes <= 3 * one.frozen
+            assert kinds["all-reduce"].bytes <= found.trainable + 64
+        else:  # each product whose outputs or inputs are divided is reduced: 7 a layer
+            rows = 4 * 16 * T * D
+            assert kinds["all-reduce"].bytes <= L * (2 * 7) * rows + 4 * rows
 
 
 def test_without_recomputation_products_are_4_times_the_weights_and_tokens(llama):
