@@ -111,11 +111,13 @@ def work(text: str) -> Work:
     (True, True)
     """
     computations, entry = _parsed(text)
+    match = re.search(r"(?:num_partitions|replica_count)=(\d+)", text.partition("\n")[0])
+    devices = int(match[1]) if match else 1
     totals: dict[str, collections.Counter] = {}
 
     def total(name: str) -> collections.Counter:
         if name not in totals:
-            totals[name] = _sum(computations[name], total)
+            totals[name] = _sum(computations[name], total, devices)
         return totals[name]
 
     found = total(entry)
@@ -151,7 +153,7 @@ def _parsed(text: str) -> tuple[dict[str, list[_Instruction]], str]:
     return found, entry
 
 
-def _sum(instructions: list[_Instruction], total: Any) -> collections.Counter:
+def _sum(instructions: list[_Instruction], total: Any, devices: int) -> collections.Counter:
     """What a computation does, with those that it calls."""
     types = {each.name: each.type for each in instructions}
     found: collections.Counter = collections.Counter()  # of int and float
@@ -160,7 +162,7 @@ def _sum(instructions: list[_Instruction], total: Any) -> collections.Counter:
         if each.op == "dot":
             _add(found, _product(each, types))
         elif kind in KINDS and not phase:
-            _add(found, _collective(each, kind, types))
+            _add(found, _collective(each, kind, types, devices))
         called = list(_called(each.rest))
         if each.op == "while":
             trips = _TRIPS.search(each.rest)
@@ -195,12 +197,14 @@ def _product(each: _Instruction, types: Mapping[str, str]) -> dict[str, float]:
     return {"flops": 2.0 * math.prod(result[1]) * contracted, "traffic": traffic}
 
 
-def _collective(each: _Instruction, kind: str, types: Mapping[str, str]) -> dict[Any, float]:
+def _collective(
+    each: _Instruction, kind: str, types: Mapping[str, str], devices: int
+) -> dict[Any, float]:
     results = sum(map(_bytes, _arrays(each.type)))
     if each.op.endswith("-start") and kind != "all-reduce":  # returns its operands too
         given = sum(_bytes(x) for name in _operands(each.rest, types) for x in _arrays(name))
         results = given if kind == "collective-permute" else results - given
-    size = _group(each.rest)
+    size = _group(each.rest, devices)
     others = (size - 1) / size
     received: float = {
         "all-reduce": 2 * results * others,
@@ -210,16 +214,19 @@ def _collective(each: _Instruction, kind: str, types: Mapping[str, str]) -> dict
     return {(kind, "times"): 1, (kind, "bytes"): results, (kind, "received"): received}
 
 
-def _group(rest: str) -> int:
-    """How many devices take part in a collective together."""
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
+def _group(rest: str, devices: int) -> int:
+    """How many devices take part in a collective together: all, where no groups are named."""
+    if match := re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\S*)? \{([^}]*)\}", rest
+    ):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
-        return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", match[2]))
+        named = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", match[2])  # or a part of an axis
+        return math.prod(int(part or sizes[name]) for name, part in named)
     if match := re.search(r"replica_groups=\[\d+,(\d+)\]<=", rest):
         return int(match[1])
-    if match := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
+    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
         return len(match[1].split(","))
-    return 1
+    return devices
 
 
 def _operands(rest: str, types: Mapping[str, str]) -> list[str]:

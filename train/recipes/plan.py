@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,8 +17,8 @@ from ..errors import InputError, first_line
 from ..options import LARGEST, AdapterOptions, ModelOptions, Place, flag
 from ..parallel.chips import CHIPS, seconds
 from ..parallel.mesh import AXES, parse_mesh, parse_rules
-from ..trainer.ahead import StepFacts, StepOptions, compile_step, planning
-from ..trainer.suggest import MOST, USABLE, Suggestion, devices_to_try, suggest
+from ..trainer.ahead import StepFacts, StepOptions, compile_step, planning, tpu_memory
+from ..trainer.suggest import MOST, SIZES, USABLE, Suggestion, devices_to_try, suggest
 
 DEVICES = 1024  # that a step is compiled for at most
 
@@ -67,6 +68,9 @@ class Options:
     """The optimizer; muon is for --method full."""
     loss_chunk: int | None = None
     """Tokens whose logits exist at once; 0 is all. If not given, as the recipes that train."""
+    topology: str | None = None
+    """A slice of TPUs, such as v5e:16x16, which need not exist: a step's memory is then that of the
+    program of the TPU's own compiler. Needs libtpu."""
     suggest: bool = True
     """Look for the fewest devices of each size that the step fits on, too."""
     json: Path | None = None
@@ -86,9 +90,12 @@ class Options:
                 f"--batch-size {self.rows} cannot be computed in {self.accumulate} equal parts:"
                 " change --accumulate or --batch-size"
             )
-        if not self.step and (self.json or self.accumulate > 1 or self.rules):
-            given = "--json" if self.json else "--rules" if self.rules else "--accumulate"
-            raise InputError(f"{given}: is for a step: give --batch-size or --mesh too")
+        fields = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in ("json", "rules", "topology", "loss_chunk", "accumulate", "max_length"):
+            if getattr(self, name) != fields[name] and not self.step:
+                raise InputError(f"{flag(name)}: is for a step: give --batch-size or --mesh too")
+        if self.model.attention == "cudnn" and self.step:
+            raise InputError("--attention cudnn: compiles on its GPU alone: leave it out of a plan")
         parse_rules(self.rules)
         size = 1
         for number in self.shape:
@@ -156,6 +163,9 @@ def run(options: Options) -> None:
     found: list[Suggestion] = []
     with planning(max(step.devices, most), model.dtype) as call:
         facts: StepFacts = call(compile_step, step)
+        if options.topology is not None:
+            of_tpu = call(tpu_memory, step, options.topology)
+            facts = dataclasses.replace(facts, memory=of_tpu, topology=options.topology)
         print("\n" + show(facts), flush=True)
         if options.suggest:
             found = list(suggest(step, call))
@@ -213,35 +223,35 @@ def show(facts: StepFacts) -> str:
 
 def _notes(facts: StepFacts) -> list[str]:
     step = facts.options
-    lines = [f"note: {line}" for line in facts.notes]
-    if facts.rows > step.batch_size:
-        lines.append(
-            f"note: the {step.batch_size} rows are filled up to {facts.rows}, which the mesh"
-            " divides"
-        )
-    stands_in = step.model.dtype == "bfloat16"
-    lines += [
-        f"compiled by XLA for {step.devices} CPU devices that need not exist, in"
-        f" {facts.seconds:.0f} s and {facts.peak / 1e9:.1f} GB of memory",
-        *(
-            [
-                "XLA for CPU computes bfloat16 in float32: float16 stands in, which has its size;"
-                " scores of attention stay float32, as no flash kernel is taken for granted"
-            ]
-            if stands_in
-            else []
-        ),
-        "compute: products at the chip's peak rate for bfloat16; memory: their operands and results"
-        " once; links: what a device receives in rings, by half of what is published for both"
-        " directions, - beyond the chips that they join. A step takes the longest of the three if"
-        " all overlap, their sum if nothing does; real ones take longer than the first",
-        f"fits: in {USABLE:.0%} of the chip's memory; the rest is the runtime's",
+    fitting = [f"{size}" for size in SIZES if facts.total <= USABLE * size * 1e9]
+    lines = [
+        f"fits devices of {', '.join(fitting)} GB" if fitting else "fits no device of up to 192 GB",
+        *facts.notes,
     ]
+    lines[0] += f": {USABLE:.0%} of a device may be taken, the rest is the runtime's"
+    if facts.rows > step.batch_size:
+        lines.append(f"the {step.batch_size} rows are filled up to {facts.rows}, which it divides")
     if facts.work.unbounded:
+        lines.append(f"{facts.work.unbounded} loops do not say how often they run: counted once")
+    lines.append(
+        f"compiled by XLA for {step.devices} CPU devices that need not exist, in"
+        f" {facts.seconds:.0f} s and {facts.peak / 1e9:.1f} GB"
+    )
+    if facts.topology:
+        lines.append(f"memory: by the compiler of TPU {facts.topology}")
+    elif step.model.dtype == "bfloat16":
         lines.append(
-            f"note: {facts.work.unbounded} loops do not say how often they run: counted once"
+            "XLA for CPU computes bfloat16 in float32, with copies of the weights: float16, of the"
+            " same size, stands in. No attention kernel is taken for granted, so that a layer's"
+            " scores are there, in float32"
         )
-    return lines
+    lines += [
+        "compute: products at the chip's peak rate for bfloat16. memory: their operands and"
+        " results, once. links: what a device receives in rings, by half of what is published for"
+        " both directions; - beyond the chips that they join. All three overlapped are the least"
+        " that a step can take, serial the least if nothing overlaps",
+    ]
+    return [textwrap.fill(f"* {line}", 98, subsequent_indent="  ") for line in lines]
 
 
 def show_suggestions(found: list[Suggestion]) -> str:
@@ -257,11 +267,12 @@ def show_suggestions(found: list[Suggestion]) -> str:
         rows.append([f"{each.size} GB", step.devices, total, step.mesh, *ways])
     header = ["devices of", "fewest", "GB", "--mesh", "--remat", "--accumulate"]
     made = table(header, rows, "fewest GB --accumulate")
-    return (
-        f"{made}\n\ntried: fsdp of 1, 2, 4, ... up to {MOST} devices that divide the rows, with"
-        " --remat dots and full and every --accumulate that divides them; ~ where the bytes are"
-        " drawn from steps of one and two rows a device, and not of this very program"
+    tried = (
+        f"* tried: fsdp of 1, 2, 4, ... up to {MOST} devices that divide the rows, with --remat"
+        " dots and full, and every --accumulate that divides them; ~ where the bytes are drawn from"
+        " steps of one and two rows a device, and not of this very program"
     )
+    return f"{made}\n\n{textwrap.fill(tried, 98, subsequent_indent='  ')}"
 
 
 def numbers(facts: StepFacts, found: list[Suggestion]) -> dict[str, Any]:

@@ -19,13 +19,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from hyperadapt_jax import models
 from hyperadapt_jax.methods import Tuning
 
 from .. import base, methods
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..options import AdapterOptions, ModelOptions, OptimizerOptions
 from ..parallel import program
 from ..parallel.fake import fake_devices
@@ -97,6 +98,7 @@ class StepFacts:
       notes: lines on what the mesh does not divide.
       seconds: that it took to trace and compile.
       peak: the most bytes that the process that compiled it held.
+      topology: the TPUs whose compiler tells ``memory``; None for XLA for CPU.
     """
 
     options: StepOptions
@@ -110,6 +112,7 @@ class StepFacts:
     notes: tuple[str, ...]
     seconds: float
     peak: int
+    topology: str | None = None
 
     @property
     def held(self) -> int:
@@ -139,12 +142,6 @@ def planning(devices: int, dtype: str) -> Iterator[Callable[..., Any]]:
         yield call
 
 
-def held_bytes(options: StepOptions) -> int:
-    """What a device holds between the steps; nothing is compiled. Errors: `compile_step`'s."""
-    tuning, state = _described(options)[1:3]
-    return _bytes(tuning.frozen) + _bytes(state)
-
-
 def compile_step(options: StepOptions) -> StepFacts:
     """Compiles a step for the first of the devices that there are.
 
@@ -152,61 +149,125 @@ def compile_step(options: StepOptions) -> StepFacts:
       InputError: an axis of the mesh divides nothing of the model, or nothing trains.
     """
     began = time.monotonic()
-    described, tuning, state, chain, optimizer = _described(options)
-    config, where = described.config, activations_of(tuning.fn)
-    rows = where.filled(options.batch_size // options.accumulate) * options.accumulate
-    batch = _batch(config, rows, options.max_length)
-    if where.mesh is not None:
-        divided = NamedSharding(where.mesh, PartitionSpec(where.rows))
-        batch = {
-            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=divided)
-            for name, x in batch.items()
-        }
-    step: Any = make_step(
-        _loss(tuning, config, options.loss_chunk),
-        chain,
-        learning_rates(optimizer, tuning, STEPS),
-        accumulate=options.accumulate,
-        activations=where,
-        state=state,
-    )
-    compiled = step.lower(state, tuning.frozen, batch).compile()
-    memory = program.memory(compiled)
-    if memory is None:
-        raise InputError("this version of XLA does not tell what a program takes")
-    layout = _layout(options)
+    layout, wanted = None, options
+    if options.devices > 1:
+        layout = Layout(make_mesh(options.shape), parse_rules(options.rules))
+    if options.model.dtype == "bfloat16":
+        stand_in: Any = "float16"
+        wanted = dataclasses.replace(
+            options, model=dataclasses.replace(options.model, dtype=stand_in)
+        )
+    step = _Described.of(wanted, layout)
+    compiled = step.compiled()
     return StepFacts(
         options=options,
-        rows=rows,
-        frozen=_bytes(tuning.frozen),
-        trainable=_bytes(state.trainable),
-        optimizer=_bytes(state) - _bytes(state.trainable),
-        batch=_bytes(batch),
-        memory=memory,
+        rows=step.rows,
+        frozen=_bytes(step.tuning.frozen),
+        trainable=_bytes(step.state.trainable),
+        optimizer=_bytes(step.state) - _bytes(step.state.trainable),
+        batch=_bytes(step.batch),
+        memory=_memory(compiled),
         work=program.work(compiled.as_text()),
-        notes=() if layout is None else tuple(layout.notes(config)[1:]),
+        notes=() if layout is None else tuple(layout.notes(step.base.config)[1:]),
         seconds=time.monotonic() - began,
         peak=_peak(),
     )
 
 
-def _layout(options: StepOptions) -> Layout | None:
-    if options.devices == 1:
-        return None
-    return Layout(make_mesh(options.shape), parse_rules(options.rules))
+def held_bytes(options: StepOptions) -> int:
+    """What a device holds between the steps; nothing is compiled. Errors: `compile_step`'s."""
+    layout = Layout(make_mesh(options.shape), parse_rules(options.rules))
+    step = _Described.of(options, layout)
+    return _bytes(step.tuning.frozen) + _bytes(step.state)
 
 
-def _described(options: StepOptions) -> tuple[base.Base, Tuning, State, Any, OptimizerOptions]:
-    """The model, what trains, the state, and the optimizer: shapes alone."""
-    wanted = options.model
-    if wanted.dtype == "bfloat16":
-        stand_in: Any = "float16"
-        wanted = dataclasses.replace(wanted, dtype=stand_in)
-    described = base.load_abstract(wanted, options.labels, _layout(options))
-    tuning = methods.tune(described, options.adapter)
-    optimizer = OptimizerOptions(optimizer=options.optimizer)
-    chain = make_optimizer(optimizer, tuning, STEPS, models.matrices(described.config))
-    return described, tuning, describe(tuning, chain), chain, optimizer
+def tpu_memory(options: StepOptions, topology: str) -> program.Memory:
+    """What a step takes on TPUs that need not exist, by their own compiler.
+
+    Args:
+      options: of the step.
+      topology: a slice, such as ``v5e:16x16``.
+
+    Raises:
+      InputError: libtpu is not installed or knows no such slice, or it has fewer devices; or as
+        `compile_step`.
+    """
+    try:
+        devices = topologies.get_topology_desc(topology, "tpu").devices
+    except Exception as error:  # the library's own, in many kinds
+        raise InputError(
+            f"--topology {topology}: {first_line(error)} It needs libtpu, which pip install"
+            " 'jax[tpu]' brings, and a slice such as v5e:4x4"
+        ) from error
+    if len(devices) < options.devices:
+        raise InputError(
+            f"--topology {topology}: has {len(devices)} devices, and --mesh takes {options.devices}"
+        )
+    some = np.array(devices[: options.devices], object)
+    mesh = Mesh(some.reshape(options.shape), AXES, axis_types=(AxisType.Auto,) * 3)
+    return _memory(_Described.of(options, Layout(mesh, parse_rules(options.rules))).compiled())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Described:
+    """A step of shapes alone.
+
+    Attributes:
+      options: of the step.
+      base: the model.
+      tuning: what trains.
+      optimizer: of what trains.
+      state: before a step.
+      rows: of the batch, filled up so that the mesh divides them.
+      batch: of so many rows.
+    """
+
+    options: StepOptions
+    base: base.Base
+    tuning: Tuning
+    optimizer: Any
+    state: State
+    rows: int
+    batch: dict[str, Any]
+
+    @classmethod
+    def of(cls, options: StepOptions, layout: Layout | None) -> _Described:
+        described = base.load_abstract(options.model, options.labels, layout)
+        config, tuning = described.config, methods.tune(described, options.adapter)
+        optimizer = make_optimizer(_optimizer(options), tuning, STEPS, models.matrices(config))
+        where = activations_of(tuning.fn)
+        rows = where.filled(options.batch_size // options.accumulate) * options.accumulate
+        batch = _batch(config, rows, options.max_length)
+        if where.mesh is not None:
+            divided = NamedSharding(where.mesh, PartitionSpec(where.rows))
+            batch = {
+                name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=divided)
+                for name, x in batch.items()
+            }
+        state = describe(tuning, optimizer)
+        return cls(options, described, tuning, optimizer, state, rows, batch)
+
+    def compiled(self) -> Any:
+        """The step's program."""
+        step: Any = make_step(
+            _loss(self.tuning, self.base.config, self.options.loss_chunk),
+            self.optimizer,
+            learning_rates(_optimizer(self.options), self.tuning, STEPS),
+            accumulate=self.options.accumulate,
+            activations=activations_of(self.tuning.fn),
+            state=self.state,
+        )
+        return step.lower(self.state, self.tuning.frozen, self.batch).compile()
+
+
+def _optimizer(options: StepOptions) -> OptimizerOptions:
+    return OptimizerOptions(optimizer=options.optimizer)
+
+
+def _memory(compiled: Any) -> program.Memory:
+    if (found := program.memory(compiled)) is None:
+        raise InputError("this version of XLA does not tell what a program takes")
+    return found
 
 
 def _loss(tuning: Tuning, config: models.Config, chunk: int | None) -> Loss:
