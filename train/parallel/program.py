@@ -24,6 +24,7 @@ _CALLED = re.compile(
     r"(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
     r"|(?:branch_computations|called_computations)=\{([^}]*)\}"
 )
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\S*)? \{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -216,9 +217,7 @@ def _collective(
 
 def _group(rest: str, devices: int) -> int:
     """How many devices take part in a collective together: all, where no groups are named."""
-    if match := re.search(
-        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\S*)? \{([^}]*)\}", rest
-    ):
+    if match := _MESH.search(rest):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
         named = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", match[2])  # or a part of an axis
         return math.prod(int(part or sizes[name]) for name, part in named)
