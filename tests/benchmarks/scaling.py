@@ -39,9 +39,10 @@ HEADER = [
 ]  # fmt: skip
 
 
-def shape(mesh: str) -> tuple[int, ...]:
+def shape(mesh: str) -> tuple[int, int, int]:
     """The sizes of all axes of a mesh."""
-    return tuple(parse_mesh(mesh).get(name, 1) for name in AXES)
+    data, fsdp, tensor = (parse_mesh(mesh).get(name, 1) for name in AXES)
+    return data, fsdp, tensor
 
 
 def row(mesh: str, facts: StepFacts, one: StepFacts, weights: int) -> list[str]:
@@ -70,7 +71,7 @@ def report(asked: StepOptions, meshes: Sequence[str]) -> str:
     most = max(math.prod(sizes) for sizes in shapes.values())
     with planning(most, asked.model.dtype) as call:
 
-        def facts(sizes: tuple[int, ...]) -> Any:
+        def facts(sizes: tuple[int, int, int]) -> Any:
             return call(compile_step, dataclasses.replace(asked, shape=sizes))
 
         one = facts((1, 1, 1))

@@ -8,7 +8,6 @@ import json
 import math
 import types
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -25,7 +24,7 @@ from train.parallel.chips import CHIPS, seconds
 from train.parallel.mesh import AXES, activations_of, make_layout
 from train.tasks.instructions import Instructions
 from train.trainer import ahead, loop
-from train.trainer.ahead import StepOptions, compile_step, tpu_memory
+from train.trainer.ahead import StepOptions, compile_step, held_bytes, tpu_memory
 from train.trainer.optimizer import make_optimizer
 from train.trainer.step import describe, start
 from train.trainer.suggest import USABLE, suggest
@@ -337,31 +336,73 @@ def test_a_chips_time_is_bounded_by_what_takes_longest():
     assert beyond.links is None and beyond.limit == "compute" and beyond.overlapped == 1.0
 
 
+def search(sizes, batch_size=8, **given):
+    """What is suggested where bytes follow a formula, and the formula."""
+
+    def total(options: StepOptions) -> float:
+        _, fsdp, tensor = options.shape
+        rows = options.batch_size // fsdp // options.accumulate
+        row = {"dots": 0.8e9, "full": 0.2e9}[options.model.remat] / tensor
+        return held(options) + (1e9 if fsdp > 1 else 0) / tensor + rows * row
+
+    def held(options: StepOptions) -> float:
+        return 16e9 / math.prod(options.shape)
+
+    def call(fn, options):
+        if fn is held_bytes:
+            return held(options)
+        asked.append(options)
+        return types.SimpleNamespace(total=int(total(options)), held=held(options))
+
+    asked: list[StepOptions] = []
+    step = StepOptions(model=ModelOptions(model="a"), batch_size=batch_size)
+    return list(suggest(step, call, sizes=sizes, **given)), total, asked
+
+
+def test_suggestions_are_the_fewest_devices_that_fit():
+    found, total, compiled = search([100, 20, 12, 4, 3, 1.3, 0.05])
+    assert [
+        (each.options.shape, each.options.model.remat, each.options.accumulate)
+        for each in found[:-1]
+    ] == [
+        ((1, 1, 1), "dots", 1),  # 16 + 8 * 0.8 of 90 GB
+        ((1, 1, 1), "dots", 4),  # 16 + 2 * 0.8 of 18
+        ((1, 2, 1), "full", 1),  # 8 + 1 + 4 * 0.2 of 10.8
+        ((1, 8, 1), "full", 1),  # 2 + 1 + 0.2 of 3.6
+        ((1, 1, 8), "full", 1),  # 2 + 8 * 0.025 of 2.7, where (1, 8, 1) takes 3.2
+        ((1, 2, 8), "full", 4),  # 1 + 0.125 + 0.025 of 1.17
+    ]
+    assert found[-1].options is None
+    for each in found[:-1]:
+        assert each.compiled and each.total == int(total(each.options)) <= USABLE * each.size * 1e9
+        fewer = [
+            StepOptions(
+                model=ModelOptions(model="a", remat=remat), batch_size=8, shape=(1, n, 1),
+                accumulate=parts,
+            )
+            for n in (1, 2, 4, 8)
+            for remat in ("dots", "full")
+            for parts in (1, 2, 4, 8)
+            if n < each.options.devices and n * parts <= 8
+        ]  # fmt: skip
+        assert all(total(way) > USABLE * each.size * 1e9 for way in fewer)
+    assert len(compiled) == len(set(compiled))
+    # Without the time to compile each, the same are found.
+    quick, _, few = search([100, 20, 12], seconds=-1.0)
+    assert [each.options for each in quick] == [each.options for each in found[:3]]
+    assert not quick[1].compiled and len(few) < len(compiled)
+
+
 @EIGHT
-def test_suggestions_fit_and_no_smaller_mesh_does(llama):
+def test_an_estimate_is_near_the_program_that_it_is_of(llama):
     asked = StepOptions(
-        model=ModelOptions(model=str(llama)), batch_size=2, max_length=T, loss_chunk=0
+        model=ModelOptions(model=str(llama)), batch_size=8, max_length=T, loss_chunk=0
     )
-    known: dict[tuple, Any] = {}
-
-    def call(fn, *args):
-        if (fn, *args) not in known:
-            known[fn, *args] = fn(*args)
-        return known[fn, *args]
-
-    one, two = (facts(llama, (1, n, 1), batch_size=n).total for n in (1, 2))
-    rooms = 0.5 * two, 1.02 * two, 1.2 * one, 100.0 * one
-    sizes = [room / 1e9 / USABLE for room in rooms]
-    none, spread, alone, most = suggest(asked, call, sizes=sizes)
-    assert none.options is None
-    assert spread.options.devices == 2 and spread.compiled and spread.total <= rooms[1] < one
-    assert alone.options.devices == 1 and alone.options.accumulate > 1 and alone.total <= rooms[2]
-    assert most.options == dataclasses.replace(asked)
-    # Estimates from steps of one row and of two are near the programs that they are of.
-    guessed = list(suggest(asked, call, sizes=sizes[1:], seconds=-1.0))
-    assert not guessed[1].compiled
-    for each in guessed:
-        assert each.total == pytest.approx(call(compile_step, each.options).total, rel=0.1)
+    room = 1.1 * facts(llama, (1, 2, 1), batch_size=8, accumulate=1).total
+    (found,) = suggest(
+        asked, lambda fn, *args: fn(*args), sizes=[room / 1e9 / USABLE], seconds=-1.0
+    )
+    assert found.total == pytest.approx(compile_step(found.options).total, rel=0.1)
 
 
 @EIGHT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import textwrap
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from ..options import LARGEST, AdapterOptions, ModelOptions, Place, flag
 from ..parallel.chips import CHIPS, seconds
 from ..parallel.mesh import AXES, parse_mesh, parse_rules
 from ..trainer.ahead import StepFacts, StepOptions, compile_step, planning, tpu_memory
-from ..trainer.suggest import MOST, SIZES, USABLE, Suggestion, devices_to_try, suggest
+from ..trainer.suggest import MOST, SIZES, TENSOR, USABLE, Suggestion, shapes_to_try, suggest
 
 DEVICES = 1024  # that a step is compiled for at most
 
@@ -34,7 +35,7 @@ class Options:
     With --mesh or --batch-size, the training step is compiled too, ahead of time and for devices
     that need not exist: the bytes that a device holds, its products and collectives, the time that
     these take at least on some accelerators, and the fewest devices of a size that the step fits
-    on. That takes a quarter of a minute, and --suggest a few minutes.
+    on. That takes a quarter of a minute, and without --no-suggest a few minutes.
 
     Examples:
       python -m train plan --model Qwen/Qwen2.5-0.5B
@@ -43,7 +44,7 @@ class Options:
       # Queries and values alone, and the norms fully.
       python -m train plan --model Qwen/Qwen2.5-0.5B --targets qv --full '.*norm/scale'
       # A step of 256 rows on 256 devices, of which there need be none.
-      python -m train plan --model meta-llama/Meta-Llama-3-8B --dtype bfloat16 --mesh fsdp=256 \
+      python -m train plan --model meta-llama/Meta-Llama-3-8B --dtype bfloat16 --mesh fsdp=256 \\
           --batch-size 256 --max-length 2048
     """
 
@@ -97,10 +98,7 @@ class Options:
         if self.model.attention == "cudnn" and self.step:
             raise InputError("--attention cudnn: compiles on its GPU alone: leave it out of a plan")
         parse_rules(self.rules)
-        size = 1
-        for number in self.shape:
-            size *= number
-        if size > DEVICES:
+        if math.prod(self.shape) > DEVICES:
             raise InputError(f"--mesh {self.mesh}: give no more than {DEVICES} devices")
 
     @property
@@ -114,7 +112,7 @@ class Options:
         return 32 if self.batch_size is None else self.batch_size
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> tuple[int, int, int]:
         """Sizes of the mesh's axes."""
         sizes = {} if self.mesh is None else parse_mesh(self.mesh)
         for name, size in sizes.items():
@@ -123,7 +121,8 @@ class Options:
                     f"--mesh {self.mesh}: the devices need not exist, so there is no rest of them:"
                     f" give {name} a number"
                 )
-        return tuple(sizes.get(name, 1) for name in AXES)
+        data, fsdp, tensor = (sizes.get(name, 1) for name in AXES)
+        return data, fsdp, tensor
 
 
 def run(options: Options) -> None:
@@ -159,9 +158,10 @@ def run(options: Options) -> None:
         accumulate=options.accumulate,
         loss_chunk=options.loss_chunk,
     )
-    most = max(devices_to_try(options.rows)) if options.suggest else 1
+    shapes = shapes_to_try(options.rows) if options.suggest else []
+    most = max(math.prod(shape) for shape in (step.shape, *shapes))
     found: list[Suggestion] = []
-    with planning(max(step.devices, most), model.dtype) as call:
+    with planning(most, model.dtype) as call:
         facts: StepFacts = call(compile_step, step)
         if options.topology is not None:
             of_tpu = call(tpu_memory, step, options.topology)
@@ -268,9 +268,10 @@ def show_suggestions(found: list[Suggestion]) -> str:
     header = ["devices of", "fewest", "GB", "--mesh", "--remat", "--accumulate"]
     made = table(header, rows, "fewest GB --accumulate")
     tried = (
-        f"* tried: fsdp of 1, 2, 4, ... up to {MOST} devices that divide the rows, with --remat"
-        " dots and full, and every --accumulate that divides them; ~ where the bytes are drawn from"
-        " steps of one and two rows a device, and not of this very program"
+        f"* tried: up to {MOST} devices, fsdp of 1, 2, 4, ... that divides the rows, and if none of"
+        f" these does, tensor={TENSOR} too; --remat dots and full, and every --accumulate that"
+        " divides the rows. ~ where the bytes are drawn from steps of one and two rows a device,"
+        " and not of this very program"
     )
     return f"{made}\n\n{textwrap.fill(tried, 98, subsequent_indent='  ')}"
 

@@ -13,7 +13,7 @@ import dataclasses
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -63,7 +63,7 @@ class StepOptions:
     adapter: AdapterOptions = AdapterOptions()
     labels: int | None = None
     optimizer: Any = "adamw"
-    shape: tuple[int, ...] = (1, 1, 1)
+    shape: tuple[int, int, int] = (1, 1, 1)
     rules: tuple[str, ...] = ()
     batch_size: int = 32
     max_length: int = 512
@@ -130,16 +130,14 @@ class StepFacts:
         return self.memory.total
 
 
-@contextlib.contextmanager
-def planning(devices: int, dtype: str) -> Iterator[Callable[..., Any]]:
+def planning(devices: int, dtype: str) -> contextlib.AbstractContextManager[Callable[..., Any]]:
     """A process of its own with so many fake devices, as `train.parallel.fake.fake_devices`.
 
     Args:
       devices: at least as many as any mesh has.
       dtype: of the computation.
     """
-    with fake_devices(devices, _FLAGS if dtype == "bfloat16" else "") as call:
-        yield call
+    return fake_devices(devices, _FLAGS if dtype == "bfloat16" else "")
 
 
 def compile_step(options: StepOptions) -> StepFacts:

@@ -20,7 +20,8 @@ from .ahead import StepFacts, StepOptions, compile_step, held_bytes
 SIZES = (16, 24, 40, 80, 96, 141, 192)  # GB of a device
 USABLE = 0.9  # the part of it that a step may take; the rest is the runtime's
 MOST = 256  # devices that are tried
-POLICIES = ("dots", "full")  # what is kept, in the order of what they take and of what they save
+TENSOR = 8  # devices along tensor, where fsdp alone does not do
+POLICIES = ("dots", "full")  # of --remat, in the order of what they take and of what they save
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,29 +35,34 @@ class Suggestion:
       compiled: whether that is of the compiled program, and not an estimate.
     """
 
-    size: int
+    size: float
     options: StepOptions | None = None
     total: int = 0
     compiled: bool = False
 
 
-def devices_to_try(batch_size: int) -> list[int]:
-    """The sizes of the meshes: powers of two that divide the rows.
+def shapes_to_try(batch_size: int) -> list[tuple[int, int, int]]:
+    """The sizes of the meshes' axes: powers of two along fsdp that divide the rows.
 
-    >>> devices_to_try(24)
-    [1, 2, 4, 8]
+    >>> shapes_to_try(12)
+    [(1, 1, 1), (1, 2, 1), (1, 4, 1), (1, 1, 8), (1, 2, 8), (1, 4, 8)]
     """
-    return [n for n in (2**i for i in range(MOST.bit_length())) if batch_size % n == 0]
+    return [
+        (1, n, tensor)
+        for tensor in (1, TENSOR)
+        for n in (2**i for i in range(MOST.bit_length()))
+        if batch_size % n == 0 and n * tensor <= MOST
+    ]
 
 
 def suggest(
     asked: StepOptions,
     call: Callable[..., Any],
     *,
-    sizes: Sequence[int] = SIZES,
+    sizes: Sequence[float] = SIZES,
     seconds: float = 180.0,
 ) -> Iterator[Suggestion]:
-    """Finds the smallest ``fsdp`` mesh for each size of a device.
+    """Finds the smallest ``fsdp`` mesh for each size of a device, or with ``tensor`` if none does.
 
     On several devices, the batch is computed in as few parts as fit, and with as little computed
     again as fits then; on one, the other way round.
@@ -76,30 +82,27 @@ def suggest(
         return compiled[options]
 
     @functools.cache
-    def held(devices: int) -> float:
+    def held(shape: tuple[int, int, int]) -> float:
         try:
-            return call(held_bytes, _on(asked, devices, "dots", 1))
-        except InputError:  # with these rules, fsdp divides nothing
+            return call(held_bytes, _on(asked, shape, "dots", 1))
+        except InputError:  # an axis divides nothing of the model
             return math.inf
 
     @functools.cache
-    def within(policy: str, spread: bool) -> tuple[int, int]:
+    def within(policy: str, spread: bool, tensor: int) -> tuple[int, int]:
         """Bytes of a step with one row on a device at once, and of each further one."""
-        # On a device of its own nothing is gathered; on two, as much as on many.
-        one, two = (
-            facts(dataclasses.replace(_on(asked, 1 + spread, policy, 1), batch_size=n << spread))
-            for n in (1, 2)
-        )
+        # On a device of its own no weight is gathered; on two, as much as on many.
+        way = _on(asked, (1, 1 + spread, tensor), policy, 1)
+        one, two = (facts(dataclasses.replace(way, batch_size=n << spread)) for n in (1, 2))
         first = one.total - one.held
         return first, max(0, two.total - two.held - first)
 
     def estimate(options: StepOptions) -> float:
-        devices = options.devices
-        first, more = within(options.model.remat, devices > 1)
-        rows = options.batch_size // devices // options.accumulate
-        return held(devices) + first + (rows - 1) * more
+        _, fsdp, tensor = shape = options.shape
+        first, more = within(options.model.remat, fsdp > 1, tensor)
+        return held(shape) + first + (_rows(options) // options.accumulate - 1) * more
 
-    def fitting(options: StepOptions, size: int) -> Suggestion | None:
+    def fitting(options: StepOptions, size: float) -> Suggestion | None:
         room = USABLE * size * 1e9
         if options not in compiled and estimate(options) > room:
             return None
@@ -112,29 +115,34 @@ def suggest(
     for size in sizes:
         ways = (
             options
-            for devices in devices_to_try(asked.batch_size)
-            if held(devices) <= USABLE * size * 1e9
-            for options in _ways(asked, devices)
+            for shape in shapes_to_try(asked.batch_size)
+            if held(shape) <= USABLE * size * 1e9
+            for options in _ways(asked, shape)
         )
         tried = (fitting(options, size) for options in ways)
         yield next((found for found in tried if found), Suggestion(size))
 
 
-def _ways(asked: StepOptions, devices: int) -> Iterator[StepOptions]:
-    """How a batch can be computed on so many devices, what costs least first.
+def _ways(asked: StepOptions, shape: tuple[int, int, int]) -> Iterator[StepOptions]:
+    """How a batch can be computed on a mesh, what costs least first.
 
     A further part costs a device of its own next to nothing; on several, it gathers the weights
     once more.
     """
-    rows = asked.batch_size // devices
-    parts = [n for n in range(1, rows + 1) if rows % n == 0]
-    if devices == 1:
+    way = _on(asked, shape, POLICIES[0], 1)
+    parts = [n for n in range(1, _rows(way) + 1) if _rows(way) % n == 0]
+    if way.devices == 1:
         ways = [(policy, n) for policy in POLICIES for n in parts]
     else:
         ways = [(policy, n) for n in parts for policy in POLICIES]
-    return (_on(asked, devices, policy, n) for policy, n in ways)
+    return (_on(asked, shape, policy, n) for policy, n in ways)
 
 
-def _on(asked: StepOptions, devices: int, policy: Any, parts: int) -> StepOptions:
+def _rows(options: StepOptions) -> int:
+    """Of a batch, on each device."""
+    return options.batch_size // options.shape[1]
+
+
+def _on(asked: StepOptions, shape: tuple[int, int, int], policy: Any, parts: int) -> StepOptions:
     model = dataclasses.replace(asked.model, remat=policy)
-    return dataclasses.replace(asked, model=model, shape=(1, devices, 1), accumulate=parts)
+    return dataclasses.replace(asked, model=model, shape=shape, accumulate=parts)
