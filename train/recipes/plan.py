@@ -38,7 +38,6 @@ class Options:
     on. That takes a quarter of a minute, and without --no-suggest a few minutes.
 
     Examples:
-      python -m train plan --model Qwen/Qwen2.5-0.5B
       # An encoder with a new head of three classes.
       python -m train plan --model FacebookAI/roberta-base --labels 3
       # Queries and values alone, and the norms fully.

@@ -60,7 +60,7 @@ def suggest(
     call: Callable[..., Any],
     *,
     sizes: Sequence[float] = SIZES,
-    seconds: float = 180.0,
+    seconds: float = 120.0,
 ) -> Iterator[Suggestion]:
     """Finds the smallest ``fsdp`` mesh for each size of a device, or with ``tensor`` if none does.
 
