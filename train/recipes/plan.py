@@ -267,10 +267,10 @@ def show_suggestions(found: list[Suggestion]) -> str:
     header = ["devices of", "fewest", "GB", "--mesh", "--remat", "--accumulate"]
     made = table(header, rows, "fewest GB --accumulate")
     tried = (
-        f"* tried: up to {MOST} devices, fsdp of 1, 2, 4, ... that divides the rows, and if none of"
-        f" these does, tensor={TENSOR} too; --remat dots and full, and every --accumulate that"
-        " divides the rows. ~ where the bytes are drawn from steps of one and two rows a device,"
-        " and not of this very program"
+        f"* tried: up to {MOST} devices, fsdp of 1, 2, 4, ... that divides the rows, alone and with"
+        f" tensor={TENSOR}; --remat dots and full, and every --accumulate that divides the rows."
+        " ~ where the bytes are drawn from steps of one and two rows a device, and not of this very"
+        " program"
     )
     return f"{made}\n\n{textwrap.fill(tried, 98, subsequent_indent='  ')}"
 

@@ -20,7 +20,7 @@ from .ahead import StepFacts, StepOptions, compile_step, held_bytes
 SIZES = (16, 24, 40, 80, 96, 141, 192)  # GB of a device
 USABLE = 0.9  # the part of it that a step may take; the rest is the runtime's
 MOST = 256  # devices that are tried
-TENSOR = 8  # devices along tensor, where fsdp alone does not do
+TENSOR = 8  # devices along tensor, where as few along fsdp alone do not do
 POLICIES = ("dots", "full")  # of --remat, in the order of what they take and of what they save
 
 
@@ -42,17 +42,19 @@ class Suggestion:
 
 
 def shapes_to_try(batch_size: int) -> list[tuple[int, int, int]]:
-    """The sizes of the meshes' axes: powers of two along fsdp that divide the rows.
+    """The sizes of the meshes' axes, fewer devices first: powers of two along fsdp that divide the
+    rows, alone and with tensor.
 
-    >>> shapes_to_try(12)
-    [(1, 1, 1), (1, 2, 1), (1, 4, 1), (1, 1, 8), (1, 2, 8), (1, 4, 8)]
+    >>> shapes_to_try(24)
+    [(1, 1, 1), (1, 2, 1), (1, 4, 1), (1, 8, 1), (1, 1, 8), (1, 2, 8), (1, 4, 8), (1, 8, 8)]
     """
-    return [
+    shapes = [
         (1, n, tensor)
         for tensor in (1, TENSOR)
         for n in (2**i for i in range(MOST.bit_length()))
         if batch_size % n == 0 and n * tensor <= MOST
     ]
+    return sorted(shapes, key=lambda shape: (math.prod(shape), shape[2]))
 
 
 def suggest(
@@ -62,7 +64,7 @@ def suggest(
     sizes: Sequence[float] = SIZES,
     seconds: float = 120.0,
 ) -> Iterator[Suggestion]:
-    """Finds the smallest ``fsdp`` mesh for each size of a device, or with ``tensor`` if none does.
+    """Finds the smallest mesh for each size of a device.
 
     On several devices, the batch is computed in as few parts as fit, and with as little computed
     again as fits then; on one, the other way round.
