@@ -138,7 +138,8 @@ def tune(
       method: what trains.
       fn: ``fn(params, *args)``, as for `hyperadapt_jax.adapt`.
       params: the frozen parameters, any pytree of arrays or of ``jax.ShapeDtypeStruct``; of shapes,
-        nothing is allocated.
+        nothing is allocated, and what trains and what is frozen are shapes too, with the shardings
+        that the arrays would have.
       plan: the targeted weights.
       full: what else trains fully, a regular expression or suffixes of paths.
       head: which parameters are the model's head, likewise.
@@ -164,7 +165,11 @@ def tune(
         return split(params, trained, full="|".join(chosen) or None)
 
     shapes_alone = isinstance(next(iter(jax.tree.leaves(params)), None), jax.ShapeDtypeStruct)
-    trainable, frozen = jax.eval_shape(start, params) if shapes_alone else start(params)
+    if shapes_alone:
+        trainable, frozen = jax.eval_shape(start, params)
+        trainable, frozen = _placed(trainable, frozen, params, selected)
+    else:
+        trainable, frozen = start(params)
     labels = {
         "scales": method.labels(trainable["scales"]),
         "full": dict.fromkeys(trainable["full"], "full"),
@@ -210,6 +215,29 @@ def _forward(
         return transformed(params, scales, *args, **kwargs)
 
     return forward
+
+
+def _placed(
+    trainable: dict[str, Any], frozen: Any, params: Any, plan: Plan | None
+) -> tuple[dict[str, Any], Any]:
+    """The same shapes, with the shardings that arrays would have: a parameter, its own, and what
+    the method trains for a weight, what the plan says; what the plan does not name has none."""
+    own = {path: paths.named_sharding(leaf) for path, leaf in paths.arrays(params).items()}
+    planned = {weight.path: weight.shardings for weight in plan.weights} if plan else {}
+
+    def like(leaf: Any, sharding: Any) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    def of_method(keys: Any, leaf: Any) -> Any:
+        path, name = keys[0].key, getattr(keys[-1], "name", "")
+        return like(leaf, planned.get(path, {}).get(name))
+
+    placed = {
+        "scales": jax.tree_util.tree_map_with_path(of_method, trainable["scales"]),
+        "full": {path: like(leaf, own[path]) for path, leaf in trainable["full"].items()},
+    }
+    kept = {path: like(leaf, own[path]) for path, leaf in paths.arrays(frozen).items()}
+    return placed, paths.replace(frozen, kept)
 
 
 def _regex(pattern: paths.Pattern) -> str:

@@ -10,5 +10,5 @@ RECIPES = {
     "evaluate": "measure a run's adapter again, on its own data or on other",
     "export": "merge an adapter into its base, as a Hugging Face folder",
     "rank": "what rank an adapter's updates have, as a table and a figure",
-    "plan": "what would train, with which memory; reads no weights",
+    "plan": "what would train, and what a step takes on a mesh; reads no weights",
 }

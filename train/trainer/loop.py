@@ -25,6 +25,7 @@ from ..errors import Diverged, InputError, warn
 from ..options import LARGEST, OptimizerOptions, RunOptions, identity_options
 from ..parallel import processes
 from ..parallel.mesh import activations_of, put_rows
+from ..parallel.program import memory
 from ..run.folder import ADAPTER
 from ..run.log import METRICS, Log, read_metrics
 from .checkpoints import CheckpointMetadata, Checkpoints
@@ -370,11 +371,8 @@ class _Session:
         batch = self._shapes[max(self._shapes, key=math.prod)]
         # JAX has kept the program that it compiled for these very arrays.
         program = self._step.lower(self._state, self.job.tuning.frozen, batch).compile()
-        found = program.memory_analysis()
-        if found is None:
-            return 0
-        given = found.argument_size_in_bytes + found.output_size_in_bytes
-        return given - found.alias_size_in_bytes + found.temp_size_in_bytes
+        found = memory(program)
+        return 0 if found is None else found.total
 
     def _due(self, every: int | None) -> bool:
         return self.done == self.steps or (every is not None and self.done % every == 0)

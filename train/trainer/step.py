@@ -54,6 +54,34 @@ def start(tuning: Tuning, optimizer: optax.GradientTransformation, seed: int) ->
     return put_rest(state, where)
 
 
+def describe(tuning: Tuning, optimizer: optax.GradientTransformation) -> State:
+    """The shapes of what :func:`start` gives, with their shardings; nothing is allocated.
+
+    Args:
+      tuning: what trains, set up on shapes.
+      optimizer: of the trainable tree.
+    """
+    mesh = activations_of(tuning.fn).mesh
+    whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+
+    def like(leaf: Any, sharding: Any = None) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding or whole)
+
+    trainable = jax.tree.map(lambda leaf: like(leaf, leaf.sharding), tuning.trainable)
+    known = dict(jax.tree_util.tree_leaves_with_path(trainable))
+
+    def moment(keys: Any, leaf: Any) -> Any:
+        # The optimizer's trees hold, below keys of their own, what the trainable tree does.
+        of = next((known[keys[i:]] for i in range(len(keys)) if keys[i:] in known), None)
+        return like(leaf, of.sharding if of is not None and of.shape == leaf.shape else None)
+
+    moments = jax.eval_shape(optimizer.init, trainable)
+    moments = jax.tree_util.tree_map_with_path(moment, moments)
+    key = like(jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))))
+    number = like(jax.ShapeDtypeStruct((), jnp.int32))
+    return State(number, trainable, moments, key, number)
+
+
 def make_step(
     loss: Loss,
     optimizer: optax.GradientTransformation,
