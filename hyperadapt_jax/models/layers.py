@@ -79,6 +79,14 @@ class ActivationSharding:
         """``x: [B, ...]``, divided by its rows."""
         return self._constrained(x, self.rows)
 
+    def tokens(self, x: Array) -> Array:
+        """``x: [B T, ...]``, divided by its rows along the first axis, else as XLA sees fit."""
+        if self.mesh is None or x.shape[0] % self._parts(self.rows):
+            return x
+        others = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+        sharding = NamedSharding(self.mesh, PartitionSpec(self.rows or None, *others))
+        return jax.lax.with_sharding_constraint(x, sharding)
+
     def table(self, rows: Array) -> Array:
         """An embedding's table ``[V, D]``, whole along D, so that a lookup gives whole vectors."""
         if self.mesh is None:

@@ -186,12 +186,14 @@ def test_without_recomputation_products_are_4_times_the_weights_and_tokens(llama
 
 
 @EIGHT
-def test_on_fsdp_the_weights_are_gathered_twice_and_vectors_reduced(llama):
-    found = facts(llama, (1, 8, 1)).work.collectives
+@pytest.mark.parametrize("chunk", [0, 16])
+def test_on_fsdp_the_weights_are_gathered_twice_and_vectors_reduced(llama, chunk):
+    found = facts(llama, (1, 8, 1), loss_chunk=chunk).work.collectives
     weights, head = 4 * L * LAYER, 4 * D * V
-    # Layers forward and backward, which are loops; outside of them the head once for both.
+    # Layers forward and backward, which are loops; outside of them the head once for both, or for
+    # all chunks of each: a chunk has fewer tokens than the head has rows, and yet it is not them.
     gathered = found["all-gather"]
-    assert gathered.bytes == 2 * weights + head + 4 * V * D
+    assert gathered.bytes == 2 * weights + (2 if chunk else 1) * head + 4 * V * D
     assert gathered.received == pytest.approx(gathered.bytes * 7 / 8)
     numbers = methods.tune(base.load_abstract(ModelOptions(model=str(llama))), AdapterOptions())
     # Their gradients, the loss and its weight, and norms and whether all is finite.

@@ -106,8 +106,10 @@ def _label_losses(
 
     def losses(x: jax.Array, labels: jax.Array) -> jax.Array:
         # One axis of tokens: XLA then computes the gradient of the logits in their place.
-        x = x.reshape(-1, x.shape[-1])
+        # On a mesh its rows stay where they are: else XLA may gather it, and not the head.
+        x = model.activations.tokens(x.reshape(-1, x.shape[-1]))
         logits = fn(params, x, method=lambda model, x: model.logits(x))
+        logits = model.activations.tokens(logits)
         return cross_entropy(logits, labels.reshape(-1)).reshape(labels.shape)
 
     if size == length:
