@@ -6,10 +6,11 @@ import importlib
 import itertools
 import json
 import os
+import re
 import signal
 import socket
-import subprocess
 import sys
+import tempfile
 import time
 import types
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from tests.train.forks import FORKS
+from train import __main__ as program
 from train.errors import InputError
 from train.options import DeviceOptions
 from train.parallel import processes
@@ -73,25 +76,24 @@ class Started:
 
     def __init__(
         self,
-        words: Sequence[str],
+        folder: Path,
+        *more: str,
         options: Sequence[Sequence[str]],
         environments: Sequence[Mapping[str, str]] | None = None,
     ):
         count = len(options)
         given = {name: value for name, value in os.environ.items() if name != "HYPERADAPT_MESH"}
-        given["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES // count}"
-        self.began = time.monotonic()
+        number = f"device_count={DEVICES // count}"
+        given["XLA_FLAGS"] = re.sub(r"device_count=\d+", number, given["XLA_FLAGS"])
+        places = environments or [{}] * count
+        outputs = Path(tempfile.mkdtemp(dir=folder.parent))
+        self.said = [(outputs / f"{i}.out", outputs / f"{i}.err") for i in range(count)]
         self.all = [
-            subprocess.Popen(
-                [sys.executable, "-m", "train", *words, *more],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                cwd=ROOT,
-                env={**given, **environment},
-            )
-            for more, environment in zip(options, environments or [{}] * count, strict=True)
+            FORKS.Process(target=_run, args=(words(folder, *more, *own), {**given, **place}, files))
+            for own, place, files in zip(options, places, self.said, strict=True)
         ]
+        for process in self.all:
+            process.start()
 
     def __enter__(self) -> Started:
         return self
@@ -103,18 +105,36 @@ class Started:
     def until(self, folder: Path, step: int) -> Started:
         """Waits for a checkpoint of this step or a later one, while all run."""
         while max(saved(folder), default=0) < step:
-            for process in self.all:
-                assert process.poll() is None, process.communicate()
+            assert all(process.is_alive() for process in self.all), self.ended()
             time.sleep(0.01)
         return self
 
     def ended(self, seconds: float = 240) -> list[tuple[int, str, str]]:
         """Status, output and errors of each."""
-        ends = []
-        for process in self.all:
-            out, err = process.communicate(timeout=seconds)
-            ends.append((process.returncode, out, err))
+        deadline, ends = time.monotonic() + seconds, []
+        for process, (out, err) in zip(self.all, self.said, strict=True):
+            process.join(max(0.0, deadline - time.monotonic()))
+            assert process.exitcode is not None, (out.read_text(), err.read_text())
+            # What speaks for a process that could not comes after its end.
+            while process.exitcode in (1, -signal.SIGABRT) and time.monotonic() < deadline:
+                if "another process died" in err.read_text():
+                    break
+                time.sleep(0.05)
+            ends.append((process.exitcode, out.read_text(), err.read_text()))
         return ends
+
+
+def _run(words: list[str], environment: Mapping[str, str], files: tuple[Path, Path]) -> None:
+    """The program, in a process of its own."""
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, file in enumerate(files, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+    sys.argv = ["train", *words]
+    sys.exit(program.run())
 
 
 def saved(folder: Path) -> list[int]:
@@ -165,7 +185,7 @@ def same(folder: Path, other: Path) -> None:
 def one(tmp_path_factory, compiled_once) -> Path:
     """The run of one process."""
     folder = tmp_path_factory.mktemp("one") / "run"
-    with Started(words(folder), flags(1)) as started:
+    with Started(folder, options=flags(1)) as started:
         [(status, _, err)] = started.ended()
     assert status == 0, err
     return folder
@@ -173,7 +193,7 @@ def one(tmp_path_factory, compiled_once) -> Path:
 
 def test_two_processes_of_slurm_compute_what_one_does(one, tmp_path):
     folder = tmp_path / "run"
-    with Started(words(folder), [[], []], slurm(2)) as started:
+    with Started(folder, options=[[], []], environments=slurm(2)) as started:
         first, second = started.ended()
     assert (first[0], second[0]) == (0, 0), (first, second)
     same(folder, one)
@@ -186,7 +206,7 @@ def test_two_processes_of_slurm_compute_what_one_does(one, tmp_path):
 
 def test_a_killed_process_ends_all_and_so_does_a_signal_and_other_numbers_go_on(one, tmp_path):
     folder = tmp_path / "run"
-    with Started(words(folder), flags(2)) as started:
+    with Started(folder, options=flags(2)) as started:
         started.until(folder, 8).all[1].kill()
         killed = time.monotonic()
         first, second = started.ended()
@@ -195,10 +215,10 @@ def test_a_killed_process_ends_all_and_so_does_a_signal_and_other_numbers_go_on(
     assert "another process died" in first[2] and "--resume" in first[2]
     assert not (folder / RESULT).exists()
 
-    with Started(words(folder, "--resume"), [[]] * 4, open_mpi(4)) as started:
+    with Started(folder, "--resume", options=[[]] * 4, environments=open_mpi(4)) as started:
         started.until(folder, 16)
-        started.all[3].send_signal(signal.SIGTERM)
-        started.all[1].send_signal(signal.SIGINT)
+        os.kill(started.all[3].pid, signal.SIGTERM)
+        os.kill(started.all[1].pid, signal.SIGINT)
         ends = started.ended(60)
     assert [status for status, *_ in ends] == [143, 130, 143, 143], ends
     assert "resumed after step" in ends[0][2]
@@ -206,7 +226,7 @@ def test_a_killed_process_ends_all_and_so_does_a_signal_and_other_numbers_go_on(
     assert int(said.split()[4]) == max(saved(folder))
     assert not any("another process" in err for *_, err in ends)
 
-    with Started(words(folder, "--resume"), flags(1)) as started:
+    with Started(folder, "--resume", options=flags(1)) as started:
         [(status, _, err)] = started.ended()
     assert status == 0, err
     same(folder, one)
@@ -216,7 +236,7 @@ def test_what_one_process_cannot_use_ends_all(tmp_path):
     folder, other = tmp_path / "run", tmp_path / "other"
     folder.mkdir()
     (folder / "notes.txt").write_text("kept")
-    with Started(words(folder), flags(2)) as started:
+    with Started(folder, options=flags(2)) as started:
         ends = started.ended(90)
     assert [status for status, *_ in ends] == [2, 2], ends
     assert all("holds no run" in err for *_, err in ends)
@@ -224,7 +244,7 @@ def test_what_one_process_cannot_use_ends_all(tmp_path):
 
     options = flags(2)
     options[1] += ["--data", str(tmp_path / "nowhere.jsonl")]
-    with Started(words(other), options) as started:
+    with Started(other, options=options) as started:
         first, second = started.ended(90)
     assert second[0] == 2 and "nowhere.jsonl" in second[2]
     assert first[0] == 1 and "another process died" in first[2]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.train import tiny
+from tests.train.forks import FORKS
 from train.data.batches import Batches
 from train.run import log
 from train.run.folder import ADAPTER
@@ -23,9 +23,6 @@ from train.trainer.signals import Signals
 from train.trainer.step import start
 
 STEPS = 60
-# Children that have the imports behind them, and are killed and signalled in place of the tests.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["tests.train.tiny", "transformers"])
 
 
 @pytest.fixture(scope="module")
