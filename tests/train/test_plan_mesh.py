@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import math
@@ -58,6 +59,7 @@ def bert(tmp_path_factory) -> Path:
     return folder
 
 
+@functools.cache
 def facts(model: Path, mesh: tuple[int, ...] = (1, 1, 1), *, remat="full", adapter=(), **options):
     """What the step of 16 rows takes and does, compiled for the devices of this very process."""
     given = dict(batch_size=16, max_length=T, loss_chunk=0) | options
