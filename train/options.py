@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import functools
 import inspect
 import itertools
 import math
@@ -559,7 +560,8 @@ def _fields(cls: Any) -> Iterator[_Field]:
         yield _Field(field.name, cls, kind, many, optional, default, text, choices, mark)
 
 
-def _helps(cls: type) -> dict[str, str]:
+@functools.cache  # a comparison makes hundreds of options of one class
+def _helps(cls: type) -> Mapping[str, str]:
     """The docstrings that stand below the fields of a dataclass and of those that it extends."""
     helps: dict[str, str] = {}
     for base in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
