@@ -100,7 +100,7 @@ def join(
 ) -> Member | None:
     """Makes this process one of several, where the options or the environment say that it is one.
 
-    Call it before JAX knows its devices.
+    Call it before JAX knows its devices, with what :func:`check` takes.
 
     Args:
       coordinator: ``HOST:PORT`` of the first process; "auto" lets JAX find all by itself, as on a
@@ -114,7 +114,6 @@ def join(
     Raises:
       InputError: the processes do not find each other.
     """
-    check(coordinator, count, index)
     if jax.distributed.is_initialized() or not (coordinator or in_cluster(os.environ)):
         return None
     jax.config.update("jax_enable_preemption_service", saves)

@@ -77,7 +77,7 @@ def run(options: Options) -> None:
     """Makes all runs, and prints and writes what they show.
 
     Raises:
-      InputError: the file or the folder cannot be used.
+      InputError: the file or the folder cannot be used, or there are several processes.
       Interrupted: SIGINT or SIGTERM came, and everything is saved.
     """
     processes.alone("compare")

@@ -61,7 +61,8 @@ def run(options: Options) -> None:
     """Writes the merged model and prints the report.
 
     Raises:
-      InputError: the folder is not empty, or cannot be written; there is no adapter, or no base.
+      InputError: the folder is not empty, or cannot be written; there is no adapter, or no base;
+        there are several processes.
       AdapterError, CheckpointError: the adapter or the base is damaged, or they do not fit.
     """
     processes.alone("export")

@@ -223,11 +223,9 @@ def show(facts: StepFacts) -> str:
 def _notes(facts: StepFacts) -> list[str]:
     step = facts.options
     fitting = [f"{size}" for size in SIZES if facts.total <= USABLE * size * 1e9]
-    lines = [
-        f"fits devices of {', '.join(fitting)} GB" if fitting else "fits no device of up to 192 GB",
-        *facts.notes,
-    ]
-    lines[0] += f": {USABLE:.0%} of a device may be taken, the rest is the runtime's"
+    those = f"devices of {', '.join(fitting)}" if fitting else f"no device of up to {SIZES[-1]}"
+    usable = f"{USABLE:.0%} of a device may be taken, the rest is the runtime's"
+    lines = [f"fits {those} GB: {usable}", *facts.notes]
     if facts.rows > step.batch_size:
         lines.append(f"the {step.batch_size} rows are filled up to {facts.rows}, which it divides")
     if facts.work.unbounded:

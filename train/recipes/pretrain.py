@@ -72,7 +72,8 @@ def run(options: Options) -> None:
     """Trains and writes the model.
 
     Raises:
-      InputError: the folder cannot be used, or a number is out of range.
+      InputError: the folder cannot be used, a number is out of range, or there are several
+        processes.
     """
     processes.alone("pretrain")
     config = flat(options, "pretrain")

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from tensorboardX.event_file_writer import EventsWriter
@@ -27,9 +27,6 @@ from ..errors import InputError
 from ..files import write, writing
 from ..parallel import processes
 from .plots import curves, draw
-
-if TYPE_CHECKING:
-    pass
 
 METRICS, CURVES, EVENTS = "metrics.jsonl", "curves.png", "tensorboard"
 _EVERY = 10.0  # seconds between two lines where there is no bar, and between two syncs to disk
